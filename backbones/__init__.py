@@ -1,0 +1,59 @@
+"""Classification networks cut at conv4_x for detection: `from backbones import create_backbone`."""
+
+import importlib.metadata
+
+import torch
+
+
+def _check_torchvision() -> None:
+    """Raise an ImportError that names the matching pair where torchvision's operators cannot load."""
+    try:
+        import torchvision  # noqa: F401
+
+        torch.ops.torchvision.nms  # noqa: B018
+    except (RuntimeError, AttributeError, OSError, ImportError) as error:
+        try:
+            wanted = [r for r in importlib.metadata.requires("torchvision") or () if r.startswith("torch=")]
+            found = f"torchvision {importlib.metadata.version('torchvision')} (it wants {', '.join(wanted)})"
+        except importlib.metadata.PackageNotFoundError:
+            raise ImportError(
+                f"torchvision is not installed beside torch {torch.__version__}; "
+                "run: pip install torch torchvision"
+            ) from error
+        raise ImportError(
+            f"torchvision's operators cannot load: {found} beside torch {torch.__version__} is not a matching pair. "
+            "Install both from one place, for example: pip install --force-reinstall torch torchvision "
+            f"(the reason given was: {error})"
+        ) from error
+
+
+_check_torchvision()
+
+from .backbone import (  # noqa: E402
+    Backbone,
+    Preprocessing,
+    RoIHead,
+    Trunk,
+    backbone_options,
+    create_backbone,
+    list_backbones,
+    register_backbone,
+)
+from .resnet import resnet, resnet18, resnet34, resnet50, resnet101, resnet152  # noqa: E402
+
+__all__ = [
+    "Backbone",
+    "Preprocessing",
+    "RoIHead",
+    "Trunk",
+    "backbone_options",
+    "create_backbone",
+    "list_backbones",
+    "register_backbone",
+    "resnet",
+    "resnet101",
+    "resnet152",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+]

@@ -1,0 +1,193 @@
+"""The contract between a classification network and a C4 detector, and the registry of names.
+
+Letters: N images of H x W pixels, R regions, C4 and C5 channels of conv4_x and conv5_x.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor, nn
+
+NUM_TRUNK_STAGES = 4
+NUM_STAGES = 5
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network's weights expect of an image: `(image * scale - mean) / std`, per channel.
+
+    `image` is float RGB in [0, 1]; `mean` and `std` stand in `channel_order` and in the units of `image * scale`.
+    The default is torchvision's ImageNet normalisation.
+    """
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    channel_order: str = "rgb"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.channel_order not in ("rgb", "bgr"):
+            raise ValueError(f"channel_order is {self.channel_order!r}; accepted: 'rgb', 'bgr'")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0 or self.scale <= 0:
+            raise ValueError(f"mean and std are three numbers, std and scale positive; got {self}")
+
+
+def _freeze(stage: nn.Module) -> None:
+    stage.requires_grad_(False)
+    stage.eval()
+
+
+class Trunk(nn.Module):
+    """Stages 1-4, run once per image: (N, 3, H, W) -> (N, C4, ceil(H/16), ceil(W/16)).
+
+    A frozen stage takes no gradient, and its batch norms stay in evaluation mode whatever `train()` is told:
+    without that, running statistics of frozen layers drift with the training images.
+    """
+
+    def __init__(self, stages: list[nn.Module], out_channels: int) -> None:
+        super().__init__()
+        if len(stages) != NUM_TRUNK_STAGES:
+            raise ValueError(f"a trunk has {NUM_TRUNK_STAGES} stages, got {len(stages)}")
+        for k, stage in enumerate(stages, start=1):
+            self.add_module(f"stage{k}", stage)
+        self.out_channels = out_channels
+        self.frozen_stages = 0
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        return [getattr(self, f"stage{k}") for k in range(1, NUM_TRUNK_STAGES + 1)]
+
+    def freeze(self, num_stages: int) -> None:
+        """Freeze stages 1..num_stages."""
+        self.frozen_stages = min(num_stages, NUM_TRUNK_STAGES)
+        for stage in self.stages[: self.frozen_stages]:
+            _freeze(stage)
+
+    def train(self, mode: bool = True) -> "Trunk":
+        super().train(mode)
+        for stage in self.stages[: self.frozen_stages]:
+            stage.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = images
+        for stage in self.stages:
+            features = stage(features)
+        return features
+
+
+class RoIHead(nn.Module):
+    """Stage 5 and average pooling, run once per region: (R, C4, 14, 14) -> (R, C5)."""
+
+    def __init__(self, stage5: nn.Module, out_channels: int) -> None:
+        super().__init__()
+        self.stage5 = stage5
+        self.out_channels = out_channels
+        self.frozen = False
+
+    def freeze(self) -> None:
+        self.frozen = True
+        _freeze(self.stage5)
+
+    def train(self, mode: bool = True) -> "RoIHead":
+        super().train(mode)
+        if self.frozen:
+            self.stage5.eval()
+        return self
+
+    def forward(self, regions: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(self.stage5(regions), 1).flatten(1)
+
+
+class Backbone(nn.Module):
+    """A classification network in five stages, cut at conv4_x.
+
+    trunk:    (N, 3, H, W)    -> (N, C4, ceil(H/16), ceil(W/16))   .out_channels = C4
+    roi_head: (R, C4, 14, 14) -> (R, C5)                           .out_channels = C5
+    forward:  (N, 3, H, W)    -> (N, C5), the pooled features of the uncut classifier
+    """
+
+    def __init__(
+        self, name: str, trunk: Trunk, roi_head: RoIHead, preprocessing: Preprocessing | None = None
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.trunk = trunk
+        self.roi_head = roi_head
+        self.preprocessing = preprocessing or Preprocessing()
+
+    def freeze(self, num_stages: int) -> "Backbone":
+        """Freeze stages 1..num_stages of the five (1 is the stem, 2 is conv2_x)."""
+        if not isinstance(num_stages, int) or not 0 <= num_stages <= NUM_STAGES:
+            raise ValueError(f"frozen_stages is {num_stages!r}; accepted: 0 (none) to {NUM_STAGES} (all)")
+        self.trunk.freeze(num_stages)
+        if num_stages == NUM_STAGES:
+            self.roi_head.freeze()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.roi_head(self.trunk(images))
+
+
+_BUILDERS: dict[str, Callable[..., Backbone]] = {}
+
+
+def register_backbone(*, options_of: Callable[..., Backbone]) -> Callable:
+    """Decorator: the function's name becomes a name for `create_backbone`.
+
+    `options_of` is the family's builder; its keyword-only parameters are the options that the name takes,
+    and they become the decorated function's signature.
+    """
+    options = [p for p in inspect.signature(options_of).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+    def register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
+        name = builder.__name__
+        if name in _BUILDERS:
+            raise ValueError(f"a backbone named {name!r} is registered already")
+        builder.__signature__ = inspect.Signature(options, return_annotation=Backbone)
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Names that `create_backbone` takes, sorted, as far as they match the shell-style pattern."""
+    return sorted(name for name in _BUILDERS if fnmatch(name, pattern))
+
+
+def nearest(name: str, accepted: list[str] | tuple[str, ...]) -> str:
+    """The end of an error message: the nearest accepted name, and all of them."""
+    close = difflib.get_close_matches(str(name), [str(a) for a in accepted], n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}accepted: {', '.join(str(a) for a in accepted)}"
+
+
+def backbone_options(name: str) -> dict[str, inspect.Parameter]:
+    """The options of a named backbone with their annotations and defaults."""
+    if name not in _BUILDERS:
+        raise ValueError(f"there is no backbone {name!r}; {nearest(name, list_backbones())}")
+    return dict(inspect.signature(_BUILDERS[name]).parameters)
+
+
+def create_backbone(name: str, **options: object) -> Backbone:
+    """Build a backbone by name, for example `create_backbone("resnet50", weights="imagenet_v2", frozen_stages=2)`."""
+    accepted = backbone_options(name)
+    for option in options:
+        if option not in accepted:
+            raise TypeError(f"{name} has no option {option!r}; {nearest(option, list(accepted))}")
+    return _BUILDERS[name](**options)
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module) -> None:
+    """He initialisation of every convolution (fan out, ReLU), as torchvision's ResNets draw theirs."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

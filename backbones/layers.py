@@ -1,0 +1,44 @@
+"""Convolutions and norms that the families share."""
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from .backbone import nearest
+
+
+def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the map's size at stride 1 (a norm follows, so a bias would be lost)."""
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
+    )
+
+
+def group_norm(num_channels: int) -> nn.GroupNorm:
+    """Group norm of 32 groups, or as many as divide `num_channels` (Wu & He 2018)."""
+    return nn.GroupNorm(math.gcd(32, num_channels), num_channels)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "frozen": FrozenBatchNorm2d,
+    "group": group_norm,
+}
+
+
+def norm_layer(norm: str, weights: object) -> Callable[[int], nn.Module]:
+    """The norm layer of that name, channels -> module.
+
+    Frozen batch norm keeps the statistics of its weights; with random weights there are none to keep, the
+    activations grow from block to block and the first losses are near 1e5, so that is refused.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; {nearest(norm, list(NORMS))}")
+    if norm == "frozen" and weights is None:
+        raise ValueError(
+            "norm='frozen' needs trained weights: with random ones its statistics fit nothing and the losses start "
+            "near 1e5. Give weights=... or train from scratch with norm='batch' or norm='group'."
+        )
+    return NORMS[norm]

@@ -1,0 +1,9 @@
+"""Faster R-CNN around a classification backbone cut at conv4_x: data, training, evaluation, inference."""
+
+import backbones  # noqa: F401  first: it says so where torchvision's operators do not fit the installed torch
+
+from .config import Config, load_config
+from .faster_rcnn import build_faster_rcnn, build_model
+from .inference import Detections, Detector
+
+__all__ = ["Config", "Detections", "Detector", "build_faster_rcnn", "build_model", "load_config"]

@@ -1,0 +1,127 @@
+"""Weights with all that a detector needs, and the state that a run resumes from.
+
+`best.safetensors`, `last.safetensors`: weights; the metadata holds config, class names and preprocessing.
+`training_state.pt`: optimizer, schedule, averages and counters beside the raw weights. Nothing here runs code.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from backbones import Preprocessing
+
+from .config import Config, parse_config
+from .faster_rcnn import C4FasterRCNN, build_model
+
+FORMAT = "fasterrcnn-c4"
+VERSION = 1
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make the file under a temporary name, then rename it: whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
+    """`value` as a JSON file, whole or not at all."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights and what they need: the recipe, the classes, and what the weights expect of an image."""
+
+    state_dict: dict[str, Tensor]
+    config: Config
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing = Preprocessing()
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def build(self) -> C4FasterRCNN:
+        """The detector with these weights, in evaluation mode."""
+        model = build_model(self.config.model, Config.num_classes(self.class_names), load_weights=False)
+        model.transform.set_preprocessing(self.preprocessing)
+        wanted, given = model.state_dict(), self.state_dict
+        wrong = [k for k in wanted if k not in given or given[k].shape != wanted[k].shape]
+        wrong += [k for k in given if k not in wanted]
+        if wrong:
+            raise ValueError(
+                f"the weights do not fit the config beside them: {len(wrong)} tensors differ, first {wrong[:3]}"
+            )
+        model.load_state_dict(given)
+        return model.eval()
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "config": checkpoint.config.model_dump_json(),
+        "class_names": json.dumps(checkpoint.class_names),
+        "preprocessing": json.dumps(dataclasses.asdict(checkpoint.preprocessing)),
+        "metrics": json.dumps(checkpoint.metrics),
+    }
+    tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.state_dict.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read `best.safetensors` or `last.safetensors`."""
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.safetensors"))
+        raise ValueError(f"{path} is a folder; give a file" + (f", such as {path / inside[0]}" if inside else ""))
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of this project (a .safetensors file that tools/train.py wrote): {error}"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds tensors but no detector: a checkpoint of tools/train.py is needed")
+    if int(metadata["version"]) > VERSION:
+        raise ValueError(f"{path} is of version {metadata['version']}; this program reads up to {VERSION}")
+    preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["preprocessing"]).items()}
+    return Checkpoint(
+        tensors,
+        parse_config(json.loads(metadata["config"]), source=f"the config in {path}"),
+        tuple(json.loads(metadata["class_names"])),
+        Preprocessing(**preprocessing),
+        json.loads(metadata["metrics"]),
+    )
+
+
+def save_training_state(path: str | Path, state: dict[str, Any]) -> None:
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_training_state(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is nothing to resume from: {path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as a training state: {first}") from error

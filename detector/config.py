@@ -1,0 +1,282 @@
+"""The configuration: a YAML file of names and numbers -> frozen typed models. It stops at the door."""
+
+import difflib
+import inspect
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from backbones import backbone_options
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Arguments of `build_faster_rcnn`; None leaves torchvision's default."""
+
+    backbone: dict[str, Any] = Field(description="name, and the options of that backbone")
+    roi_pool: Literal["align", "max"] = "align"
+    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    min_size: int = Field(800, gt=0)
+    max_size: int = Field(1333, gt=0)
+    rpn_pre_nms_top_n_train: int | None = Field(None, gt=0)
+    rpn_pre_nms_top_n_test: int | None = Field(None, gt=0)
+    rpn_post_nms_top_n_train: int | None = Field(None, gt=0)
+    rpn_post_nms_top_n_test: int | None = Field(None, gt=0)
+    rpn_nms_thresh: float | None = Field(None, ge=0, le=1)
+    rpn_fg_iou_thresh: float | None = Field(None, ge=0, le=1)
+    rpn_bg_iou_thresh: float | None = Field(None, ge=0, le=1)
+    rpn_batch_size_per_image: int | None = Field(None, gt=0)
+    rpn_positive_fraction: float | None = Field(None, ge=0, le=1)
+    rpn_score_thresh: float | None = Field(None, ge=0, le=1)
+    box_score_thresh: float | None = Field(None, ge=0, le=1)
+    box_nms_thresh: float | None = Field(None, ge=0, le=1)
+    box_detections_per_img: int | None = Field(None, gt=0)
+    box_fg_iou_thresh: float | None = Field(None, ge=0, le=1)
+    box_bg_iou_thresh: float | None = Field(None, ge=0, le=1)
+    box_batch_size_per_image: int | None = Field(None, gt=0)
+    box_positive_fraction: float | None = Field(None, ge=0, le=1)
+    bbox_reg_weights: tuple[float, float, float, float] | None = None
+
+    @field_validator("backbone")
+    @classmethod
+    def _check_backbone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Types of the options as the named backbone's builder declares them."""
+        if "name" not in value:
+            raise ValueError(f"backbone needs a name; got {value}")
+        options = backbone_options(value["name"])
+        checked = {"name": value["name"]}
+        for key, given in value.items():
+            if key == "name":
+                continue
+            if key not in options:
+                raise ValueError(
+                    f"{value['name']} has no option {key!r}; {did_you_mean(key, ['name', *options])}"
+                )
+            annotation = options[key].annotation
+            if annotation is inspect.Parameter.empty:
+                checked[key] = given
+                continue
+            try:
+                checked[key] = TypeAdapter(annotation).validate_python(given)
+            except ValidationError as error:
+                raise ValueError(f"option {key} is {given!r}: {error.errors()[0]['msg']}") from error
+        return checked
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "ModelConfig":
+        if self.min_size > self.max_size:
+            raise ValueError(f"min_size {self.min_size} is larger than max_size {self.max_size}")
+        return self
+
+
+class CocoSource(Section):
+    """Pictures in `images`, boxes in the COCO JSON `annotations`; both below data.root."""
+
+    format: Literal["coco"]
+    images: str
+    annotations: str
+    limit: int | None = Field(None, gt=0, description="only the first so many annotated images")
+
+
+class VocSource(Section):
+    """A folder with Annotations/, ImageSets/Main/ and JPEGImages/ at `directory` below data.root."""
+
+    format: Literal["voc"]
+    split: str
+    directory: str = "."
+    one_based: bool = Field(True, description="VOC's own pixels start at 1 and include the last; checked")
+    limit: int | None = Field(None, gt=0)
+
+
+class ShapesSource(Section):
+    """The generated shapes, written below data.root when they are not there yet."""
+
+    format: Literal["shapes"]
+    split: Literal["train", "val"]
+    num_train: int = Field(400, gt=0)
+    num_val: int = Field(100, gt=0)
+    image_size: int = Field(160, ge=64)
+    seed: int = Field(0, ge=0)
+
+
+Source = Annotated[CocoSource | VocSource | ShapesSource, Field(discriminator="format")]
+
+
+class DataConfig(Section):
+    """The data sets. A split is one source or a list of them, read one after another."""
+
+    root: Path = Path(".")
+    train: list[Source] | None = None
+    val: list[Source] | None = None
+    test: list[Source] | None = None
+    class_names: tuple[str, ...] | None = Field(None, description="foreground names; None: as the data have them")
+    difficult: bool = Field(True, description="train on objects that VOC marks difficult")
+    strict: bool = Field(False, description="refuse a data set with bad boxes instead of skipping them")
+
+    @field_validator("train", "val", "test", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+
+class AugmentConfig(Section):
+    """What training images go through after the resize; every draw is a function of (seed, epoch, image id)."""
+
+    horizontal_flip: float = Field(0.5, ge=0, le=1)
+    vertical_flip: float = Field(0.0, ge=0, le=1)
+    scale: tuple[float, float] = Field((1.0, 1.0), description="factor on the network's size, drawn between the two")
+    crop: float = Field(0.0, ge=0, le=1, description="probability of a crop that keeps every box whole")
+    brightness: float = Field(0.0, ge=0, le=1)
+    contrast: float = Field(0.0, ge=0, le=1)
+    saturation: float = Field(0.0, ge=0, le=1)
+    hue: float = Field(0.0, ge=0, le=0.5)
+
+    @field_validator("scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"scale is {value}; accepted: two positive numbers, the smaller first")
+        return value
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    epochs: int = Field(12, gt=0)
+    batch_size: int = Field(2, gt=0, description="images a step of the loader")
+    accumulate: int = Field(1, gt=0, description="batches whose gradients are added up for one update")
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.0025, gt=0, description="after warm-up, for batch_size x accumulate images an update")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    norm_decay: bool = Field(False, description="decay norms and biases too")
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    milestones: tuple[float, ...] = Field((), description="multistep: epochs after which the rate falls by gamma")
+    gamma: float = Field(0.1, gt=0, le=1)
+    warmup_steps: int = Field(100, ge=0, description="updates of linear warm-up")
+    warmup_factor: float = Field(0.001, gt=0, le=1, description="of lr, at the first update")
+    clip_norm: float | None = Field(None, gt=0, description="bound of the gradients' norm")
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, which are then evaluated")
+    eval_every: int = Field(1, gt=0, description="epochs")
+    patience: int | None = Field(None, gt=0, description="stop after so many evaluations without a better one")
+    best_metric: Literal["AP", "AP50", "AP75"] = "AP"
+    log_every: int = Field(20, gt=0, description="updates between lines of metrics.jsonl")
+    seed: int = Field(0, ge=0)
+
+
+class LoaderConfig(Section):
+    """How batches are made."""
+
+    num_workers: int = Field(2, ge=0)
+    eval_batch_size: int = Field(4, gt=0)
+    group_by_aspect_ratio: bool = True
+
+
+class Config(Section):
+    """A complete recipe."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    loader: LoaderConfig = LoaderConfig()
+
+    @staticmethod
+    def num_classes(class_names: tuple[str, ...]) -> int:
+        """K: the data's classes and background. The only place that adds it."""
+        return len(class_names) + 1
+
+
+def did_you_mean(key: str, accepted: list[str]) -> str:
+    """The end of a sentence about an unknown key."""
+    close = difflib.get_close_matches(key, accepted, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"accepted: {', '.join(accepted)}"
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The recipe of a YAML file with `key=value` overrides, for example `["train.lr=0.01", "data.root=/data"]`."""
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"there is no config {path}" + (f"; beside it: {', '.join(near)}" if near else ""))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    return parse_config(values, overrides, source=str(path))
+
+
+def parse_config(values: Any, overrides: list[str] | tuple[str, ...] = (), source: str = "config") -> Config:
+    """Check plain dictionaries (of YAML or of a checkpoint) and freeze them."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} holds {type(values).__name__}; accepted: sections {', '.join(Config.model_fields)}")
+    for override in overrides:
+        values = _override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_sentence(e, values)}" for e in error.errors())
+        raise ValueError(f"{source} is not a valid config:\n{lines}") from None
+
+
+def _override(values: Any, override: str) -> Any:
+    """A copy of `values` with `a.b.0.c=value` set; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r}; accepted: key=value, for example train.lr=0.01")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: {text!r} is not a YAML value: {error}") from error
+
+    def put(node: Any, parts: list[str]) -> Any:
+        if not parts:
+            return value
+        if isinstance(node, list):
+            if not parts[0].isdigit() or int(parts[0]) >= len(node):
+                raise ValueError(
+                    f"override {override!r}: {parts[0]!r} is no index of a list of {len(node)}; accepted: 0 to {len(node) - 1}"
+                )
+            index = int(parts[0])
+            return [*node[:index], put(node[index], parts[1:]), *node[index + 1 :]]
+        if node is not None and not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: there is nothing below {node!r}")
+        node = node or {}
+        return {**node, parts[0]: put(node.get(parts[0]), parts[1:])}
+
+    return put(values, key.split("."))
+
+
+def _sentence(error: dict[str, Any], values: dict[str, Any]) -> str:
+    """One pydantic error as a sentence: where, what was got, what is accepted."""
+    names = [str(part) for part in error["loc"]]
+    where = ".".join(names) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {where}; {did_you_mean(names[-1], _fields_beside(error['loc'], values))}"
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = "" if error["type"] == "value_error" else f" is {error['input']!r}"
+    return f"{where}{shown}: {message}"
+
+
+def _fields_beside(location: tuple[Any, ...], values: dict[str, Any]) -> list[str]:
+    """Names of the fields of the section in which an unknown key stands."""
+    sources = {"coco": CocoSource, "voc": VocSource, "shapes": ShapesSource}
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        if part in sources and section is DataConfig:
+            return list(sources[part].model_fields)
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return list(section.model_fields)

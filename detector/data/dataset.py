@@ -1,0 +1,268 @@
+"""The data set that every reader gives: images with boxes, held in a few flat arrays.
+
+N images, M boxes, K classes with background. Flat arrays, not lists of dicts, so that worker processes share
+them: reading a Python object writes its reference count, and copies its page into each worker.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from detector.data.images import load_image
+
+_COLUMNS = {  # name: (dtype, shape after the first axis); image_paths keeps its own width of str
+    "category_ids": (np.int64, ()),
+    "image_paths": (np.str_, ()),
+    "image_ids": (np.int64, ()),
+    "image_sizes": (np.int32, (2,)),
+    "offsets": (np.int64, ()),
+    "boxes": (np.float64, (4,)),
+    "labels": (np.int64, ()),
+    "areas": (np.float64, ()),
+    "crowd": (np.bool_, ()),
+    "difficult": (np.bool_, ()),
+}
+_IMAGE_COLUMNS = ("image_paths", "image_ids", "image_sizes")
+_BOX_COLUMNS = ("boxes", "labels", "areas", "crowd", "difficult")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class DetectionDataset(Dataset):
+    """Images with boxes; an item is torchvision's pair (image, target).
+
+    Crowd boxes never reach a target, difficult ones only where `use_difficult`; `to_coco` gives all of them.
+    """
+
+    class_names: tuple[str, ...]  # (K-1,) foreground: class_names[label - 1]
+    category_ids: np.ndarray  # (K-1,) int64: the data set's own id of label i + 1
+    image_paths: np.ndarray  # (N,) str
+    image_ids: np.ndarray  # (N,) int64
+    image_sizes: np.ndarray  # (N, 2) int32: height, width
+    offsets: np.ndarray  # (N+1,) int64: the boxes of image i are rows offsets[i]:offsets[i+1]
+    boxes: np.ndarray  # (M, 4) float64 xyxy, pixels
+    labels: np.ndarray  # (M,) int64 in 1..K-1
+    areas: np.ndarray  # (M,) float64, square pixels: of the object, where the file says it, else of its box
+    crowd: np.ndarray  # (M,) bool
+    difficult: np.ndarray  # (M,) bool
+    use_difficult: bool = True
+    problems: tuple[str, ...] = ()  # a sentence for each object skipped or odd, with file and index
+    notes: tuple[str, ...] = ()  # remarks that are no problems
+
+    def __post_init__(self) -> None:
+        self.class_names, self.problems, self.notes = map(
+            tuple, (self.class_names, self.problems, self.notes)
+        )
+        for name, (dtype, row_shape) in _COLUMNS.items():
+            column = np.asarray(getattr(self, name), dtype).reshape(-1, *row_shape)
+            setattr(self, name, np.ascontiguousarray(column))
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        num_images, num_boxes, num_classes = len(self.image_ids), len(self.boxes), len(self.class_names)
+        expected = dict.fromkeys(("image_paths", "image_sizes"), num_images)
+        expected |= dict.fromkeys(("labels", "areas", "crowd", "difficult"), num_boxes)
+        expected |= {"offsets": num_images + 1, "category_ids": num_classes}
+        for name, length in expected.items():
+            if len(getattr(self, name)) != length:
+                raise ValueError(f"{name} has {len(getattr(self, name))} rows, {length} expected")
+        if self.offsets[0] != 0 or self.offsets[-1] != num_boxes or np.any(np.diff(self.offsets) < 0):
+            raise ValueError(f"offsets must rise from 0 to the number of boxes, {num_boxes}")
+        if num_boxes and not 1 <= self.labels.min() <= self.labels.max() <= num_classes:
+            raise ValueError(
+                f"labels must be in 1..{num_classes}, got {self.labels.min()}..{self.labels.max()}"
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"DetectionDataset({len(self)} images, {len(self.boxes)} boxes, {len(self.class_names)} classes)"
+        )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+        """The image, (3, H, W) float32 RGB in [0, 1], and its target.
+
+        target: boxes (M, 4) float32 xyxy pixels, labels (M,) int64, image_id int.
+        """
+        target = self.target(index)
+        image = torch.from_numpy(self.image(index)).permute(2, 0, 1).contiguous().float().div_(255)
+        tensors = {name: torch.from_numpy(target[name]) for name in ("boxes", "labels")}
+        return image, tensors | {"image_id": target["image_id"]}
+
+    def image(self, index: int) -> np.ndarray:
+        """The decoded picture: (H, W, 3) uint8 RGB, of the size that the annotations are for."""
+        path = str(self.image_paths[index])
+        image = load_image(path)
+        expected, got = tuple(self.image_sizes[index].tolist()), image.shape[:2]
+        if got != expected:
+            raise ValueError(_size_message(path, expected, got))
+        return image
+
+    def target(self, index: int) -> dict:
+        """What there is to learn in an image: boxes (M, 4) float32, labels (M,) int64, image_id int."""
+        index = range(len(self))[index]  # an IndexError past the end, and offsets[-1 + 1] is no image's
+        rows = slice(self.offsets[index], self.offsets[index + 1])
+        trained = self._trained(rows)
+        return {
+            "boxes": self.boxes[rows][trained].astype(np.float32),
+            "labels": self.labels[rows][trained],
+            "image_id": int(self.image_ids[index]),
+        }
+
+    def _trained(self, rows: slice = slice(None)) -> np.ndarray:
+        """Which boxes are learned: not crowds, and difficult ones only on request; (M,) bool."""
+        return ~self.crowd[rows] & (self.use_difficult | ~self.difficult[rows])
+
+    def subset(self, indices: Sequence[int] | np.ndarray | slice) -> "DetectionDataset":
+        """The images of `indices` (numbers, a slice, or a mask), in that order."""
+        if not isinstance(indices, slice):
+            indices = np.asarray(indices)
+            indices = indices if indices.size else indices.astype(np.int64)  # an empty list comes as float
+        indices = np.arange(len(self))[indices]
+        counts = np.diff(self.offsets)[indices]
+        offsets = offsets_of(counts)
+        rows = np.repeat(self.offsets[indices] - offsets[:-1], counts) + np.arange(offsets[-1])
+        columns = {name: getattr(self, name)[indices] for name in _IMAGE_COLUMNS}
+        columns |= {name: getattr(self, name)[rows] for name in _BOX_COLUMNS}
+        return replace(self, offsets=offsets, **columns)
+
+    def first_annotated(self, limit: int | None) -> "DetectionDataset":
+        """The first `limit` images with something to learn; all images, with and without, for None."""
+        if limit is None:
+            return self
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, or None for all images, got {limit}")
+        learned = np.concatenate([[0], np.cumsum(self._trained())])[self.offsets]  # (N+1,) up to each image
+        return self.subset(np.flatnonzero(np.diff(learned))[:limit])
+
+    def box_counts(self) -> dict[str, int]:
+        """Boxes to learn of each class, by name."""
+        counts = np.bincount(self.labels[self._trained()], minlength=len(self.class_names) + 1)
+        return dict(zip(self.class_names, counts[1:].tolist(), strict=True))
+
+    def aspect_ratios(self) -> np.ndarray:
+        """Height over width of each image: (N,) float64."""
+        return self.image_sizes[:, 0] / self.image_sizes[:, 1]
+
+    def to_coco(self) -> dict:
+        """COCO's ground truth: all boxes, crowds and difficult too, with the data set's own category ids.
+
+        Annotation ids start at 1: pycocotools takes 0 for "unmatched".
+        """
+        images = [
+            {"id": image_id, "file_name": Path(path).name, "height": height, "width": width}
+            for image_id, path, (height, width) in zip(
+                self.image_ids.tolist(), self.image_paths.tolist(), self.image_sizes.tolist(), strict=True
+            )
+        ]
+        categories = [
+            {"id": category_id, "name": name}
+            for category_id, name in zip(self.category_ids.tolist(), self.class_names, strict=True)
+        ]
+        return {"images": images, "categories": categories, "annotations": self._coco_annotations()}
+
+    def _coco_annotations(self) -> list[dict]:
+        corners = self.boxes[:, :2]
+        columns = {
+            "id": np.arange(1, len(self.boxes) + 1),
+            "image_id": np.repeat(self.image_ids, np.diff(self.offsets)),
+            "category_id": self.category_ids[self.labels - 1],
+            "bbox": np.concatenate([corners, self.boxes[:, 2:] - corners], axis=1),
+            "area": self.areas,
+            "iscrowd": self.crowd.astype(np.int64),
+            "difficult": self.difficult.astype(np.int64),
+        }
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def concatenate(datasets: Sequence[DetectionDataset]) -> DetectionDataset:
+    """One data set of several with the same classes, such as VOC 2007 and 2012.
+
+    Image ids are kept where no two are equal, and renumbered 1..N otherwise; category ids are the
+    first data set's.
+    """
+    if not datasets:
+        raise ValueError("no data set was given: concatenate takes at least one")
+    first, notes = datasets[0], [note for dataset in datasets for note in dataset.notes]
+    for number, other in enumerate(datasets[1:], start=1):
+        _check_same_classes(first, other, number)
+        if not np.array_equal(other.category_ids, first.category_ids):
+            notes.append(f"datasets[{number}] has other category ids than datasets[0], whose ids are used")
+    columns = {
+        name: np.concatenate([getattr(dataset, name) for dataset in datasets])
+        for name in _IMAGE_COLUMNS + _BOX_COLUMNS
+    }
+    if len(np.unique(columns["image_ids"])) < len(columns["image_ids"]):
+        columns["image_ids"] = np.arange(1, len(columns["image_ids"]) + 1)
+        notes.append(f"the data sets share image ids: images are renumbered 1..{len(columns['image_ids'])}")
+    return replace(
+        first,
+        offsets=offsets_of(np.concatenate([np.diff(dataset.offsets) for dataset in datasets])),
+        problems=tuple(problem for dataset in datasets for problem in dataset.problems),
+        notes=tuple(notes),
+        **columns,
+    )
+
+
+def _check_same_classes(first: DetectionDataset, other: DetectionDataset, number: int) -> None:
+    if other.use_difficult != first.use_difficult:
+        raise ValueError(f"datasets[{number}] and datasets[0] differ in use_difficult: give both the same")
+    if other.class_names == first.class_names:
+        return
+    missing = [name for name in first.class_names if name not in other.class_names]
+    added = [name for name in other.class_names if name not in first.class_names]
+    difference = f"lacks {missing} and adds {added}" if missing or added else "has them in another order"
+    raise ValueError(
+        f"datasets[{number}] has other classes than datasets[0]: it {difference}; "
+        "read both with the same class_names"
+    )
+
+
+def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, str]:
+    """What is wrong with boxes that cannot be used: {row: reason}, in ascending order.
+
+    boxes: (M, 4) float xyxy pixels; image_sizes: (M, 2) height, width of each box's image.
+    A box that is partly inside its image is sound.
+    """
+    x1, y1, x2, y2 = boxes.T
+    height, width = image_sizes.T
+    with np.errstate(invalid="ignore"):
+        faults = {
+            "lies outside the image": (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0),
+            "has no area": (x2 <= x1) | (y2 <= y1),
+            "is not four finite numbers": ~np.isfinite(boxes).all(axis=1),
+        }
+    reasons = {int(row): reason for reason, faulty in faults.items() for row in np.flatnonzero(faulty)}
+    return dict(sorted(reasons.items()))  # of several reasons, the last of `faults` is the root
+
+
+def refuse_problems(problems: Sequence[str], source: str | Path) -> None:
+    """Raise a ValueError that lists the first few problems, if there are any: what `strict` asks for."""
+    if problems:
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:5])
+        raise ValueError(f"{source}: {len(problems)} problem(s), and strict=True refuses any:{listed}{more}")
+
+
+def offsets_of(counts: np.ndarray) -> np.ndarray:
+    """Where each image's boxes begin, and the last end: (N,) counts -> (N+1,) int64."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _size_message(path: str, expected: tuple[int, int], got: tuple[int, int]) -> str:
+    message = (
+        f"{path}: the picture is {got[1]}x{got[0]} (width x height), "
+        f"its annotations say {expected[1]}x{expected[0]}"
+    )
+    if got == expected[::-1]:
+        message += (
+            "; the two are swapped, as happens where a picture was annotated without its EXIF orientation: "
+            "save it again without the orientation tag, or annotate it upright"
+        )
+    return message

@@ -1,0 +1,104 @@
+"""Batches: which images, in which order, read by which worker; none of it depends on the number of workers."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .dataset import DetectionDataset
+from .transforms import EvalTransform
+
+Batch = tuple[list[torch.Tensor], list[dict]]
+
+
+class TransformedDataset(Dataset):
+    """A data set behind a transform; an item is asked for by (epoch, index).
+
+    The epoch comes with the index, so that workers that live through all epochs know it.
+    """
+
+    def __init__(self, dataset: DetectionDataset, transform: EvalTransform, seed: int) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, dict]:
+        epoch, index = key
+        target = self.dataset.target(index)
+        return self.transform(self.dataset.image(index), target, (self.seed, epoch, target["image_id"]))
+
+
+class TrainBatches(Sampler):
+    """Shuffled batches of an epoch, images of like orientation together: lists of (epoch, index).
+
+    Wide and tall images in one batch would be padded to a square of both. The order is a function of (seed, epoch);
+    `start` batches are skipped, to resume within an epoch.
+    """
+
+    def __init__(self, aspect_ratios: np.ndarray, batch_size: int, seed: int, group: bool = True) -> None:
+        self.tall = aspect_ratios > 1 if group else np.zeros(len(aspect_ratios), dtype=bool)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return -(-len(self.tall) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.tall))
+        tall = self.tall[order]
+        groups = [order[tall], order[~tall]]
+        whole = [len(g) // self.batch_size * self.batch_size for g in groups]
+        rest = np.concatenate([g[n:] for g, n in zip(groups, whole, strict=True)])
+        full = np.concatenate([g[:n] for g, n in zip(groups, whole, strict=True)])
+        batches = [c[i : i + self.batch_size] for c in (full, rest) for i in range(0, len(c), self.batch_size)]
+        for i in rng.permutation(len(batches))[self.start :]:
+            yield [(self.epoch, int(index)) for index in batches[i]]
+
+
+class EvalBatches(Sampler):
+    """Every image once, images of like shape together so that little is padded."""
+
+    def __init__(self, aspect_ratios: np.ndarray, batch_size: int) -> None:
+        order = np.argsort(aspect_ratios, kind="stable")
+        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return ([(0, int(index)) for index in batch] for batch in self.batches)
+
+
+def collate(samples: list[tuple[torch.Tensor, dict]]) -> Batch:
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
+def _one_thread(worker: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(0)  # torch's workers run one thread each; OpenCV's would take every core in every worker
+
+
+def build_loader(dataset: TransformedDataset, batches: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
+    """Read `batches` of `dataset` in `num_workers` processes that live as long as the loader."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_one_thread,
+    )

@@ -1,0 +1,257 @@
+"""A generated data set of shapes on textured backgrounds, on disk as COCO JSON and pictures.
+
+    root/train/*.jpg  root/val/*.jpg  root/annotations/train.json  root/annotations/val.json  root/shapes.json
+
+For the first run: it needs no download, and a small network learns it in minutes.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+CLASS_NAMES = ("circle", "square", "triangle", "star")
+
+_VERSION = 1  # of the drawing: raise it when the pictures change, so that old folders are made anew
+_SETTINGS_NAME = "shapes.json"
+_PARTIAL_NAME = "shapes.json.partial"  # marks a folder that is being written
+_MAX_OBJECTS = 5
+_SUBPIXEL_BITS = 4  # OpenCV draws in 1/16 pixels
+_HALF = 128  # a pixel belongs to a shape that covers at least half of it
+
+
+def generate_shapes(
+    root: str | Path,
+    *,
+    num_train: int = 400,
+    num_val: int = 100,
+    image_size: int = 160,
+    seed: int = 0,
+) -> None:
+    """Write the data set into `root`, unless it is there already with the same settings.
+
+    Each picture is a function of (seed, split, number). A half-written folder, or one of other settings, is
+    written anew.
+
+    Raises:
+        ValueError: `root` holds files that this function did not write, or a setting is out of range.
+    """
+    root = Path(root)
+    settings = {
+        "version": _VERSION,
+        "num_train": num_train,
+        "num_val": num_val,
+        "image_size": image_size,
+        "seed": seed,
+    }
+    _check_settings(settings)
+    if _read_settings(root / _SETTINGS_NAME) == settings:
+        return
+    _clear(root)
+    (root / "annotations").mkdir(parents=True)
+    for split_index, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
+        _write_split(root, split, num_images, image_size, (seed, split_index))
+    # Last, so that a folder with settings is a whole one.
+    (root / _PARTIAL_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    os.replace(root / _PARTIAL_NAME, root / _SETTINGS_NAME)
+
+
+def _check_settings(settings: dict[str, int]) -> None:
+    for name, least in (("num_train", 1), ("num_val", 1), ("image_size", 64), ("seed", 0)):
+        if type(settings[name]) is not int or settings[name] < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {settings[name]!r}")
+
+
+def _read_settings(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def _clear(root: Path) -> None:
+    """Leave `root` with nothing but the mark of a folder in the making."""
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root}: a file, where the folder of the data set should be")
+    ours = {"train", "val", "annotations", _SETTINGS_NAME, _PARTIAL_NAME}
+    present = {entry.name for entry in root.iterdir()} if root.is_dir() else set()
+    made_here = bool(present & {_SETTINGS_NAME, _PARTIAL_NAME})
+    if present and (not made_here or present - ours):
+        foreign = ", ".join(sorted(present - ours if made_here else present)[:5])
+        raise ValueError(
+            f"{root}: holds files that are not of a generated data set ({foreign}); "
+            "name a new or empty folder, or remove them"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    (root / _PARTIAL_NAME).touch()
+    (root / _SETTINGS_NAME).unlink(missing_ok=True)
+    for name in present & {"train", "val", "annotations"}:
+        shutil.rmtree(root / name)
+
+
+def _write_split(root: Path, split: str, num_images: int, size: int, seeds: tuple[int, int]) -> None:
+    (root / split).mkdir()
+    images, annotations = [], []
+    for image_id in range(1, num_images + 1):
+        picture, objects = draw_picture(np.random.default_rng((*seeds, image_id)), size)
+        name = f"{image_id:06d}.jpg"
+        Image.fromarray(picture).save(root / split / name, quality=95, subsampling=0)
+        images.append({"id": image_id, "file_name": name, "width": size, "height": size})
+        for label, (x1, y1, x2, y2), area in objects:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": label,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": area,
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": label, "name": name} for label, name in enumerate(CLASS_NAMES, start=1)]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    (root / "annotations" / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def draw_picture(
+    generator: np.random.Generator, size: int
+) -> tuple[np.ndarray, list[tuple[int, tuple[int, int, int, int], int]]]:
+    """One picture, (size, size, 3) uint8 RGB, and its objects as (label, box, area).
+
+    A box is xyxy in whole pixels, tight around the pixels that the shape covers at least half.
+    """
+    canvas = _draw_background(generator, size)
+    objects, shadow_offset = [], size / 80
+    num_objects = int(generator.integers(1, _MAX_OBJECTS + 1)) if generator.random() > 0.06 else 0
+    boxes = np.empty((0, 4))
+    for _ in range(num_objects):
+        placed = _place(generator, size, boxes)
+        if placed is None:
+            continue
+        label, outline, mask, box = placed
+        _blend(canvas, _cover(outline + shadow_offset, size) // 4, np.zeros(3))
+        _fill(generator, canvas, mask, box)
+        boxes = np.concatenate([boxes, [box]])
+        objects.append((label, box, int((mask >= _HALF).sum())))
+    noise = generator.normal(0, generator.uniform(1, 5), canvas.shape)
+    return np.clip(np.round(canvas + noise), 0, 255).astype(np.uint8), objects
+
+
+def _draw_background(generator: np.random.Generator, size: int) -> np.ndarray:
+    """A cloudy gradient of two colours, at times striped, with a few thin lines: (size, size, 3) float32."""
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    angle = generator.uniform(0, 2 * np.pi)
+    along = columns * np.cos(angle) + rows * np.sin(angle)
+    blend = 0.6 * (along - along.min()) / np.ptp(along) + 0.4 * _clouds(generator, size)
+    if generator.random() < 0.4:
+        frequency = generator.uniform(8, 30)
+        blend += 0.12 * np.sin(2 * np.pi * frequency * (columns * np.sin(angle) - rows * np.cos(angle)))
+    start, end = (_random_color(generator, saturation=(0.1, 0.45), value=(0.35, 0.95)) for _ in range(2))
+    canvas = (start + np.clip(blend, 0, 1)[:, :, None] * (end - start)).astype(np.float32)
+    for _ in range(generator.integers(0, 4)):
+        ends = _fixed_point(generator.uniform(-0.1, 1.1, (2, 2)) * size)
+        line = np.zeros((size, size), np.uint8)  # OpenCV smooths edges on 8 bits only
+        cv2.line(line, *ends.tolist(), 255, 1, cv2.LINE_AA, _SUBPIXEL_BITS)
+        _blend(canvas, line, _random_color(generator, saturation=(0, 0.5), value=(0.2, 1)))
+    return canvas
+
+
+def _clouds(generator: np.random.Generator, size: int) -> np.ndarray:
+    """Smooth noise of three scales, from 0 to 1: (size, size) float32."""
+    total = np.zeros((size, size), np.float32)
+    for cells in (3, 6, 14):
+        coarse = generator.random((cells, cells), np.float32) / cells
+        total += cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+    return (total - total.min()) / np.ptp(total)
+
+
+def _random_color(
+    generator: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]
+) -> np.ndarray:
+    """A colour of any hue: (3,) float32 RGB, 0..255."""
+    hue = generator.uniform(0, 360)
+    color = np.float32([[[hue, generator.uniform(*saturation), generator.uniform(*value)]]])
+    return cv2.cvtColor(color, cv2.COLOR_HSV2RGB)[0, 0] * 255
+
+
+def _place(
+    generator: np.random.Generator, size: int, boxes: np.ndarray
+) -> tuple[int, np.ndarray, np.ndarray, tuple[int, int, int, int]] | None:
+    """A shape that hardly covers the others: label, outline, coverage, box; None where there is no room."""
+    label = int(generator.integers(1, len(CLASS_NAMES) + 1))
+    for _ in range(20):
+        diameter = size * np.exp(generator.uniform(np.log(0.14), np.log(0.5)))
+        center = generator.uniform(0.04, 0.96, 2) * size
+        outline = center + diameter / 2 * _outline(CLASS_NAMES[label - 1], generator.uniform(-0.3, 0.3))
+        mask = _cover(outline, size)
+        box = _tight_box(mask >= _HALF)
+        whole = np.prod(np.ptp(outline, axis=0))
+        if box is not None and _visible_share(box, whole) > 0.55 and _largest_overlap(box, boxes) < 0.1:
+            return label, outline, mask, box
+    return None
+
+
+def _outline(name: str, angle: float) -> np.ndarray:
+    """Corners of a shape of diameter 2 about the origin, y down, turned by `angle`: (P, 2) float64."""
+    num_corners, inner = {"circle": (64, 1.0), "square": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.45)}[
+        name
+    ]
+    turns = 2 * np.pi * np.arange(num_corners) / num_corners
+    if name == "square":
+        turns = turns + np.pi / 4
+    radii = np.where(np.arange(num_corners) % 2, inner, 1.0)
+    return np.stack([np.sin(turns + angle) * radii, -np.cos(turns + angle) * radii], axis=1)
+
+
+def _cover(outline: np.ndarray, size: int) -> np.ndarray:
+    """How much of each pixel a filled outline covers, in 255ths: (size, size) uint8."""
+    canvas = np.zeros((size, size), np.uint8)
+    # A pixel's centre is at a whole number for OpenCV, at a half in the project's coordinates.
+    cv2.fillPoly(canvas, [_fixed_point(outline - 0.5)], 255, cv2.LINE_AA, _SUBPIXEL_BITS)
+    return canvas
+
+
+def _fixed_point(points: np.ndarray) -> np.ndarray:
+    return np.round(points * 2**_SUBPIXEL_BITS).astype(np.int32)
+
+
+def _tight_box(covered: np.ndarray) -> tuple[int, int, int, int] | None:
+    """xyxy around the True pixels, the far edges included; None where there is none."""
+    columns, rows = np.flatnonzero(covered.any(axis=0)), np.flatnonzero(covered.any(axis=1))
+    if not len(columns):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _visible_share(box: tuple[int, int, int, int], whole: float) -> float:
+    x1, y1, x2, y2 = box
+    return (x2 - x1) * (y2 - y1) / whole
+
+
+def _largest_overlap(box: tuple[int, int, int, int], boxes: np.ndarray) -> float:
+    """The largest share of either box that lies in the other, over all of `boxes` (M, 4); 0 without any."""
+    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+    common = np.prod(np.clip(sides, 0, None), axis=1)
+    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    own = (box[2] - box[0]) * (box[3] - box[1])
+    return float(np.max(common / np.minimum(areas, own), initial=0))
+
+
+def _fill(generator: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, box: tuple[int, ...]) -> None:
+    """Paint a shape in a strong colour far from what lies under it, a little lighter at its top."""
+    behind = canvas[mask >= _HALF].mean(axis=0)
+    candidates = [_random_color(generator, saturation=(0.65, 1), value=(0.45, 1)) for _ in range(4)]
+    color = max(candidates, key=lambda candidate: float(np.abs(candidate - behind).sum()))
+    height = np.linspace(1.12, 0.88, box[3] - box[1], dtype=np.float32)
+    shade = np.ones(len(canvas), np.float32)
+    shade[box[1] : box[3]] = height
+    _blend(canvas, mask, np.clip(color * shade[:, None, None], 0, 255))
+
+
+def _blend(canvas: np.ndarray, mask: np.ndarray, color: np.ndarray) -> None:
+    """Lay a colour, or a picture of colours, over the canvas, as densely as the mask (0..255) says."""
+    canvas += mask[:, :, None].astype(np.float32) / 255 * (color - canvas).astype(np.float32)

@@ -1,0 +1,102 @@
+"""From a decoded picture and its boxes to what the network sees: resize to the network's size, then augment.
+
+Pictures are (H, W, 3) uint8 RGB arrays, boxes (M, 4) float32 xyxy pixels; the result is torch's (3, h, w) uint8.
+"""
+
+import os
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version on import
+
+import albumentations as A  # noqa: E402
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from ..config import AugmentConfig  # noqa: E402
+from ..faster_rcnn import network_size  # noqa: E402
+
+Key = tuple[int, int, int]  # seed, epoch, image id
+
+
+def clip_boxes(boxes: np.ndarray, labels: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes cut at the border of an image of `size` (height, width); those with nothing left are dropped."""
+    height, width = size
+    boxes = boxes.clip(0, [width, height, width, height]).astype(np.float32)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    return boxes[kept], labels[kept]
+
+
+def resize(image: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Bilinear at pixel centres without antialiasing, as the model resizes images itself."""
+    height, width = image.shape[:2]
+    if (height, width) == size:
+        return image, boxes
+    factor = np.array([size[1] / width, size[0] / height] * 2, dtype=np.float32)
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR), boxes * factor
+
+
+class EvalTransform:
+    """Resize to the network's size, and nothing else."""
+
+    def __init__(self, min_size: int, max_size: int) -> None:
+        self.min_size = min_size
+        self.max_size = max_size
+
+    def __call__(self, image: np.ndarray, target: dict, key: Key) -> tuple[torch.Tensor, dict]:
+        """`target` has `boxes`, `labels` and `image_id`; the result's also has `original_size` (height, width)."""
+        original_size = image.shape[:2]
+        boxes, labels = clip_boxes(target["boxes"], target["labels"], original_size)
+        rng = np.random.default_rng(key)
+        image, boxes = resize(image, boxes, self.draw_size(original_size, rng))
+        image, boxes, labels = self.augment(image, boxes, labels, rng)
+        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), {
+            "boxes": torch.from_numpy(boxes),
+            "labels": torch.from_numpy(labels),
+            "image_id": target["image_id"],
+            "original_size": original_size,
+        }
+
+    def draw_size(self, original_size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
+        return network_size(*original_size, self.min_size, self.max_size)
+
+    def augment(
+        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return image, boxes, labels
+
+
+class TrainTransform(EvalTransform):
+    """Resize, with a drawn factor, and augment with albumentations; every draw is a function of the key alone."""
+
+    def __init__(self, min_size: int, max_size: int, augment: AugmentConfig) -> None:
+        super().__init__(min_size, max_size)
+        self.scale = augment.scale
+        self.compose = build_augmentation(augment)
+
+    def draw_size(self, original_size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
+        factor = rng.uniform(*self.scale)
+        height, width = network_size(*original_size, self.min_size, self.max_size)
+        return max(1, round(height * factor)), max(1, round(width * factor))
+
+    def augment(
+        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        # Compose owns its generators, and forked workers copy them: seeded per sample, the worker does not matter.
+        self.compose.set_random_seed(int(rng.integers(2**31)))
+        result = self.compose(image=image, bboxes=boxes, labels=labels)
+        boxes = np.asarray(result["bboxes"], dtype=np.float32).reshape(-1, 4)
+        labels = np.asarray(result["labels"], dtype=np.int64).reshape(-1)
+        return (result["image"], *clip_boxes(boxes, labels, result["image"].shape[:2]))
+
+
+def build_augmentation(augment: AugmentConfig) -> A.Compose:
+    """The albumentations pipeline of a configuration, boxes and labels included."""
+    jitter = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
+    steps = [
+        A.BBoxSafeRandomCrop(p=augment.crop) if augment.crop else None,
+        A.HorizontalFlip(p=augment.horizontal_flip) if augment.horizontal_flip else None,
+        A.VerticalFlip(p=augment.vertical_flip) if augment.vertical_flip else None,
+        A.ColorJitter(*jitter, p=1.0) if any(jitter) else None,
+    ]
+    boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"])
+    return A.Compose([step for step in steps if step is not None], bbox_params=boxes)

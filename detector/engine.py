@@ -1,0 +1,256 @@
+"""Training and evaluation: loops over built objects. Nothing here knows a config."""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel
+
+from .data.loader import Batch
+from .faster_rcnn import C4FasterRCNN
+
+LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became infinite or NaN; the message has the image ids and the four losses."""
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, norm_decay: bool) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: those that decay, and norms and biases (one dimension), that do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if norm_decay or p.ndim > 1]
+    others = [p for p in trainable if not norm_decay and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    *,
+    kind: str,
+    milestones: Iterable[int] = (),
+    gamma: float = 0.1,
+    warmup_steps: int = 0,
+    warmup_factor: float = 0.001,
+) -> LRScheduler:
+    """Linear warm-up, then steps at `milestones` or a cosine to 0 at `total_steps`; all counted in updates."""
+    warmup_steps = min(warmup_steps, total_steps // 2)
+    if kind == "cosine":
+        main: LRScheduler = CosineAnnealingLR(optimizer, max(1, total_steps - warmup_steps))
+    else:
+        main = MultiStepLR(optimizer, sorted(max(1, m - warmup_steps) for m in milestones), gamma)
+    if warmup_steps == 0:
+        return main
+    warmup = LinearLR(optimizer, start_factor=warmup_factor, total_iters=warmup_steps)
+    return SequentialLR(optimizer, [warmup, main], milestones=[warmup_steps])
+
+
+def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of the weights; the decay rises to `decay` as (1 + n) / (10 + n) in the n updates.
+
+    Buffers are the model's newest.
+    """
+
+    @torch.no_grad()
+    def average(averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
+        n = int(num_averaged)
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(model, multi_avg_fn=average)
+
+
+@dataclass
+class Training:
+    """What a run changes as it goes, and what it resumes from."""
+
+    model: C4FasterRCNN
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None = None
+    epoch: int = 0  # whole epochs done
+    batch: int = 0  # batches done of the epoch after them
+    step: int = 0  # updates
+    best: float = -math.inf
+    evaluations_since_best: int = 0
+
+    @property
+    def evaluated_model(self) -> C4FasterRCNN:
+        return self.model if self.ema is None else self.ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name).state_dict() for name in self._parts}
+        counters = {name: getattr(self, name) for name in self._counters}
+        return {**parts, **counters, "torch_rng": torch.get_rng_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self._parts:
+            if name not in state:
+                raise ValueError(f"the training state has no {name}: resume with the config it was saved with")
+            getattr(self, name).load_state_dict(state[name])
+        for name in self._counters:
+            setattr(self, name, state[name])
+        torch.set_rng_state(state["torch_rng"])
+
+    @property
+    def _parts(self) -> list[str]:
+        return ["model", "optimizer", "schedule", "scaler"] + (["ema"] if self.ema is not None else [])
+
+    _counters = ("epoch", "batch", "step", "best", "evaluations_since_best")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Images as float32 in [0, 1] and targets on `device`, copied without waiting from pinned memory."""
+    images, targets = batch
+    images = [image.to(device, non_blocking=True).float().div_(255) for image in images]
+    moved = [
+        {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in target.items()}
+        for target in targets
+    ]
+    return images, moved
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+class LossMonitor:
+    """Collects the losses of steps on the device and reads them seldom, since reading waits for the device.
+
+    On a CPU every step is read; elsewhere every `interval` steps.
+    """
+
+    def __init__(self, device: torch.device, interval: int) -> None:
+        self.interval = 1 if device.type == "cpu" else interval
+        self.pending: list[tuple[list[int], Tensor]] = []
+
+    def add(self, losses: dict[str, Tensor], image_ids: list[int]) -> list[dict[str, float]]:
+        """Note a step; returns the losses of the steps read now (empty when it is not yet time)."""
+        self.pending.append((image_ids, torch.stack([losses[name].detach().float() for name in LOSSES])))
+        return self.read() if len(self.pending) >= self.interval else []
+
+    def read(self) -> list[dict[str, float]]:
+        if not self.pending:
+            return []
+        values = torch.stack([v for _, v in self.pending]).tolist()
+        ids, self.pending = [i for i, _ in self.pending], []
+        steps = [dict(zip(LOSSES, row, strict=True)) for row in values]
+        for image_ids, losses in zip(ids, steps, strict=True):
+            if not all(map(math.isfinite, losses.values())):
+                numbers = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+                raise NonFiniteLossError(
+                    f"a loss is not finite at image ids {image_ids}: {numbers}. Usual causes: a learning rate too "
+                    "high, a missing warm-up, no clipping (train.clip_norm), fp16 where bf16 is to be had."
+                )
+        return steps
+
+
+def train_one_epoch(
+    training: Training,
+    loader: Iterable[Batch],
+    device: torch.device,
+    *,
+    num_batches: int,
+    seed: int,
+    amp_dtype: torch.dtype | None = None,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    read_every: int = 20,
+    on_step: Callable[[list[dict[str, float]], int], bool | None] = lambda losses, num_images: None,
+) -> bool:
+    """Train on the batches that `loader` still has of the epoch's `num_batches`.
+
+    Losses are torchvision's four, summed. `on_step(losses read, images)` is called after each update or batch;
+    when it gives True, training stops after the next whole update. Returns whether the epoch was finished.
+    """
+    model, monitor, stop = training.model, LossMonitor(device, read_every), False
+    model.train()
+    for batch in loader:
+        images, targets = to_device(batch, device)
+        image_ids = [target["image_id"] for target in targets]
+        position = training.epoch * num_batches + training.batch
+        model.seed_sampling([(seed, position, image_id) for image_id in image_ids])
+        with autocast(device, amp_dtype):
+            losses = model(images, targets)
+        training.scaler.scale(sum(losses.values()) / accumulate).backward()
+        training.batch += 1
+        whole = training.batch % accumulate == 0 or training.batch == num_batches
+        read = monitor.add(losses, image_ids)
+        if whole:
+            update(training, clip_norm)
+        stop = bool(on_step(read, len(images))) or stop
+        if stop and whole and training.batch < num_batches:
+            monitor.read()
+            return False
+    monitor.read()
+    training.epoch, training.batch = training.epoch + 1, 0
+    return True
+
+
+def update(training: Training, clip_norm: float | None) -> None:
+    """One step of the optimizer with the gradients there are, and of what follows it."""
+    if clip_norm is not None:
+        training.scaler.unscale_(training.optimizer)
+        parameters = (p for group in training.optimizer.param_groups for p in group["params"])
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    training.optimizer.zero_grad(set_to_none=True)
+    training.schedule.step()
+    training.step += 1
+    if training.ema is not None:
+        training.ema.update_parameters(training.model)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: C4FasterRCNN,
+    loader: Iterable[Batch],
+    device: torch.device,
+    *,
+    category_ids: Iterable[int],
+    seed: int = 0,
+    amp_dtype: torch.dtype | None = None,
+    on_step: Callable[[int], object] = lambda num_images: None,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Detections in COCO's results format and mean losses, from one pass over the images.
+
+    category_ids: the data set's own id of label i + 1 at place i. The losses' samples are a function of
+    (seed, image id), so that epochs compare.
+    """
+    ids, was_training = list(category_ids), model.training
+    model.eval()
+    results: list[dict[str, Any]] = []
+    totals, num_images = torch.zeros(len(LOSSES), device=device), 0
+    for batch in loader:
+        images, targets = to_device(batch, device)
+        model.seed_sampling([(seed, 0, target["image_id"]) for target in targets])
+        with autocast(device, amp_dtype):
+            losses, detections = model.evaluate(images, targets)
+        totals += torch.stack([losses[name].float() for name in LOSSES]) * len(images)
+        num_images += len(images)
+        for target, detected in zip(targets, detections, strict=True):
+            results += coco_results(detected, target["image_id"], ids)
+        on_step(len(images))
+    model.seed_sampling(None)
+    model.train(was_training)
+    means = dict(zip(LOSSES, (totals / max(num_images, 1)).tolist(), strict=True))
+    return results, {"loss": sum(means.values()), **means}
+
+
+def coco_results(detected: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
+    """One image's detections as COCO results: xywh boxes, the data set's own category ids."""
+    boxes = detected["boxes"].float().cpu()
+    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+    return [
+        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(boxes, detected["labels"].tolist(), detected["scores"].tolist(), strict=True)
+    ]

@@ -1,0 +1,229 @@
+"""COCO's detection metric of stored results, by pycocotools or, several times faster, by faster-coco-eval.
+
+Definition of the twelve numbers: https://cocodataset.org/#detection-eval.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+from collections.abc import Hashable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detector.report import format_table
+
+COCO_METRICS = {
+    "AP": "IoU 0.50:0.95",
+    "AP50": "IoU 0.50",
+    "AP75": "IoU 0.75",
+    "APs": "area < 32^2",
+    "APm": "32^2 < area < 96^2",
+    "APl": "area > 96^2",
+    "AR1": "1 detection per image",
+    "AR10": "10 detections per image",
+    "AR100": "100 detections per image",
+    "ARs": "area < 32^2",
+    "ARm": "32^2 < area < 96^2",
+    "ARl": "area > 96^2",
+}
+"""The twelve numbers in the order of `COCOeval.stats`, and the condition that each adds."""
+
+RESULT_KEYS = ("image_id", "category_id", "bbox", "score")
+
+
+def evaluate_coco(ground_truth: dict, results: list[dict], *, backend: str = "auto") -> dict[str, Any]:
+    """COCO's twelve numbers, and AP and AP50 of each class, over all images of the ground truth.
+
+    Args:
+        ground_truth: COCO-format dict, `bbox` as xywh in pixels. Annotations may have any ids; a missing
+            `area` is w * h, a missing `iscrowd` 0. A crowd need not be found and may be hit; `difficult`
+            means nothing here.
+        results: COCO results, `bbox` as xywh in pixels of the original image. May be empty.
+        backend: "pycocotools", "faster" (faster-coco-eval), or "auto", which takes the faster one when
+            installed.
+
+    Returns:
+        The keys of `COCO_METRICS`, each in [0, 1], and `per_class`: class name -> {"AP", "AP50"}. What has no
+        ground truth to be measured on (a class, a size) is None, so the dict can be written as JSON.
+    """
+    names = class_names_by_id(ground_truth)
+    check_results(results, ground_truth)
+    coco_class, eval_class = _load_backend(backend)
+    with contextlib.redirect_stdout(io.StringIO()):
+        annotated = _index(coco_class, ground_truth, ground_truth["annotations"])
+        detected = _index(coco_class, ground_truth, results)
+        coco_eval = eval_class(annotated, detected, "bbox")
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    stats = coco_eval.stats[: len(COCO_METRICS)]  # faster-coco-eval appends recalls of its own
+    metrics = {name: _measured(value) for name, value in zip(COCO_METRICS, stats, strict=True)}
+    return {**metrics, "per_class": _per_class(coco_eval, names)}
+
+
+def format_coco(metrics: Mapping[str, Any]) -> str:
+    """The result of `evaluate_coco` as two tables for the terminal: the twelve numbers, then the classes."""
+    numbers = format_table(
+        [(name, _percent(metrics[name]), condition) for name, condition in COCO_METRICS.items()],
+        header=("COCO, %", "", "over"),
+    )
+    classes = format_table(
+        [(name, _percent(row["AP"]), _percent(row["AP50"])) for name, row in metrics["per_class"].items()],
+        header=("class", "AP", "AP50"),
+    )
+    return f"{numbers}\n\n{classes}"
+
+
+def load_results(path: str | Path, ground_truth: dict | None = None) -> list[dict]:
+    """Read a JSON file in COCO's results format; with `ground_truth`, ids are checked against it too."""
+    path = Path(path)
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    try:
+        check_results(results, ground_truth)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return results
+
+
+def check_results(results: list[dict], ground_truth: dict | None = None) -> None:
+    """Refuse, with the index of the first fault, what is not a list of COCO results.
+
+    Image and category ids are compared with those of `ground_truth` when it is given.
+    """
+    if not isinstance(results, list):
+        keys = ", ".join(RESULT_KEYS)
+        raise ValueError(f"results are a {type(results).__name__}; accepted is a list of dicts with {keys}")
+    accepted = {} if ground_truth is None else _accepted_ids(ground_truth)
+    for index, result in enumerate(results):
+        fault = _fault(result, accepted)
+        if fault:
+            raise ValueError(f"results[{index}]: {fault}")
+
+
+def class_names_by_id(ground_truth: dict) -> dict[int, str]:
+    """Category id -> name of a COCO-format dict, by ascending id; refuses what cannot be evaluated."""
+    missing = [key for key in ("images", "categories", "annotations") if key not in ground_truth]
+    if missing:
+        raise ValueError(f"the ground truth has no {', '.join(missing)}; it is a dict in COCO's format")
+    names = {c["id"]: c["name"] for c in sorted(ground_truth["categories"], key=lambda c: c["id"])}
+    if len(set(names.values())) < len(ground_truth["categories"]):
+        raise ValueError(f"ids and names of categories must be unique, got {ground_truth['categories']}")
+    return names
+
+
+def _accepted_ids(ground_truth: dict) -> dict[str, dict]:
+    """Per key of a result, the ids that it may have (as a dict's keys, in the order of the ground truth)."""
+    return {
+        "image_id": dict.fromkeys(image["id"] for image in ground_truth["images"]),
+        "category_id": dict.fromkeys(category["id"] for category in ground_truth["categories"]),
+    }
+
+
+def _fault(result: Any, accepted: Mapping[str, dict]) -> str | None:
+    """What is wrong with one result, or None."""
+    if not isinstance(result, Mapping):
+        return f"is a {type(result).__name__}; accepted is a dict with the keys {', '.join(RESULT_KEYS)}"
+    missing = [key for key in RESULT_KEYS if key not in result]
+    if missing:
+        return f"has no {', '.join(missing)}; it has {', '.join(map(str, result)) or 'no keys'}"
+    for key, ids in accepted.items():
+        if not isinstance(result[key], Hashable) or result[key] not in ids:
+            some = ", ".join(map(repr, list(ids)[:5])) + ", ..." * (len(ids) > 5)
+            return f"unknown {key} {result[key]!r}; the ground truth has {len(ids)}: {some}"
+    if not _is_finite(result["score"]):
+        return f"score is {result['score']!r}; accepted is a finite number"
+    bbox = result["bbox"]
+    if not (isinstance(bbox, (list, tuple)) and len(bbox) == 4 and all(map(_is_finite, bbox))):
+        return f"bbox is {bbox!r}; accepted are four finite numbers [x, y, width, height]"
+    if bbox[2] < 0 or bbox[3] < 0:
+        return f"bbox is {bbox!r}, of negative size; accepted is [x, y, width, height], not two corners"
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _load_backend(name: str) -> tuple[type, type]:
+    """The classes `COCO` and `COCOeval` of a backend."""
+    if name == "auto":
+        name = "faster" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+    if name == "faster":
+        try:
+            from faster_coco_eval import COCO, COCOeval_faster
+        except ImportError as error:
+            raise ValueError(
+                'backend "faster" needs the package faster-coco-eval; "auto" does without it'
+            ) from error
+        return COCO, COCOeval_faster
+    if name == "pycocotools":
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        return COCO, COCOeval
+    raise ValueError(f'unknown backend {name!r}; accepted are "auto", "pycocotools", "faster"')
+
+
+def _index(coco_class: type, ground_truth: dict, boxes: list[dict]) -> Any:
+    """A backend's COCO object of annotations or of results.
+
+    Both are copied without what the metric does not read, and numbered from 1, because an id of 0 means
+    "unmatched" to both backends. Unlike `COCO.loadRes` this takes an empty list, and draws no polygon for
+    each box.
+    """
+    coco = coco_class()
+    coco.dataset = {
+        "images": [{"id": image["id"]} for image in ground_truth["images"]],
+        "categories": [{"id": category["id"]} for category in ground_truth["categories"]],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": box["image_id"],
+                "category_id": box["category_id"],
+                "bbox": box["bbox"],
+                "area": box["area"]
+                if "area" in box and "score" not in box
+                else box["bbox"][2] * box["bbox"][3],
+                "iscrowd": 0 if "score" in box else box.get("iscrowd", 0),
+                "score": box.get("score", 0.0),
+            }
+            for number, box in enumerate(boxes, start=1)
+        ],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _per_class(coco_eval: Any, names: Mapping[int, str]) -> dict[str, dict[str, float | None]]:
+    """AP and AP50 of each class, all areas and 100 detections, from the precision table of a backend."""
+    precision = coco_eval.eval["precision"][
+        ..., 0, -1
+    ]  # (IoU thresholds, recalls, classes); -1: nothing to find
+    columns = {category_id: column for column, category_id in enumerate(coco_eval.params.catIds)}
+    at_50 = int(np.flatnonzero(np.isclose(coco_eval.params.iouThrs, 0.5))[0])
+    return {
+        name: {
+            "AP": _measured(precision[:, :, columns[category_id]].mean()),
+            "AP50": _measured(precision[at_50, :, columns[category_id]].mean()),
+        }
+        for category_id, name in names.items()
+    }
+
+
+def _measured(value: float) -> float | None:
+    """A number as the backends give it, None for their -1, which says that there was no ground truth."""
+    return None if value < 0 else float(value)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,170 @@
+"""Pascal VOC's average precision, vectorised: the semantics of py-faster-rcnn's `lib/datasets/voc_eval.py`.
+
+Each detection is compared with the object of its class and image that it overlaps most. At an IoU above the
+threshold it is right if it is the first (by score) to claim that object and wrong if it is a later one; where
+the object is `difficult` it counts neither way. Every other detection is wrong. Everingham et al. 2010,
+section 4.2.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from detector.evaluation.coco import check_results, class_names_by_id
+from detector.report import format_table
+
+RECALLS = np.arange(0.0, 1.1, 0.1)
+"""The eleven recalls of VOC2007's metric, with voc_eval's rounding: a recall of 3/10 is below its fourth."""
+
+
+class _Boxes(NamedTuple):
+    """B boxes: `boxes` (B, 4) float64 xyxy, `images` (B,) ids, `classes` (B,) category ids."""
+
+    boxes: np.ndarray
+    images: np.ndarray
+    classes: np.ndarray
+
+
+def evaluate_voc(ground_truth: dict, results: list[dict], *, iou_threshold: float = 0.5) -> dict[str, Any]:
+    """Average precision of each class and the mean, by eleven points (VOC2007) and by exact area (VOC2010).
+
+    Args:
+        ground_truth: COCO-format dict, `bbox` as xywh in pixels. Annotations with `difficult` or `iscrowd`
+            set need not be found and may be hit.
+        results: COCO results, `bbox` as xywh in pixels of the original image. May be empty.
+        iou_threshold: a match has an IoU strictly above it.
+
+    Widths are continuous, x2 - x1; of files with 1-based inclusive pixels [xmin - 1, xmax] is the same box,
+    and gives what voc_eval computes with its `+ 1`.
+
+    Returns:
+        `mAP_11point`, `mAP_allpoint` and `per_class`: class name -> {"ap11", "ap_all"}, each in [0, 1]. A
+        class without an object to be found is None and left out of the means.
+    """
+    if not 0 <= iou_threshold < 1:
+        raise ValueError(f"iou_threshold is {iou_threshold}; accepted is 0 <= iou_threshold < 1")
+    names = class_names_by_id(ground_truth)
+    check_results(results, ground_truth)
+    annotations = ground_truth["annotations"]
+    objects, detections = _stack(annotations), _stack(_by_descending_score(results))
+    difficult = np.array(
+        [bool(a.get("difficult", 0) or a.get("iscrowd", 0)) for a in annotations], dtype=bool
+    )
+    matched = _match(detections, objects, iou_threshold)
+    counted, right = _judge(matched, difficult)
+    per_class = {}
+    for category_id, name in names.items():
+        own = counted & (detections.classes == category_id)
+        num_objects = np.count_nonzero((objects.classes == category_id) & ~difficult)
+        per_class[name] = _average_precision(right[own], num_objects)
+    return {
+        "mAP_11point": _mean([row["ap11"] for row in per_class.values()]),
+        "mAP_allpoint": _mean([row["ap_all"] for row in per_class.values()]),
+        "per_class": per_class,
+    }
+
+
+def format_voc(metrics: Mapping[str, Any]) -> str:
+    """The result of `evaluate_voc` as a table for the terminal: a class a line, the mean last."""
+    rows = [
+        (name, _percent(row["ap11"]), _percent(row["ap_all"])) for name, row in metrics["per_class"].items()
+    ]
+    rows.append(("mean", _percent(metrics["mAP_11point"]), _percent(metrics["mAP_allpoint"])))
+    return format_table(rows, header=("VOC AP, %", "11-point", "all-point"))
+
+
+def _by_descending_score(results: list[dict]) -> list[dict]:
+    """Results by descending score; among equal scores the order given is kept."""
+    return sorted(results, key=lambda result: -result["score"])
+
+
+def _stack(records: list[dict]) -> _Boxes:
+    """Annotations or results as arrays."""
+    xywh = np.array([record["bbox"] for record in records], dtype=np.float64).reshape(-1, 4)
+    return _Boxes(
+        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+        images=np.array([record["image_id"] for record in records]),
+        classes=np.array([record["category_id"] for record in records]),
+    )
+
+
+def _match(detections: _Boxes, objects: _Boxes, iou_threshold: float) -> np.ndarray:
+    """Index of the object that each detection overlaps most, -1 without one above the threshold: (D,) int.
+
+    All pairs of one class and image are compared at once: of D detections and M objects only those P pairs
+    are made.
+    """
+    matched = np.full(len(detections.boxes), -1)
+    detection_index, object_index = _pairs(detections, objects)  # (P,), (P,), by detection and then object
+    if not len(detection_index):
+        return matched
+    iou = _iou(detections.boxes[detection_index], objects.boxes[object_index])  # (P,)
+    best = np.lexsort((-iou, detection_index))  # stable: of equal overlaps the first object, as argmax
+    best = best[np.unique(detection_index, return_index=True)[1]]
+    best = best[iou[best] > iou_threshold]
+    matched[detection_index[best]] = object_index[best]
+    return matched
+
+
+def _pairs(detections: _Boxes, objects: _Boxes) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (P,) of detections and (P,) of objects: every pair of the same class and image."""
+    if not len(detections.boxes) or not len(objects.boxes):
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    groups = _groups(detections, objects)
+    of_detections, of_objects = groups[: len(detections.boxes)], groups[len(detections.boxes) :]
+    order = np.argsort(of_objects, kind="stable")
+    first = np.searchsorted(of_objects[order], of_detections, side="left")  # (D,)
+    counts = np.searchsorted(of_objects[order], of_detections, side="right") - first
+    detection_index = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(detection_index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return detection_index, order[np.repeat(first, counts) + within]
+
+
+def _groups(detections: _Boxes, objects: _Boxes) -> np.ndarray:
+    """A number for each class and image, (D + M,): those of the detections, then those of the objects."""
+    _, images = np.unique(np.concatenate([detections.images, objects.images]), return_inverse=True)
+    _, classes = np.unique(np.concatenate([detections.classes, objects.classes]), return_inverse=True)
+    return images * (classes.max() + 1) + classes
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union, (P,), of boxes (P, 4) and (P, 4) row by row; 0 for two boxes without area."""
+    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    intersection = sides.clip(min=0).prod(axis=1)
+    union = (a[:, 2:] - a[:, :2]).prod(axis=1) + (b[:, 2:] - b[:, :2]).prod(axis=1) - intersection
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+
+
+def _judge(matched: np.ndarray, difficult: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which detections (D,), sorted by score, count at all, and which of them are right."""
+    hit = matched >= 0
+    counted = np.ones(len(matched), dtype=bool)
+    counted[hit] = ~difficult[matched[hit]]
+    right = np.zeros(len(matched), dtype=bool)
+    right[np.unique(matched, return_index=True)[1]] = True  # the first to claim an object
+    return counted, right & hit & counted
+
+
+def _average_precision(right: np.ndarray, num_objects: int) -> dict[str, float | None]:
+    """Both average precisions of one class from its counted detections (D,), sorted by score."""
+    if num_objects == 0:
+        return {"ap11": None, "ap_all": None}
+    true_positives = np.cumsum(right)
+    recall = true_positives / num_objects
+    precision = true_positives / np.arange(1, len(right) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[
+        ::-1
+    ]  # the best precision at this recall or a higher one
+    reached = np.searchsorted(recall, RECALLS, side="left")
+    ap11 = envelope[reached[reached < len(envelope)]].sum() / len(RECALLS)
+    return {"ap11": float(ap11), "ap_all": float((np.diff(recall, prepend=0.0) * envelope).sum())}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    return float(np.mean(measured)) if measured else None
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

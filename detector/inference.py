@@ -1,0 +1,154 @@
+"""Detections of pictures: `Detector.load(path)(image)`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .checkpoint import Checkpoint, load_checkpoint
+from .data.images import load_image
+from .faster_rcnn import C4FasterRCNN
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, by descending score.
+
+    boxes: (M, 4) float32 xyxy, pixels of the image as given; labels: (M,) int64 in 1..K-1; scores: (M,) float32;
+    class_names: the detector's foreground names, `class_names[label - 1]`;
+    features: (M, C5) float32, the RoI head's vector of each box, where asked for.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    class_names: tuple[str, ...]
+    features: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each box."""
+        return [self.class_names[label - 1] for label in self.labels.tolist()]
+
+    def above(self, score_thresh: float) -> "Detections":
+        """Those with a score of at least `score_thresh`."""
+        kept = self.scores >= score_thresh
+        features = None if self.features is None else self.features[kept]
+        return replace(
+            self, boxes=self.boxes[kept], labels=self.labels[kept], scores=self.scores[kept], features=features
+        )
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Plain objects for JSON: box xyxy, label, name, score."""
+        rows = zip(self.boxes.tolist(), self.labels.tolist(), self.names, self.scores.tolist(), strict=True)
+        return [{"box": box, "label": label, "name": name, "score": score} for box, label, name, score in rows]
+
+
+class Detector:
+    """A trained detector for pictures of any kind.
+
+    detector = Detector.load("runs/shapes/best.safetensors")
+    detections = detector("street.jpg", score_thresh=0.5)
+    """
+
+    def __init__(self, model: C4FasterRCNN, class_names: Sequence[str], device: str | torch.device = "cpu") -> None:
+        self.model = model.eval().to(device)
+        self.class_names = tuple(class_names)
+        self.device = torch.device(device)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None) -> "Detector":
+        """Read a checkpoint of tools/train.py; `device` is the GPU where there is one, unless given."""
+        return cls.from_checkpoint(load_checkpoint(path), device)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, device: str | torch.device | None = None) -> "Detector":
+        return cls(checkpoint.build(), checkpoint.class_names, device or default_device())
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        image: Picture,
+        *,
+        score_thresh: float = 0.05,
+        features: bool = False,
+        channel_order: str = "rgb",
+    ) -> Detections:
+        """Detect in one picture: a path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) tensor.
+
+        score_thresh: the lowest score returned. features: also give the RoI head's vector of each box.
+        channel_order: of an array, "rgb" or OpenCV's "bgr".
+        """
+        if not 0 <= score_thresh <= 1:
+            raise ValueError(f"score_thresh is {score_thresh!r}; accepted: 0 to 1")
+        tensor = to_tensor(image, channel_order).to(self.device)
+        self.model.roi_heads.score_thresh = score_thresh
+        detected = self.model([tensor])[0]
+        vectors = self.model.region_features([tensor], [detected["boxes"]])[0].cpu() if features else None
+        boxes, labels, scores = (detected[key].cpu() for key in ("boxes", "labels", "scores"))
+        return Detections(boxes, labels, scores, self.class_names, vectors)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, checked to exist; None chooses the GPU where there is one."""
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"device {name!r} cannot be used; available here: {', '.join(available)}") from error
+    return device
+
+
+def to_tensor(image: Picture, channel_order: str = "rgb") -> Tensor:
+    """A picture as (3, H, W) float32 RGB in [0, 1]."""
+    if channel_order not in ("rgb", "bgr"):
+        raise ValueError(f"channel_order is {channel_order!r}; accepted: 'rgb', 'bgr'")
+    if isinstance(image, (str, Path)):
+        image, channel_order = load_image(image), "rgb"
+    elif isinstance(image, Image.Image):
+        image, channel_order = np.asarray(ImageOps.exif_transpose(image).convert("RGB")), "rgb"
+    if isinstance(image, Tensor):
+        return _check_tensor(image).flip(0) if channel_order == "bgr" else _check_tensor(image)
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"an image is a path, PIL image, array or tensor; got {type(image).__name__}")
+    if image.ndim == 2:
+        image = np.repeat(image[:, :, None], 3, axis=2)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(
+            f"the array is {image.shape} {image.dtype}; accepted: (H, W, 3) or (H, W) uint8, not empty"
+        )
+    if channel_order == "bgr":
+        image = image[:, :, ::-1]
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
+
+
+def _check_tensor(image: Tensor) -> Tensor:
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"the tensor is {tuple(image.shape)}; accepted: (3, H, W), not empty")
+    if image.dtype == torch.uint8:
+        return image.float().div(255)
+    if not image.is_floating_point():
+        raise TypeError(f"the tensor is {image.dtype}; accepted: uint8, or floating point in [0, 1]")
+    if not bool(((image >= 0) & (image <= 1)).all()):
+        raise ValueError(
+            f"the tensor has values from {float(image.min()):.4g} to {float(image.max()):.4g}; accepted: [0, 1], not "
+            "normalised (the detector does that), or uint8 0 to 255"
+        )
+    return image.float()

@@ -1,0 +1,370 @@
+"""A run: a configuration -> built objects -> the engine's loops -> files in one folder."""
+
+import json
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .checkpoint import (
+    Checkpoint,
+    load_training_state,
+    save_checkpoint,
+    save_training_state,
+    write_atomically,
+    write_json,
+)
+from .config import Config
+from .data import DetectionDataset, build_dataset
+from .data.loader import EvalBatches, TrainBatches, TransformedDataset, build_loader
+from .data.transforms import EvalTransform, TrainTransform
+from .engine import (
+    AMP_DTYPES,
+    LOSSES,
+    Training,
+    build_ema,
+    build_schedule,
+    evaluate,
+    parameter_groups,
+    train_one_epoch,
+)
+from .evaluation import evaluate_coco, evaluate_voc
+from .faster_rcnn import C4FasterRCNN, build_model, network_size
+from .report import Progress, RunLog, format_count, format_duration, format_table, memory_mb, plot_curves
+from .visualize import draw_boxes, tile
+
+STATE = "training_state.pt"
+BEST_METRICS = "best_metrics.json"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and saved what it resumes from."""
+
+
+def train(config: Config, output_dir: str | Path, device: torch.device, *, resume: bool = False) -> dict[str, Any]:
+    """Train as the configuration says; gives the best evaluation's metrics ({} without validation data).
+
+    `output_dir` receives best.safetensors, last.safetensors, training_state.pt, config.yaml, metrics.jsonl,
+    first_batch.jpg, curves.png. With `resume`, the run continues from training_state.pt where it stopped.
+    """
+    output_dir = Path(output_dir)
+    state = load_training_state(output_dir / STATE) if resume else None
+    if not resume and (output_dir / STATE).exists():
+        raise ValueError(
+            f"{output_dir} holds a run already: continue it with --resume, or give another --output folder"
+        )
+    options, device_is_cuda = config.train, device.type == "cuda"
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)  # activations and moments that fade out would slow every product down
+    train_set = build_dataset(config.data, "train")
+    val_set = build_dataset(config.data, "val", train_set.class_names) if config.data.val else None
+    if state is not None and tuple(state["class_names"]) != train_set.class_names:
+        raise ValueError(f"{output_dir} was trained on classes {state['class_names']}, not {train_set.class_names}")
+    if not sum(train_set.box_counts().values()):
+        raise ValueError("the training data have no box to learn")
+
+    torch.manual_seed(options.seed)
+    num_classes = Config.num_classes(train_set.class_names)
+    model = build_model(config.model, num_classes, load_weights=state is None).to(device)
+    sizes = config.model.min_size, config.model.max_size
+    batches = TrainBatches(
+        train_set.aspect_ratios(), options.batch_size, options.seed, config.loader.group_by_aspect_ratio
+    )
+    augmented = TransformedDataset(train_set, TrainTransform(*sizes, config.augment), options.seed)
+    loader = build_loader(augmented, batches, config.loader.num_workers, pin_memory=device_is_cuda)
+    val_loader = None if val_set is None else build_eval_loader(val_set, config, device)
+
+    training = build_training(config, model, num_batches=len(batches), device=device)
+    if state is not None:
+        training.load_state_dict(state)
+    print(describe(config, model, train_set, val_set, device), flush=True)
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_atomically(output_dir / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+    with RunLog(output_dir) as log, _stop_on_signal() as asked_to_stop:
+        log.truncate_after(training.step)
+        if state is None:
+            save_first_batch(output_dir / "first_batch.jpg", augmented, batches, train_set.class_names)
+        while training.epoch < options.epochs:
+            finished = _train_epoch(training, config, batches, loader, device, log, asked_to_stop)
+            last = training.epoch == options.epochs
+            if finished and val_loader is not None and (training.epoch % options.eval_every == 0 or last):
+                metrics = _validate(training, config, val_set, val_loader, device, log)
+                _keep_best(training, config, metrics, output_dir, train_set)
+            _save(training, config, output_dir, train_set)
+            if finished:
+                plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
+            if asked_to_stop and not (finished and last):
+                raise Interrupted(f"stopped after update {training.step}; continue with --resume")
+            patience = options.patience
+            if patience is not None and training.evaluations_since_best >= patience:
+                print(f"no better {options.best_metric} in {patience} evaluations: stopping early", flush=True)
+                break
+    best = output_dir / BEST_METRICS
+    return json.loads(best.read_text(encoding="utf-8")) if best.exists() else {}
+
+
+def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device: torch.device) -> Training:
+    """Optimizer, schedule, scaler and averages around a model."""
+    options = config.train
+    groups = parameter_groups(model, options.weight_decay, options.norm_decay)
+    fused = device.type in ("cpu", "cuda")
+    if options.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=fused)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=fused)
+    updates = math.ceil(num_batches / options.accumulate)
+    schedule = build_schedule(
+        optimizer,
+        updates * options.epochs,
+        kind=options.schedule,
+        milestones=[round(m * updates) for m in options.milestones],
+        gamma=options.gamma,
+        warmup_steps=options.warmup_steps,
+        warmup_factor=options.warmup_factor,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    ema = None if options.ema is None else build_ema(model, options.ema)
+    return Training(model, optimizer, schedule, scaler, ema)
+
+
+def build_eval_loader(dataset: DetectionDataset, config: Config, device: torch.device) -> torch.utils.data.DataLoader:
+    transformed = TransformedDataset(dataset, EvalTransform(config.model.min_size, config.model.max_size), seed=0)
+    batches = EvalBatches(dataset.aspect_ratios(), config.loader.eval_batch_size)
+    return build_loader(transformed, batches, config.loader.num_workers, pin_memory=device.type == "cuda")
+
+
+def run_evaluation(
+    model: C4FasterRCNN, dataset: DetectionDataset, config: Config, device: torch.device
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Detections of a data set in COCO's results format, and mean losses, with progress."""
+    loader = build_eval_loader(dataset, config, device)
+    return _evaluate(model, dataset, loader, config, device, title="evaluate")
+
+
+def score(dataset: DetectionDataset, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """COCO's twelve numbers with per-class AP, and VOC's AP of the same detections under "voc"."""
+    ground_truth = dataset.to_coco()
+    return {**evaluate_coco(ground_truth, results), "voc": evaluate_voc(ground_truth, results)}
+
+
+def _train_epoch(
+    training: Training,
+    config: Config,
+    batches: TrainBatches,
+    loader: torch.utils.data.DataLoader,
+    device: torch.device,
+    log: RunLog,
+    asked_to_stop: list[int],
+) -> bool:
+    options = config.train
+    batches.set_epoch(training.epoch, training.batch)
+    num_left = len(batches.tall) - training.batch * options.batch_size
+    collected: list[dict[str, float]] = []
+    logged = training.step
+    title = f"epoch {training.epoch + 1}/{options.epochs}"
+    with Progress(max(num_left, 1), title, epochs_left=options.epochs - training.epoch - 1) as progress:
+
+        def on_step(losses: list[dict[str, float]], num_images: int) -> bool:
+            nonlocal logged
+            collected.extend(losses)
+            lr = training.optimizer.param_groups[0]["lr"]
+            newest = losses[-1] if losses else {}
+            total = {"loss": sum(newest.values())} if newest else {}
+            progress.update(num_images, **total, **newest, lr=lr)
+            if training.step - logged >= options.log_every and collected:
+                means = {name: float(np.mean([step[name] for step in collected])) for name in LOSSES}
+                log.write(
+                    "train",
+                    epoch=training.epoch + 1,
+                    step=training.step,
+                    lr=lr,
+                    loss=sum(means.values()),
+                    **means,
+                    images_per_second=progress.images_per_second,
+                    memory_mb=memory_mb(),
+                )
+                collected.clear()
+                logged = training.step
+            return bool(asked_to_stop)
+
+        return train_one_epoch(
+            training,
+            loader,
+            device,
+            num_batches=len(batches),
+            seed=options.seed,
+            amp_dtype=AMP_DTYPES[options.amp],
+            accumulate=options.accumulate,
+            clip_norm=options.clip_norm,
+            read_every=options.log_every,
+            on_step=on_step,
+        )
+
+
+def _evaluate(
+    model: C4FasterRCNN,
+    dataset: DetectionDataset,
+    loader: torch.utils.data.DataLoader,
+    config: Config,
+    device: torch.device,
+    title: str,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    with Progress(len(dataset), title) as progress:
+        return evaluate(
+            model,
+            loader,
+            device,
+            category_ids=dataset.category_ids.tolist(),
+            seed=config.train.seed,
+            amp_dtype=AMP_DTYPES[config.train.amp],
+            on_step=progress.update,
+        )
+
+
+def _validate(
+    training: Training,
+    config: Config,
+    dataset: DetectionDataset,
+    loader: torch.utils.data.DataLoader,
+    device: torch.device,
+    log: RunLog,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    title = f"validate {training.epoch}/{config.train.epochs}"
+    results, losses = _evaluate(training.evaluated_model, dataset, loader, config, device, title)
+    metrics = evaluate_coco(dataset.to_coco(), results)
+    numbers = {name: value for name, value in metrics.items() if name != "per_class"}
+    log.write("val", epoch=training.epoch, step=training.step, **numbers, **losses)
+    shown = ", ".join(f"{name} {metrics[name] or 0:.3f}" for name in ("AP", "AP50", "AP75"))
+    taken = format_duration(time.perf_counter() - started)
+    print(f"{title}: {shown}, loss {losses['loss']:.3f} ({len(dataset)} images, {taken})", flush=True)
+    return metrics | {"losses": losses, "epoch": training.epoch}
+
+
+def _keep_best(
+    training: Training, config: Config, metrics: dict[str, Any], output_dir: Path, dataset: DetectionDataset
+) -> None:
+    value = metrics[config.train.best_metric]
+    if value is not None and value > training.best:
+        training.best, training.evaluations_since_best = value, 0
+        save_checkpoint(output_dir / "best.safetensors", _checkpoint(training, config, dataset, metrics))
+        write_json(output_dir / BEST_METRICS, metrics, indent=2)
+    else:
+        training.evaluations_since_best += 1
+
+
+def _checkpoint(
+    training: Training, config: Config, dataset: DetectionDataset, metrics: dict[str, Any] | None = None
+) -> Checkpoint:
+    model = training.evaluated_model
+    return Checkpoint(
+        model.state_dict(), config, dataset.class_names, model.transform.preprocessing, metrics or {}
+    )
+
+
+def _save(training: Training, config: Config, output_dir: Path, dataset: DetectionDataset) -> None:
+    save_checkpoint(output_dir / "last.safetensors", _checkpoint(training, config, dataset))
+    state = {**training.state_dict(), "class_names": list(dataset.class_names)}
+    save_training_state(output_dir / STATE, state)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """A list that fills when the user presses Ctrl-C or the process is told to end; a second Ctrl-C ends at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        print("\nstopping after this update; once more to stop at once", flush=True)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save_first_batch(
+    path: Path, dataset: TransformedDataset, batches: TrainBatches, class_names: tuple[str, ...]
+) -> None:
+    """A picture of the first batch with its boxes, as the network sees them."""
+    batches.set_epoch(0)
+    pictures = []
+    for key in next(iter(batches))[:8]:
+        image, target = dataset[key]
+        pictures.append(draw_boxes(image, target["boxes"], target["labels"], class_names))
+    sheet = Image.fromarray(tile(pictures, columns=min(4, len(pictures))))
+    write_atomically(path, lambda temporary: sheet.save(temporary, quality=90))
+
+
+def multiply_accumulates(module: nn.Module, *inputs: torch.Tensor) -> int:
+    """Multiply-accumulates of one forward pass, counted by torch's flop counter (a MAC is two FLOP)."""
+    was_training = module.training
+    module.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    module.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+def describe(
+    config: Config,
+    model: C4FasterRCNN,
+    train_set: DetectionDataset,
+    val_set: DetectionDataset | None,
+    device: torch.device,
+) -> str:
+    """What a run is about to do: data, sizes, parameters, cost."""
+    lines = []
+    for name, dataset in (("train", train_set), ("val", val_set)):
+        if dataset is None:
+            continue
+        lines.append(f"{name}: {len(dataset)} images, {sum(dataset.box_counts().values())} boxes")
+        lines += [f"  skipped: {problem}" for problem in dataset.problems[:5]]
+        if len(dataset.problems) > 5:
+            lines.append(f"  and {len(dataset.problems) - 5} more skipped")
+        lines += [f"  note: {note}" for note in dataset.notes]
+    counts = {"train": train_set.box_counts()} | ({} if val_set is None else {"val": val_set.box_counts()})
+    rows = [(name, *(c[name] for c in counts.values())) for name in train_set.class_names]
+    lines.append(format_table(rows, header=("class", *counts)))
+    size = (config.model.min_size, config.model.max_size)
+    seen = Counter(network_size(int(h), int(w), *size) for h, w in train_set.image_sizes)
+    common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in seen.most_common(3))
+    more = f" and {len(seen) - 3} other sizes" if len(seen) > 3 else ""
+    lines.append(f"input after resizing, height x width: {common}{more}")
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines.append(
+        f"parameters: {format_count(parameters)}, trainable {format_count(trainable)}, "
+        f"frozen {format_count(parameters - trainable)}"
+    )
+    (height, width), _ = seen.most_common(1)[0]
+    trunk, head = model.backbone, model.roi_heads.box_head
+    trunk_macs = multiply_accumulates(trunk, torch.zeros(1, 3, height, width, device=device))
+    head_macs = multiply_accumulates(head, torch.zeros(1, trunk.out_channels, 14, 14, device=device))
+    lines.append(
+        f"multiply-accumulates: trunk {format_count(trunk_macs)} an image of {height}x{width}, "
+        f"head {format_count(head_macs)} a region"
+    )
+    options = config.train
+    lines.append(
+        f"{options.epochs} epochs of {math.ceil(len(train_set) / options.batch_size)} batches of "
+        f"{options.batch_size}, {options.optimizer} at {options.lr:g}, {options.schedule}, on {device}"
+    )
+    return "\n".join(lines)

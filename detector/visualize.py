@@ -1,0 +1,217 @@
+"""Boxes with class names and scores drawn on pictures, readable at any size and brightness."""
+
+import colorsys
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+Color = tuple[int, int, int]
+Rectangle = tuple[float, float, float, float]
+
+PALETTE: tuple[Color, ...] = (
+    (230, 25, 75),
+    (60, 180, 75),
+    (255, 225, 25),
+    (0, 130, 200),
+    (245, 130, 48),
+    (145, 30, 180),
+    (70, 240, 240),
+    (240, 50, 230),
+    (210, 245, 60),
+    (255, 105, 180),
+    (0, 128, 128),
+    (150, 110, 255),
+    (170, 110, 40),
+    (200, 160, 0),
+    (128, 0, 0),
+    (0, 190, 140),
+    (128, 128, 0),
+    (225, 135, 120),
+    (0, 0, 160),
+)
+"""Colours that the eye keeps apart and that show on black and on white, the most different first."""
+
+
+def draw_boxes(
+    image: np.ndarray | torch.Tensor,
+    boxes: Any,
+    labels: Any,
+    class_names: Sequence[str],
+    scores: Any = None,
+) -> np.ndarray:
+    """The picture with its boxes, each tagged with class name and score, as a new (H, W, 3) uint8 RGB array.
+
+    Args:
+        image: (H, W, 3) uint8 RGB array, or (3, H, W) tensor, uint8 or float in [0, 1].
+        boxes: (M, 4) xyxy pixels of this picture; parts outside it are cut off.
+        labels: (M,) class ids 1..K-1, which also choose the colours.
+        class_names: K-1 foreground names; `class_names[label - 1]` is written.
+        scores: (M,) in [0, 1], written behind the name with two digits when given.
+
+    Lines and letters grow with the picture. Boxes of high score lie over those of low score, and their tags
+    choose their places first, away from each other as far as there is room.
+    """
+    picture = Image.fromarray(_to_array(image))
+    boxes, labels = _to_numbers(boxes).reshape(-1, 4), _to_numbers(labels).reshape(-1).astype(int)
+    scores = None if scores is None else _to_numbers(scores).reshape(-1)
+    _check_lengths(boxes, labels, class_names, scores)
+    texts = [class_names[label - 1] for label in labels]
+    if scores is not None:
+        texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores, strict=True)]
+    first_to_last = range(len(boxes)) if scores is None else np.argsort(-scores, kind="stable")
+    draw = ImageDraw.Draw(picture)
+    scale = math.sqrt(picture.width * picture.height)
+    line_width = 1 if scale < 200 else max(2, round(scale / 300))
+    for index in reversed(first_to_last):
+        _draw_outline(draw, boxes[index], class_color(labels[index]), line_width)
+    _draw_tags(
+        draw,
+        [boxes[index] for index in first_to_last],
+        [texts[index] for index in first_to_last],
+        [class_color(labels[index]) for index in first_to_last],
+        font_size=max(10, round(scale / 42)),
+    )
+    return np.array(picture)
+
+
+def class_color(label: int) -> Color:
+    """The RGB colour of a class id, the same in every picture and run."""
+    index = int(label) - 1
+    if 0 <= index < len(PALETTE):
+        return PALETTE[index]
+    hue = index * 0.618034 % 1  # the golden ratio never repeats a hue
+    lightness = (0.35, 0.5, 0.65)[index % 3]
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.9)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def tile(images: Sequence[np.ndarray], columns: int, gap: int = 8, background: int = 255) -> np.ndarray:
+    """A contact sheet: (H, W, 3) uint8 pictures of any sizes, centred in equal cells, `columns` in a row."""
+    if not images:
+        raise ValueError("tile needs at least one picture, got none")
+    if columns < 1:
+        raise ValueError(f"columns is {columns}; accepted is 1 or more")
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    height = max(image.shape[0] for image in images)
+    width = max(image.shape[1] for image in images)
+    sheet = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, 3), background, dtype=np.uint8
+    )
+    for index, image in enumerate(images):
+        top = index // columns * (height + gap) + (height - image.shape[0]) // 2
+        left = index % columns * (width + gap) + (width - image.shape[1]) // 2
+        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return sheet
+
+
+def _to_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
+    """An image as its own (H, W, 3) uint8 array."""
+    if isinstance(image, torch.Tensor) and image.ndim == 3 and image.shape[0] == 3:
+        image = image.detach().cpu()
+        if image.is_floating_point():
+            image = (image.float().nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
+        image = image.permute(1, 2, 0).numpy()
+    if not (
+        isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+    ):
+        shape, dtype = tuple(getattr(image, "shape", ())), getattr(image, "dtype", "no dtype")
+        kind = f"{type(image).__name__} of shape {shape}, {dtype}"
+        raise ValueError(f"image is a {kind}; accepted are a (H, W, 3) uint8 array and a (3, H, W) tensor")
+    return np.ascontiguousarray(image)
+
+
+def _to_numbers(values: Any) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _check_lengths(
+    boxes: np.ndarray, labels: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None
+) -> None:
+    if len(labels) != len(boxes) or (scores is not None and len(scores) != len(boxes)):
+        num_scores = "" if scores is None else f", {len(scores)} scores"
+        raise ValueError(f"{len(boxes)} boxes, {len(labels)} labels{num_scores}; each box has one of each")
+    if len(labels) and not np.isin(labels, np.arange(1, len(class_names) + 1)).all():
+        given, accepted = f"{labels.min()}..{labels.max()}", f"1..{len(class_names)}"
+        raise ValueError(f"labels are {given}; accepted are {accepted}, the places of the class names")
+
+
+def _draw_outline(draw: ImageDraw.ImageDraw, box: np.ndarray, color: Color, line_width: int) -> None:
+    """A coloured line around the box and, where there is room, a thin black or white one inside it.
+
+    One of the two stands out from any background.
+    """
+    width, height = draw.im.size
+    left, top = np.clip(box[:2], 0, (width - 1, height - 1)).round().astype(int).tolist()
+    right, bottom = np.clip(box[2:] - 1, (left, top), (width - 1, height - 1)).round().astype(int).tolist()
+    draw.rectangle((left, top, right, bottom), outline=color, width=line_width)
+    if line_width > 1 and min(right - left, bottom - top) > 8 * line_width:
+        inside = (left + line_width, top + line_width, right - line_width, bottom - line_width)
+        draw.rectangle(inside, outline=_contrast(color), width=max(1, line_width // 3))
+
+
+def _draw_tags(
+    draw: ImageDraw.ImageDraw,
+    boxes: Sequence[np.ndarray],
+    texts: Sequence[str],
+    colors: Sequence[Color],
+    font_size: int,
+) -> None:
+    """A filled tag at each box, in the order given: where it covers earlier tags least."""
+    font = ImageFont.load_default(size=font_size)
+    pad = max(1, font_size // 6)
+    ascent, descent = font.getmetrics()
+    taken = np.empty((0, 4))
+    for box, text, color in zip(boxes, texts, colors, strict=True):
+        size = (math.ceil(font.getlength(text)) + 2 * pad, ascent + descent + pad)
+        place = _choose_place(box, size, draw.im.size, taken)
+        taken = np.concatenate([taken, [place]])
+        draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
+        draw.text((place[0] + pad, place[1] + pad // 2), text, fill=_contrast(color), font=font)
+
+
+def _choose_place(
+    box: np.ndarray, size: tuple[int, int], picture: tuple[int, int], taken: np.ndarray
+) -> Rectangle:
+    """Where a tag goes: of the places at the box's corners, the first that covers least of `taken`.
+
+    Places are inside the picture. `size` is the tag's width and height, `picture` the picture's, `taken` (T,
+    4) xyxy the tags already there.
+    """
+    width, height = size
+    left, top, right, bottom = box
+    corners = (
+        (left, top - height),
+        (right - width, top - height),
+        (left, top),
+        (left, bottom),
+        (right - width, bottom),
+        (left, bottom - height),
+        (right - width, bottom - height),
+        (right, top),
+        (left - width, top),
+    )
+    places = []
+    for x, y in corners:
+        x = round(max(0, min(x, picture[0] - width)))
+        y = round(max(0, min(y, picture[1] - height)))
+        places.append((x, y, x + width, y + height))
+    return min(places, key=lambda place: _covered(place, taken))
+
+
+def _covered(place: Rectangle, taken: np.ndarray) -> float:
+    """Area of the rectangles (T, 4) that a rectangle covers."""
+    sides = np.minimum(taken[:, 2:], place[2:]) - np.maximum(taken[:, :2], place[:2])
+    return float(sides.clip(min=0).prod(axis=1).sum())
+
+
+def _contrast(color: Color) -> Color:
+    """Black on bright colours, white on dark ones, by relative luminance (ITU-R BT.601)."""
+    red, green, blue = color
+    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)

@@ -1,0 +1,222 @@
+"""VOC folders into a data set: pixel conventions, splits, classes, and the two real sets."""
+
+import pickle
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detector.data.voc import load_voc
+
+CAT = ("cat", (1, 1, 40, 30))
+DOG = ("dog", (11, 6, 20, 25))
+
+
+def object_xml(name, corners, extra=""):
+    box = "".join(
+        f"<{tag}>{value}</{tag}>"
+        for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+    )
+    return f"<object><name>{name}</name>{extra}<bndbox>{box}</bndbox></object>"
+
+
+SIZE = "<size><width>40</width><height>30</height><depth /></size>"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a VOC folder with the split train: {stem: objects (name, corners[, extra]) or a body}."""
+
+    def write(files, suffix="jpg"):
+        for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for stem, objects in files.items():
+            body = (
+                objects if isinstance(objects, str) else SIZE + "".join(object_xml(*each) for each in objects)
+            )
+            (tmp_path / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{body}</annotation>")
+            Image.new("RGB", (40, 30)).save(tmp_path / "JPEGImages" / f"{stem}.{suffix}")
+        (tmp_path / "ImageSets/Main/train.txt").write_text("".join(f"{stem}  1\n" for stem in files))
+        return tmp_path
+
+    return write
+
+
+def test_one_based_boxes_count_both_ends_and_others_are_as_filed(write):
+    root = write({"a": [CAT, DOG]})
+    assert load_voc(root, "train").boxes.tolist() == [[0, 0, 40, 30], [10, 5, 20, 25]]
+    dataset = load_voc(root, "train", one_based=False)
+    assert dataset.boxes.tolist() == [[1, 1, 40, 30], [11, 6, 20, 25]]
+    assert dataset.areas.tolist() == [39 * 29, 9 * 19]
+
+
+def test_classes_are_the_sorted_names_of_the_split(write):
+    dataset = load_voc(write({"a": [DOG], "b": [CAT, DOG], "c": []}), "train")
+    assert dataset.class_names == ("cat", "dog") and dataset.category_ids.tolist() == [1, 2]
+    assert dataset.labels.tolist() == [2, 1, 2] and dataset.offsets.tolist() == [0, 1, 3, 3]
+    assert dataset.box_counts() == {"cat": 1, "dog": 2}
+    assert dataset.target(2)["boxes"].shape == (0, 4)
+
+
+def test_objects_of_other_classes_than_the_given_are_counted_in_a_note(write):
+    dataset = load_voc(write({"a": [DOG, CAT], "b": [DOG]}), "train", class_names=["cow", "cat"])
+    assert dataset.class_names == ("cow", "cat") and dataset.labels.tolist() == [2]
+    assert "2 dog" in dataset.notes[0] and "no object of cow" in dataset.notes[1]
+    assert dataset.problems == ()
+
+
+def test_image_ids_are_the_file_names_where_all_are_numbers(write, tmp_path):
+    assert load_voc(write({"000012": [CAT], "000007": []}), "train").image_ids.tolist() == [12, 7]
+
+
+def test_image_ids_are_counted_where_a_name_is_no_number_or_two_are_equal(write):
+    assert load_voc(write({"2007_1": [CAT], "7": []}), "train").image_ids.tolist() == [1, 2]
+    assert load_voc(write({"07": [CAT], "7": []}), "train").image_ids.tolist() == [1, 2]
+
+
+def test_difficult_objects_are_marked_and_learned_only_on_request(write):
+    root = write({"a": [(*CAT, "<difficult>1</difficult>"), (*DOG, "<difficult>0</difficult>"), DOG]})
+    assert load_voc(root, "train").target(0)["labels"].tolist() == [1, 2, 2]
+    dataset = load_voc(root, "train", use_difficult=False)
+    assert dataset.target(0)["labels"].tolist() == [2, 2]
+    assert [entry["difficult"] for entry in dataset.to_coco()["annotations"]] == [1, 0, 0]
+    assert not dataset.crowd.any()
+
+
+def test_boxes_of_parts_are_not_taken_for_objects(write):
+    part = "<part><name>head</name><bndbox><xmin>2</xmin></bndbox></part>"
+    assert load_voc(write({"a": [(*CAT, part)]}), "train").boxes.tolist() == [[0, 0, 40, 30]]
+
+
+def test_limit_takes_the_first_images_with_an_object(write):
+    dataset = load_voc(write({"a": [], "b": [CAT], "c": [DOG], "d": [DOG]}), "train", limit=2)
+    assert dataset.image_ids.tolist() == [2, 3]
+
+
+BAD_OBJECTS = [
+    (("cat", (5, 6, 5, 20)), "has no area"),
+    (("cat", (9, 6, 5, 20)), "has no area"),
+    (("cat", (41, 6, 50, 20)), "lies outside the image"),
+    (("cat", (1, "", 5, 20)), "is not four finite numbers"),
+    (("cat", (1, "nan", 5, 20)), "is not four finite numbers"),
+    (("", (1, 2, 5, 20)), "has no class name"),
+]
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_OBJECTS)
+def test_an_object_that_cannot_be_used_is_reported_with_file_and_index_and_skipped(write, bad, reason):
+    root = write({"a": [CAT], "b": [DOG, bad]})
+    dataset = load_voc(root, "train")
+    assert len(dataset) == 2 and dataset.labels.tolist() == [1, 2]
+    assert len(dataset.problems) == 1
+    assert "b.xml: object[1]" in dataset.problems[0] and reason in dataset.problems[0]
+    assert "skipped" in dataset.problems[0]
+    with pytest.raises(ValueError, match=r"strict=True refuses any:\n.*b\.xml: object\[1\]"):
+        load_voc(root, "train", strict=True)
+
+
+def test_a_box_past_the_edge_is_reported_and_kept(write):
+    dataset = load_voc(write({"a": [("cat", (30, 5, 44, 20))]}), "train")
+    assert dataset.boxes.tolist() == [[29, 4, 44, 20]]
+    assert "a.xml: object[0] (cat) reaches past its image of 40x30 pixels, and is kept" in dataset.problems[0]
+
+
+def test_a_coordinate_below_1_contradicts_one_based(write):
+    root = write({"a": [CAT], "b": [DOG, ("dog", (3, 0.5, 9, 9)), ("cat", (0, 1, 9, 9))]})
+    message = r"b\.xml: object\[1\] \(dog\) has ymin 0\.5, below 1, as have 1 other .*one_based: false"
+    with pytest.raises(ValueError, match=message):
+        load_voc(root, "train")
+    assert load_voc(root, "train", one_based=False).notes == ()
+
+
+def test_whole_coordinates_that_reach_the_width_and_never_0_are_noted(write):
+    assert "look counted from 1" in load_voc(write({"a": [CAT]}), "train", one_based=False).notes[0]
+    for other in (("cat", (1, 1, 39, 30)), ("cat", (0, 1, 40, 30)), ("cat", (1.5, 1, 40, 30))):
+        assert load_voc(write({"a": [other]}), "train", one_based=False).notes == ()
+
+
+@pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>"])
+def test_a_missing_size_is_read_from_the_picture(write, size):
+    dataset = load_voc(write({"a": size + object_xml(*CAT)}), "train")
+    assert dataset.image_sizes.tolist() == [[30, 40]]
+
+
+def test_pictures_are_found_by_filename_and_otherwise_by_stem(write):
+    root = write({"a": f"<filename>other.png</filename>{SIZE}{object_xml(*CAT)}", "b": [CAT]}, suffix="PNG")
+    assert load_voc(root, "train").image_paths[0].endswith("a.PNG")
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages/other.png")
+    assert load_voc(root, "train").image_paths[0].endswith("other.png")
+    assert load_voc(root, "train")[0][0].shape == (3, 30, 40)
+
+
+def test_missing_things_are_named(write, tmp_path):
+    with pytest.raises(FileNotFoundError, match="should be a VOC folder"):
+        load_voc(tmp_path / "nowhere", "train")
+    root = write({"a": [CAT], "b": [DOG]})
+    (root / "ImageSets/Main/cat_train.txt").touch()
+    with pytest.raises(ValueError, match="has no split 'tran'; there are train, cat_train"):
+        load_voc(root, "tran")
+    with pytest.raises(ValueError, match="the split is empty"):
+        load_voc(root, "cat_train")
+    (root / "JPEGImages/b.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match="JPEGImages: 1 of the split's 2 images are missing: b"):
+        load_voc(root, "train")
+    (root / "Annotations/b.xml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of the split's 2 annotations are missing: b\.xml"):
+        load_voc(root, "train")
+    (root / "ImageSets/Main/train.txt").write_text("a\na\n")
+    with pytest.raises(ValueError, match=r"lists 1 image\(s\) more than once: a"):
+        load_voc(root, "train")
+
+
+def test_malformed_xml_and_a_split_without_objects_are_errors(write):
+    root = write({"a": []})
+    with pytest.raises(ValueError, match="split 'train' has no object, so no class names"):
+        load_voc(root, "train")
+    assert len(load_voc(root, "train", class_names=["cat"])) == 1
+    (root / "Annotations/a.xml").write_text("<annotation><object>")
+    with pytest.raises(ValueError, match=r"a\.xml: not valid XML"):
+        load_voc(root, "train")
+
+
+def test_bccds_two_boxes_without_area_are_reported_and_strict_refuses_them(shared):
+    root = shared / "data/bccd"
+    dataset = load_voc(root, "trainval")
+    assert len(dataset) == 292 and dataset.class_names == ("Platelets", "RBC", "WBC")
+    assert len(dataset.problems) == 2
+    assert "BloodImage_00338.xml: object[12] (RBC) has a box that has no area" in dataset.problems[0]
+    assert "BloodImage_00343.xml: object[3] (RBC) has a box that has no area" in dataset.problems[1]
+    with pytest.raises(ValueError, match=r"2 problem\(s\).*\n.*BloodImage_00338.*\n.*BloodImage_00343"):
+        load_voc(root, "trainval", strict=True)
+
+
+def test_bccds_splits_hold_the_published_numbers_of_images_and_boxes(shared):
+    sets = [load_voc(shared / "data/bccd", split) for split in ("train", "val", "test")]
+    assert [len(dataset) for dataset in sets] == [205, 87, 72]
+    assert sum(len(dataset.boxes) + len(dataset.problems) for dataset in sets) == 4888
+    assert sets[0].boxes.min() == 0 and sets[0].boxes.max() == 640
+
+
+def test_bccd_taken_as_filed_is_noted_to_look_one_based(shared):
+    assert "look counted from 1" in load_voc(shared / "data/bccd", "train", one_based=False).notes[0]
+
+
+def test_foda_loads_with_fractional_coordinates_and_is_refused_as_one_based(shared):
+    root = shared / "data/foda"
+    dataset = load_voc(root, "train", one_based=False)
+    assert len(dataset) == 1240 and len(dataset.class_names) == 31
+    assert len(dataset.boxes) + len(load_voc(root, "val", one_based=False).boxes) == 1590
+    assert dataset.problems == () and dataset.notes == ()
+    assert (dataset.boxes % 1).any() and dataset.boxes.min() == 0
+    assert dataset.image_ids[0] == 10
+    with pytest.raises(ValueError, match=r"has xmin 0, below 1, .*set one_based: false"):
+        load_voc(root, "train", one_based=True)
+
+
+def test_foda_is_read_within_two_seconds_and_held_within_half_a_megabyte(shared):
+    start = time.perf_counter()
+    dataset = load_voc(shared / "data/foda", "train", one_based=False)
+    assert time.perf_counter() - start < 2
+    assert len(pickle.dumps(dataset)) < 500_000
+    assert all(value.dtype != object for value in vars(dataset).values() if isinstance(value, np.ndarray))

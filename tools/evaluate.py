@@ -1,0 +1,68 @@
+"""Evaluate a detector, or stored detections, on a data set.
+
+python tools/evaluate.py --weights runs/shapes/best.safetensors --output runs/shapes/eval
+python tools/evaluate.py --weights best.safetensors --config configs/voc_resnet101.yaml data.root=/data --output eval
+python tools/evaluate.py --detections detections.json --config configs/bccd_resnet18.yaml --output eval
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from detector.checkpoint import load_checkpoint, write_json
+from detector.config import load_config, parse_config
+from detector.data import build_dataset
+from detector.evaluation import format_coco, format_voc, load_results
+from detector.inference import choose_device
+from detector.run import run_evaluation, score
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.root=/data/voc")
+    parser.add_argument("--weights", help="a checkpoint of tools/train.py")
+    parser.add_argument("--detections", metavar="FILE", help="score this file (COCO's results format), without a model")
+    parser.add_argument("--config", help="whose data to use (default: the checkpoint's own)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="val")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for metrics.json and detections.json")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
+    args = parser.parse_intermixed_args()
+    try:
+        evaluate(args)
+    except (ValueError, FileNotFoundError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    if (args.weights is None) == (args.detections is None):
+        raise ValueError("give either --weights or --detections")
+    if args.detections is not None and args.config is None:
+        raise ValueError("--detections needs --config, which says what data to score against")
+    checkpoint = None if args.weights is None else load_checkpoint(args.weights)
+    if args.config is not None:
+        config = load_config(args.config, args.overrides)
+    else:
+        config = parse_config(checkpoint.config.model_dump(mode="json"), args.overrides, source=args.weights)
+    names = None if checkpoint is None else checkpoint.class_names
+    dataset = build_dataset(config.data, args.split, names)
+    print(f"{args.split}: {len(dataset)} images, {sum(dataset.box_counts().values())} boxes")
+    for problem in dataset.problems:
+        print(f"  skipped: {problem}")
+    losses, output = {}, Path(args.output)
+    if checkpoint is None:
+        results = load_results(args.detections, dataset.to_coco())
+    else:
+        device = choose_device(args.device)
+        config = config.model_copy(update={"model": checkpoint.config.model})
+        results, losses = run_evaluation(checkpoint.build().to(device), dataset, config, device)
+        write_json(output / "detections.json", results)
+    metrics = score(dataset, results)
+    write_json(output / "metrics.json", {**metrics, "losses": losses}, indent=2)
+    print(format_coco(metrics), format_voc(metrics["voc"]), sep="\n\n")
+    print(f"\nmetrics and detections are in {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

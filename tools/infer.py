@@ -1,0 +1,87 @@
+"""Detect objects in pictures: draws them and writes one JSON.
+
+python tools/infer.py --weights runs/shapes/best.safetensors datasets/shapes/val --output runs/shapes/drawings
+python tools/infer.py --weights best.safetensors street.jpg "holiday/*.png" --score-thresh 0.3 --output found
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from detector import Detector
+from detector.checkpoint import write_atomically, write_json
+from detector.data import list_images, load_image
+from detector.inference import choose_device
+from detector.visualize import draw_boxes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, or patterns such as 'a/*.jpg'")
+    parser.add_argument("--weights", required=True, help="a checkpoint of tools/train.py")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the drawings and detections.json")
+    parser.add_argument("--score-thresh", type=float, default=0.5, help="the lowest score kept (default 0.5)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
+    args = parser.parse_args()
+    try:
+        return infer(args)
+    except (ValueError, FileNotFoundError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def infer(args: argparse.Namespace) -> int:
+    """Every readable picture is done; unreadable ones are named at the end, with exit status 1."""
+    paths = list_images(args.paths)
+    detector = Detector.load(args.weights, choose_device(args.device))
+    drawings = drawing_paths(paths, Path(args.output))
+    found, unreadable = [], []
+    for path in tqdm(paths, desc="infer", unit="image", disable=not sys.stderr.isatty()):
+        try:
+            image = load_image(path)
+        except ValueError as error:
+            unreadable.append(str(error))
+            continue
+        detections = detector(image, score_thresh=args.score_thresh)
+        drawing = draw_boxes(image, detections.boxes, detections.labels, detector.class_names, detections.scores)
+        write_atomically(drawings[path], lambda temporary, d=drawing: Image.fromarray(d).save(temporary, quality=92))
+        found.append(
+            {
+                "path": str(path),
+                "drawing": str(drawings[path]),
+                "height": image.shape[0],
+                "width": image.shape[1],
+                "detections": detections.to_dicts(),
+            }
+        )
+    write_json(
+        Path(args.output) / "detections.json",
+        {"weights": args.weights, "class_names": detector.class_names, "images": found},
+        indent=1,
+    )
+    count = sum(len(entry["detections"]) for entry in found)
+    print(f"{count} objects in {len(found)} of {len(paths)} pictures; drawings and detections.json are in {args.output}")
+    for message in unreadable:
+        print(f"skipped: {message}", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def drawing_paths(paths: list[Path], output: Path) -> dict[Path, Path]:
+    """A JPEG for each picture, of its own name where that is unique, else with its folder's name before it."""
+    taken: dict[Path, Path] = {}
+    for path in paths:
+        stem = path.stem
+        if output / f"{stem}.jpg" in taken.values():
+            stem = f"{path.resolve().parent.name}_{path.stem}"
+        number, name = 1, stem
+        while output / f"{name}.jpg" in taken.values():
+            number, name = number + 1, f"{stem}_{number + 1}"
+        taken[path] = output / f"{name}.jpg"
+    return taken
+
+
+if __name__ == "__main__":
+    sys.exit(main())

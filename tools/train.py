@@ -1,0 +1,42 @@
+"""Train a detector.
+
+python tools/train.py configs/shapes.yaml --output runs/shapes
+python tools/train.py configs/voc_resnet101.yaml data.root=/data/VOCdevkit train.batch_size=4 --output runs/voc
+python tools/train.py configs/shapes.yaml --output runs/shapes --resume
+"""
+
+import argparse
+import sys
+
+from detector.config import load_config
+from detector.engine import NonFiniteLossError
+from detector.inference import choose_device
+from detector.run import Interrupted, train
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML recipe, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.01")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run's files")
+    parser.add_argument("--resume", action="store_true", help="continue the run in DIR where it stopped")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
+    args = parser.parse_intermixed_args()
+    try:
+        config = load_config(args.config, args.overrides)
+        metrics = train(config, args.output, choose_device(args.device), resume=args.resume)
+    except Interrupted as stop:
+        print(stop)
+        return 130
+    except (ValueError, FileNotFoundError, TypeError, NonFiniteLossError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if metrics:
+        name = config.train.best_metric
+        print(f"best {name} {metrics[name]:.3f} (AP50 {metrics['AP50']:.3f}) after epoch {metrics['epoch']}")
+    print(f"weights, curves and pictures are in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
