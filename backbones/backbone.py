@@ -5,9 +5,10 @@ Letters: N images of H x W pixels, R regions, C4 and C5 channels of conv4_x and 
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,14 +81,36 @@ class Trunk(nn.Module):
         return features
 
 
-class RoIHead(nn.Module):
-    """Stage 5 and average pooling, run once per region: (R, C4, 14, 14) -> (R, C5)."""
+class Regions(Protocol):
+    """Regions of a shared map that are cropped when, and only as far as, the head asks for it.
 
-    def __init__(self, stage5: nn.Module, out_channels: int) -> None:
+    RoIAlign is linear, and so is a 1x1 convolution at each position: the two commute, and a head that begins with
+    1x1 convolutions runs them once on the map in place of once a region (`conv1x1`).
+    """
+
+    def crop(self, stride: int = 1) -> Tensor:
+        """The bins ::stride of the regions, (R, C4, 14/stride, 14/stride)."""
+
+    def conv1x1(self, weight: Tensor, stride: int) -> Tensor:
+        """conv2d(self.crop(), weight, stride=stride), whichever way round is less work; weight (C, C4, 1, 1)."""
+
+    def split(self) -> "Iterable[Regions]":
+        """The same regions in as many parts as a bound of memory asks for; they share what was computed."""
+
+
+class RoIHead(nn.Module):
+    """Stage 5 and average pooling, run once per region: (R, C4, 14, 14) or `Regions` -> (R, C5).
+
+    With `Regions`, the 1x1 convolutions that open the first block's branch and shortcut run on the shared map
+    (`shared_projection = False` crops first, as the definition does).
+    """
+
+    def __init__(self, stage5: nn.Sequential, out_channels: int) -> None:
         super().__init__()
         self.stage5 = stage5
         self.out_channels = out_channels
         self.frozen = False
+        self.shared_projection = True
 
     def freeze(self) -> None:
         self.frozen = True
@@ -99,8 +122,26 @@ class RoIHead(nn.Module):
             self.stage5.eval()
         return self
 
-    def forward(self, regions: Tensor) -> Tensor:
-        return nn.functional.adaptive_avg_pool2d(self.stage5(regions), 1).flatten(1)
+    def forward(self, regions: "Tensor | Regions") -> Tensor:
+        if isinstance(regions, Tensor):
+            return self.pool(self.stage5(regions))
+        # Batch statistics are of all regions, and a gradient keeps every part's activations: no parts then.
+        parts = [regions] if self.training or torch.is_grad_enabled() else regions.split()
+        vectors = [self.pool(self._run(part)) for part in parts]
+        return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+    def _run(self, regions: "Regions") -> Tensor:
+        first, *others = self.stage5
+        enter = getattr(first, "enter", None) if self.shared_projection else None
+        features = first(regions.crop()) if enter is None else enter(regions)
+        for block in others:
+            features = block(features)
+        return features
+
+    @staticmethod
+    def pool(features: Tensor) -> Tensor:
+        """(R, C5, h, w) -> (R, C5)"""
+        return nn.functional.adaptive_avg_pool2d(features, 1).flatten(1)
 
 
 class Backbone(nn.Module):

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from .backbone import nearest
+from .backbone import Regions, nearest
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
@@ -42,3 +42,31 @@ def norm_layer(norm: str, weights: object) -> Callable[[int], nn.Module]:
             "near 1e5. Give weights=... or train from scratch with norm='batch' or norm='group'."
         )
     return NORMS[norm]
+
+
+def opens_with_projection(layers: nn.Module) -> bool:
+    """Whether `layers` is a sequence that begins with an ungrouped 1x1 convolution, which RoIAlign commutes with."""
+    first = layers[0] if isinstance(layers, nn.Sequential) and len(layers) else None
+    return (
+        isinstance(first, nn.Conv2d)
+        and first.kernel_size == (1, 1)
+        and first.padding == (0, 0)
+        and first.groups == 1
+        and first.stride[0] == first.stride[1]
+    )
+
+
+def enter(layers: nn.Module, regions: Regions) -> Tensor:
+    """layers(regions.crop()), an opening 1x1 convolution run on the shared map.
+
+    A bias (of a folded norm) comes after the crop: bins outside the map are 0, so it does not commute.
+    """
+    if not opens_with_projection(layers):
+        return layers(regions.crop())
+    first, *others = layers
+    features = regions.conv1x1(first.weight, first.stride[0])
+    if first.bias is not None:
+        features = features + first.bias[:, None, None]
+    for layer in others:
+        features = layer(features)
+    return features

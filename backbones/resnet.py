@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .backbone import Backbone, RoIHead, Trunk, init_weights, nearest, register_backbone
-from .layers import conv, norm_layer
-from .weights import load_weights
+from .backbone import Backbone, Regions, RoIHead, Trunk, init_weights, nearest, register_backbone
+from .layers import conv, enter, norm_layer
+from .weights import is_published, load_weights
 
 Norm = Callable[[int], nn.Module]
 STRIDE_IN = ("3x3", "1x1")
@@ -23,7 +23,11 @@ class ResidualBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.branch(x) + self.shortcut(x))
+        return self.relu(self.branch(x).add_(self.shortcut(x)))
+
+    def enter(self, regions: Regions) -> Tensor:
+        """forward(regions.crop()), the opening 1x1 convolutions run on the shared map."""
+        return self.relu(enter(self.branch, regions).add_(enter(self.shortcut, regions)))
 
 
 def basic_branch(in_channels: int, width: int, stride: int, norm: Norm, stride_in: str) -> nn.Sequential:
@@ -116,6 +120,11 @@ def resnet(
         raise ValueError(f"stride_in is {stride_in!r}; {nearest(stride_in, STRIDE_IN)}")
     if not isinstance(width, int) or width < 1:
         raise ValueError(f"width is {width!r}; accepted: a positive whole number of channels")
+    if is_published(weights) and (width != 64 or (stride_in != "3x3" and branch is bottleneck_branch)):
+        raise ValueError(
+            f"weights {weights!r} were trained with width 64 and the stride in the 3x3; got width {width} and "
+            f"stride_in {stride_in!r}"
+        )
     layer = norm_layer(norm, weights)
 
     def stage(k: int, in_channels: int) -> nn.Sequential:

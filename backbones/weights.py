@@ -79,11 +79,16 @@ def published_weights(name: str) -> list[str]:
     return sorted({entry.replace("IMAGENET1K_", "imagenet_").lower() for entry in entries if entry != "DEFAULT"})
 
 
+def is_published(weights: object) -> bool:
+    """Whether `weights` names a publisher's weights, as "imagenet_v1" does, and not a file."""
+    return isinstance(weights, str) and re.fullmatch(r"imagenet_\w+", weights) is not None
+
+
 def load_weights(backbone: Backbone, weights: str | Path | None, published: NameTable) -> None:
     """Fill `backbone` from a published name or a file; `published` maps the publisher's keys to ours."""
     if weights is None or weights == DEFERRED:
         return
-    if re.fullmatch(r"imagenet_\w+", str(weights)):
+    if is_published(weights):
         found = _published(backbone.name, str(weights))
         if found is None:
             accepted = ", ".join(published_weights(backbone.name)) or "none are published"

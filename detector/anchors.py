@@ -1,6 +1,7 @@
 """Anchors on the one stride-16 map, and whether they fit it and the images."""
 
 import warnings
+from collections.abc import Iterable
 
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
@@ -39,7 +40,7 @@ def build_anchor_generator(
 
 
 def _numbers(name: str, values: object) -> tuple[float, ...]:
-    flat = tuple(values) if isinstance(values, (tuple, list)) else (values,)
+    flat = tuple(values) if isinstance(values, Iterable) else (values,)
     if any(isinstance(v, (tuple, list)) for v in flat):
         raise ValueError(
             f"{name} is {values!r}, one tuple a level; a C4 detector has one feature map, so give one flat tuple"

@@ -184,6 +184,8 @@ def train_one_epoch(
         training.batch += 1
         whole = training.batch % accumulate == 0 or training.batch == num_batches
         read = monitor.add(losses, image_ids)
+        if training.batch == num_batches:
+            read += monitor.read()
         if whole:
             update(training, clip_norm)
         stop = bool(on_step(read, len(images))) or stop

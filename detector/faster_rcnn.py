@@ -25,7 +25,7 @@ from backbones.weights import DEFERRED
 
 from .anchors import STRIDE, build_anchor_generator
 from .config import ModelConfig
-from .roi_align import RegionPool
+from .roi_align import SharedRegionPool
 
 Targets = list[dict[str, Tensor]]
 
@@ -46,7 +46,9 @@ class NetworkTransform(GeneralizedRCNNTransform):
     A target that has `original_size` belongs to an image that the loader has already resized.
     """
 
-    def __init__(self, min_size: int, max_size: int, preprocessing: Preprocessing, size_divisible: int) -> None:
+    def __init__(
+        self, min_size: int, max_size: int, preprocessing: Preprocessing, size_divisible: int
+    ) -> None:
         super().__init__(min_size, max_size, [], [], size_divisible=size_divisible)
         self.set_preprocessing(preprocessing)
 
@@ -168,7 +170,11 @@ class C4FasterRCNN(FasterRCNN):
         return proposals, {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_box}
 
     def _evaluate_regions(
-        self, features: dict[str, Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]], targets: Targets
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        sizes: list[tuple[int, int]],
+        targets: Targets,
     ) -> tuple[Targets, dict[str, Tensor]]:
         """Detections of the proposals, and the RoI losses of a sample of them and the ground truth."""
         heads = self.roi_heads
@@ -185,10 +191,13 @@ class C4FasterRCNN(FasterRCNN):
         detections = [
             {"boxes": b, "labels": k, "scores": s} for b, k, s in zip(boxes, labels, scores, strict=True)
         ]
-        matched, labels = heads.assign_targets_to_proposals(candidates, gt_boxes, [t["labels"] for t in targets])
+        matched, labels = heads.assign_targets_to_proposals(
+            candidates, gt_boxes, [t["labels"] for t in targets]
+        )
         sampled = heads.subsample(labels)
         matched_boxes = [
-            (gt if len(gt) else gt.new_zeros(1, 4))[m[s]] for gt, m, s in zip(gt_boxes, matched, sampled, strict=True)
+            (gt if len(gt) else gt.new_zeros(1, 4))[m[s]]
+            for gt, m, s in zip(gt_boxes, matched, sampled, strict=True)
         ]
         wanted = heads.box_coder.encode(
             matched_boxes, [c[s] for c, s in zip(candidates, sampled, strict=True)]
@@ -209,10 +218,10 @@ class C4FasterRCNN(FasterRCNN):
 
 
 # What build_faster_rcnn sets itself, so that nobody passes it a second time.
-_COMPOSED = (
-    "self backbone num_classes image_mean image_std rpn_anchor_generator rpn_head box_roi_pool box_head "
-    "box_predictor kwargs"
-).split()
+_COMPOSED = {
+    *("self", "backbone", "num_classes", "image_mean", "image_std", "rpn_anchor_generator", "rpn_head"),
+    *("box_roi_pool", "box_head", "box_predictor", "kwargs"),
+}
 
 
 def build_faster_rcnn(
@@ -246,14 +255,14 @@ def build_faster_rcnn(
     if not 0 < min_size <= max_size:
         raise ValueError(f"min_size {min_size} and max_size {max_size}: accepted: 0 < min_size <= max_size")
     trunk, roi_head = backbone.trunk, backbone.roi_head
-    anchors = build_anchor_generator(tuple(anchor_sizes), tuple(aspect_ratios), min_size, max_size)
+    anchors = build_anchor_generator(anchor_sizes, aspect_ratios, min_size, max_size)
     model = C4FasterRCNN(
         trunk,
         min_size=min_size,
         max_size=max_size,
         rpn_anchor_generator=anchors,
         rpn_head=Float32RPNHead(trunk.out_channels, anchors.num_anchors_per_location()[0]),
-        box_roi_pool=RegionPool(output_size=14, sampling_ratio=2, stride=STRIDE, mode=roi_pool),
+        box_roi_pool=SharedRegionPool(14, sampling_ratio=2, stride=STRIDE, mode=roi_pool),
         box_head=roi_head,
         box_predictor=Float32Predictor(roi_head.out_channels, num_classes),
         **options,

@@ -73,7 +73,7 @@ class Detector:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, device: str | torch.device | None = None) -> "Detector":
-        return cls(checkpoint.build(), checkpoint.class_names, device or default_device())
+        return cls(checkpoint.build(), checkpoint.class_names, choose_device(device))
 
     @torch.inference_mode()
     def __call__(
@@ -103,7 +103,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | torch.device | None) -> torch.device:
     """The device of that name, checked to exist; None chooses the GPU where there is one."""
     if name is None:
         return default_device()
@@ -112,7 +112,7 @@ def choose_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(f"device {name!r} cannot be used; available here: {', '.join(available)}") from error
+        raise ValueError(f"device {str(name)!r} cannot be used; available here: {', '.join(available)}") from error
     return device
 
 

@@ -16,7 +16,7 @@ Letters: N images, C channels, H x W map, R regions, P x Q bins a region, S samp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -244,8 +244,15 @@ class RegionPool(MultiScaleRoIAlign):
 
         `image_shapes` is torchvision's signature; the scale does not depend on it.
         """
-        features = _only_map(x)
-        if self.mode == "align" and _prefers_sparse(features):
+        return self.crop(_only_map(x), boxes)
+
+    def is_sparse(self, features: Tensor) -> bool:
+        """Whether this pool reads such a map by the sparse product."""
+        return self.mode == "align" and _prefers_sparse(features)
+
+    def crop(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
+        """(N, C, H, W) and N x (R_i, 4) boxes in pixels -> (R, C, P, Q)."""
+        if self.is_sparse(features):
             return sparse_roi_align(features, self.bin_weights(features, boxes))
         return self._dense(features, boxes)
 
@@ -282,6 +289,90 @@ class RegionPool(MultiScaleRoIAlign):
             f"{type(self).__name__}(output_size={self.output_size}, sampling_ratio={self.sampling_ratio}, "
             f"stride={self.stride}, aligned={self.aligned}, mode={self.mode!r})"
         )
+
+
+class MapRegions:
+    """Regions of one map for a head that crops them itself (`backbones.backbone.Regions`).
+
+    features: (N, C4, H, W); boxes: N x (R_i, 4) pixels. Maps that were projected and weights of bins that were
+    expanded are kept for whoever asks next, the parts of `split` among them.
+    """
+
+    def __init__(
+        self,
+        pool: RegionPool,
+        features: Tensor,
+        boxes: list[Tensor],
+        max_regions: int | None = None,
+        all_regions: int | None = None,
+    ) -> None:
+        self.pool, self.features, self.boxes, self.max_regions = pool, features, boxes, max_regions
+        self.all_regions = len(self) if all_regions is None else all_regions
+        self._projected: dict[int, Tensor] = {}
+        self._weights: dict[int, BinWeights] = {}
+        self._crops: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return sum(len(b) for b in self.boxes)
+
+    def crop(self, stride: int = 1) -> Tensor:
+        if stride not in self._crops:
+            self._crops[stride] = self._crop(self.features, stride)
+        return self._crops[stride]
+
+    def conv1x1(self, weight: Tensor, stride: int) -> Tensor:
+        rows, columns = self.pool.output_size
+        num_bins = self.all_regions * -(-rows // stride) * -(-columns // stride)
+        key = id(weight)
+        if self.pool.mode == "max" or num_bins < self._num_positions:
+            return F.conv2d(self.crop(stride), weight)
+        if key not in self._projected:
+            self._projected[key] = F.conv2d(self.features, weight)
+        return self._crop(self._projected[key], stride)
+
+    def split(self) -> Iterator[MapRegions]:
+        """Parts of at most `max_regions`, one after another: what a part cropped is free when the next is made."""
+        if self.max_regions is None or len(self) <= self.max_regions:
+            yield self
+            return
+        for image, boxes in enumerate(self.boxes):
+            for chunk in boxes.split(self.max_regions):
+                alone = [b[:0] for b in self.boxes]
+                alone[image] = chunk
+                part = MapRegions(self.pool, self.features, alone, self.max_regions, all_regions=len(self))
+                part._projected = self._projected
+                yield part
+
+    @property
+    def _num_positions(self) -> int:
+        return self.features.shape[0] * self.features.shape[2] * self.features.shape[3]
+
+    def _crop(self, features: Tensor, stride: int) -> Tensor:
+        if not self.pool.is_sparse(features):
+            return self.pool.crop(features, self.boxes)[:, :, ::stride, ::stride]
+        if stride not in self._weights:
+            whole = self._weights.setdefault(1, self.pool.bin_weights(features, self.boxes))
+            self._weights[stride] = whole.select(slice(None, None, stride))
+        return sparse_roi_align(features, self._weights[stride])
+
+
+class SharedRegionPool(RegionPool):
+    """A pool that gives the map and the boxes, so that the head whose weights it needs can project the map first.
+
+    max_regions: the most regions that the head takes at once without gradients; None for all.
+    """
+
+    def __init__(self, *args, max_regions: int | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_regions = max_regions
+
+    def forward(
+        self,
+        x: dict[str, Tensor] | Tensor,
+        boxes: list[Tensor],
+        image_shapes: list[tuple[int, int]] | None = None,
+    ) -> MapRegions:
+        return MapRegions(self, _only_map(x), list(boxes), self.max_regions)
 
 
 class _SparseProduct(torch.autograd.Function):

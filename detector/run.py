@@ -97,7 +97,7 @@ def train(config: Config, output_dir: str | Path, device: torch.device, *, resum
         log.truncate_after(training.step)
         if state is None:
             save_first_batch(output_dir / "first_batch.jpg", augmented, batches, train_set.class_names)
-        while training.epoch < options.epochs:
+        while training.epoch < options.epochs and not _out_of_patience(training, config):
             finished = _train_epoch(training, config, batches, loader, device, log, asked_to_stop)
             last = training.epoch == options.epochs
             if finished and val_loader is not None and (training.epoch % options.eval_every == 0 or last):
@@ -106,12 +106,10 @@ def train(config: Config, output_dir: str | Path, device: torch.device, *, resum
             _save(training, config, output_dir, train_set)
             if finished:
                 plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
-            if asked_to_stop and not (finished and last):
+            if asked_to_stop and not (finished and (last or _out_of_patience(training, config))):
                 raise Interrupted(f"stopped after update {training.step}; continue with --resume")
-            patience = options.patience
-            if patience is not None and training.evaluations_since_best >= patience:
-                print(f"no better {options.best_metric} in {patience} evaluations: stopping early", flush=True)
-                break
+        if training.epoch < options.epochs:
+            print(f"no better {options.best_metric} in {options.patience} evaluations: stopping early", flush=True)
     best = output_dir / BEST_METRICS
     return json.loads(best.read_text(encoding="utf-8")) if best.exists() else {}
 
@@ -177,27 +175,31 @@ def _train_epoch(
     title = f"epoch {training.epoch + 1}/{options.epochs}"
     with Progress(max(num_left, 1), title, epochs_left=options.epochs - training.epoch - 1) as progress:
 
-        def on_step(losses: list[dict[str, float]], num_images: int) -> bool:
+        def write_line() -> None:
             nonlocal logged
+            means = {name: float(np.mean([step[name] for step in collected])) for name in LOSSES}
+            log.write(
+                "train",
+                epoch=training.epoch + 1,
+                step=training.step,
+                lr=training.optimizer.param_groups[0]["lr"],
+                loss=sum(means.values()),
+                **means,
+                images_per_second=progress.images_per_second,
+                memory_mb=memory_mb(),
+            )
+            collected.clear()
+            logged = training.step
+
+        def on_step(losses: list[dict[str, float]], num_images: int) -> bool:
             collected.extend(losses)
             lr = training.optimizer.param_groups[0]["lr"]
             newest = losses[-1] if losses else {}
             total = {"loss": sum(newest.values())} if newest else {}
             progress.update(num_images, **total, **newest, lr=lr)
-            if training.step - logged >= options.log_every and collected:
-                means = {name: float(np.mean([step[name] for step in collected])) for name in LOSSES}
-                log.write(
-                    "train",
-                    epoch=training.epoch + 1,
-                    step=training.step,
-                    lr=lr,
-                    loss=sum(means.values()),
-                    **means,
-                    images_per_second=progress.images_per_second,
-                    memory_mb=memory_mb(),
-                )
-                collected.clear()
-                logged = training.step
+            last = training.batch == len(batches) or asked_to_stop  # a short epoch has a line too
+            if collected and (last or training.step - logged >= options.log_every):
+                write_line()
             return bool(asked_to_stop)
 
         return train_one_epoch(
@@ -264,6 +266,11 @@ def _keep_best(
         write_json(output_dir / BEST_METRICS, metrics, indent=2)
     else:
         training.evaluations_since_best += 1
+
+
+def _out_of_patience(training: Training, config: Config) -> bool:
+    patience = config.train.patience
+    return patience is not None and training.evaluations_since_best >= patience
 
 
 def _checkpoint(

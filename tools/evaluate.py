@@ -29,7 +29,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     try:
         evaluate(args)
-    except (ValueError, FileNotFoundError, TypeError) as error:
+    except (ValueError, OSError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

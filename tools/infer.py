@@ -28,7 +28,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         return infer(args)
-    except (ValueError, FileNotFoundError, TypeError) as error:
+    except (ValueError, OSError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -80,6 +80,9 @@ def drawing_paths(paths: list[Path], output: Path) -> dict[Path, Path]:
         while output / f"{name}.jpg" in taken.values():
             number, name = number + 1, f"{stem}_{number + 1}"
         taken[path] = output / f"{name}.jpg"
+    overwritten = {path.resolve() for path in paths} & {drawing.resolve() for drawing in taken.values()}
+    if overwritten:
+        raise ValueError(f"the drawings would overwrite the pictures in {output}: give another --output folder")
     return taken
 
 

@@ -28,7 +28,7 @@ def main() -> int:
     except Interrupted as stop:
         print(stop)
         return 130
-    except (ValueError, FileNotFoundError, TypeError, NonFiniteLossError) as error:
+    except (ValueError, OSError, TypeError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if metrics:

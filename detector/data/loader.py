@@ -1,5 +1,6 @@
 """Batches: which images, in which order, read by which worker; none of it depends on the number of workers."""
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -85,10 +86,11 @@ def collate(samples: list[tuple[torch.Tensor, dict]]) -> Batch:
     return list(images), list(targets)
 
 
-def _one_thread(worker: int) -> None:
+def _set_up_worker(worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # torch's workers run one thread each; OpenCV's would take every core in every worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends the workers
 
 
 def build_loader(dataset: TransformedDataset, batches: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -100,5 +102,6 @@ def build_loader(dataset: TransformedDataset, batches: Sampler, num_workers: int
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_set_up_worker,
+        generator=torch.Generator(),  # its draw an epoch is not the run's, which a resumed epoch would repeat
     )

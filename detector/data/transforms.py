@@ -83,6 +83,8 @@ class TrainTransform(EvalTransform):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # Compose owns its generators, and forked workers copy them: seeded per sample, the worker does not matter.
         self.compose.set_random_seed(int(rng.integers(2**31)))
+        if not self.compose.processors:
+            return self.compose(image=image)["image"], boxes, labels
         result = self.compose(image=image, bboxes=boxes, labels=labels)
         boxes = np.asarray(result["bboxes"], dtype=np.float32).reshape(-1, 4)
         labels = np.asarray(result["labels"], dtype=np.int64).reshape(-1)
@@ -90,7 +92,7 @@ class TrainTransform(EvalTransform):
 
 
 def build_augmentation(augment: AugmentConfig) -> A.Compose:
-    """The albumentations pipeline of a configuration, boxes and labels included."""
+    """The albumentations pipeline of a configuration, with boxes and labels where a step moves them."""
     jitter = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
     steps = [
         A.BBoxSafeRandomCrop(p=augment.crop) if augment.crop else None,
@@ -98,5 +100,7 @@ def build_augmentation(augment: AugmentConfig) -> A.Compose:
         A.VerticalFlip(p=augment.vertical_flip) if augment.vertical_flip else None,
         A.ColorJitter(*jitter, p=1.0) if any(jitter) else None,
     ]
+    steps = [step for step in steps if step is not None]
     boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"])
-    return A.Compose([step for step in steps if step is not None], bbox_params=boxes)
+    moves_boxes = any(isinstance(step, A.DualTransform) for step in steps)
+    return A.Compose(steps, bbox_params=boxes if moves_boxes else None)
