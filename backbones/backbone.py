@@ -5,13 +5,15 @@ Letters: N images of H x W pixels, R regions, C4 and C5 channels of conv4_x and 
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NUM_TRUNK_STAGES = 4
 NUM_STAGES = 5
@@ -42,6 +44,48 @@ def _freeze(stage: nn.Module) -> None:
     stage.eval()
 
 
+def keeps_activations(block: nn.Module, checkpointing: bool) -> bool:
+    """Whether a block runs as usual: not asked to save memory, or with no gradient to save any for."""
+    return not (
+        checkpointing and torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
+    )
+
+
+def run_blocks(blocks: nn.Module, features: Tensor, checkpointing: bool) -> Tensor:
+    """blocks(features); with `checkpointing`, a block's activations are recomputed in the backward pass."""
+    if not checkpointing:
+        return blocks(features)
+    for block in blocks if isinstance(blocks, nn.Sequential) else [blocks]:
+        if isinstance(block, nn.Sequential):
+            features = run_blocks(block, features, checkpointing)
+        elif keeps_activations(block, checkpointing):
+            features = block(features)
+        else:
+            features = recomputed(block, block, features)
+    return features
+
+
+def recomputed(block: nn.Module, function: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """function(features), whose activations are computed again for the gradient; statistics move only once."""
+    norms = [layer for layer in block.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+    @contextmanager
+    def still() -> Iterator[None]:
+        momenta, counts = [n.momentum for n in norms], [n.num_batches_tracked.clone() for n in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+                norm.momentum = momentum
+                norm.num_batches_tracked.copy_(count)
+
+    return checkpoint(
+        function, features, use_reentrant=False, context_fn=lambda: (nullcontext(), still())
+    )
+
+
 class Trunk(nn.Module):
     """Stages 1-4, run once per image: (N, 3, H, W) -> (N, C4, ceil(H/16), ceil(W/16)).
 
@@ -57,6 +101,7 @@ class Trunk(nn.Module):
             self.add_module(f"stage{k}", stage)
         self.out_channels = out_channels
         self.frozen_stages = 0
+        self.activation_checkpointing = False
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -77,7 +122,7 @@ class Trunk(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features = images
         for stage in self.stages:
-            features = stage(features)
+            features = run_blocks(stage, features, self.activation_checkpointing)
         return features
 
 
@@ -93,6 +138,11 @@ class Regions(Protocol):
 
     def conv1x1(self, weight: Tensor, stride: int) -> Tensor:
         """conv2d(self.crop(), weight, stride=stride), whichever way round is less work; weight (C, C4, 1, 1)."""
+
+    features: Tensor
+
+    def of(self, features: Tensor) -> "Regions":
+        """The same regions of another map, or of this one with nothing computed yet."""
 
     def split(self) -> "Iterable[Regions]":
         """The same regions in as many parts as a bound of memory asks for; they share what was computed."""
@@ -111,6 +161,7 @@ class RoIHead(nn.Module):
         self.out_channels = out_channels
         self.frozen = False
         self.shared_projection = True
+        self.activation_checkpointing = False
 
     def freeze(self) -> None:
         self.frozen = True
@@ -124,19 +175,21 @@ class RoIHead(nn.Module):
 
     def forward(self, regions: "Tensor | Regions") -> Tensor:
         if isinstance(regions, Tensor):
-            return self.pool(self.stage5(regions))
+            return self.pool(run_blocks(self.stage5, regions, self.activation_checkpointing))
         # Batch statistics are of all regions, and a gradient keeps every part's activations: no parts then.
         parts = [regions] if self.training or torch.is_grad_enabled() else regions.split()
         vectors = [self.pool(self._run(part)) for part in parts]
         return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
     def _run(self, regions: "Regions") -> Tensor:
-        first, *others = self.stage5
-        enter = getattr(first, "enter", None) if self.shared_projection else None
-        features = first(regions.crop()) if enter is None else enter(regions)
-        for block in others:
-            features = block(features)
-        return features
+        first, others = self.stage5[0], self.stage5[1:]
+        if not (self.shared_projection and hasattr(first, "enter")):
+            return run_blocks(self.stage5, regions.crop(), self.activation_checkpointing)
+        if keeps_activations(first, self.activation_checkpointing):
+            entered = first.enter(regions)
+        else:
+            entered = recomputed(first, lambda features: first.enter(regions.of(features)), regions.features)
+        return run_blocks(others, entered, self.activation_checkpointing)
 
     @staticmethod
     def pool(features: Tensor) -> Tensor:

@@ -87,7 +87,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         inside = sorted(p.name for p in path.glob("*.safetensors"))
-        raise ValueError(f"{path} is a folder; give a file" + (f", such as {path / inside[0]}" if inside else ""))
+        raise ValueError(
+            f"{path} is a folder; give a file" + (f", such as {path / inside[0]}" if inside else "")
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
@@ -102,7 +104,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path} holds tensors but no detector: a checkpoint of tools/train.py is needed")
     if int(metadata["version"]) > VERSION:
         raise ValueError(f"{path} is of version {metadata['version']}; this program reads up to {VERSION}")
-    preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["preprocessing"]).items()}
+    preprocessing = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["preprocessing"]).items()
+    }
     return Checkpoint(
         tensors,
         parse_config(json.loads(metadata["config"]), source=f"the config in {path}"),

@@ -26,6 +26,8 @@ class ModelConfig(Section):
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     min_size: int = Field(800, gt=0)
     max_size: int = Field(1333, gt=0)
+    shared_projection: bool = Field(True, description="conv5_x's opening 1x1 convolutions on the shared map")
+    activation_checkpointing: bool = Field(False, description="less memory in training, for more time")
     rpn_pre_nms_top_n_train: int | None = Field(None, gt=0)
     rpn_pre_nms_top_n_test: int | None = Field(None, gt=0)
     rpn_post_nms_top_n_train: int | None = Field(None, gt=0)

@@ -94,8 +94,15 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self._parts:
             if name not in state:
-                raise ValueError(f"the training state has no {name}: resume with the config it was saved with")
-            getattr(self, name).load_state_dict(state[name])
+                raise ValueError(
+                    f"the training state has no {name}: resume with the config it was saved with"
+                )
+            try:
+                getattr(self, name).load_state_dict(state[name])
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"the training state's {name} does not fit the config: resume with the config it was saved with"
+                ) from error
         for name in self._counters:
             setattr(self, name, state[name])
         torch.set_rng_state(state["torch_rng"])
@@ -254,5 +261,7 @@ def coco_results(detected: dict[str, Tensor], image_id: int, category_ids: list[
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
     return [
         {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
-        for box, label, score in zip(boxes, detected["labels"].tolist(), detected["scores"].tolist(), strict=True)
+        for box, label, score in zip(
+            boxes, detected["labels"].tolist(), detected["scores"].tolist(), strict=True
+        )
     ]

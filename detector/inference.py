@@ -45,13 +45,19 @@ class Detections:
         kept = self.scores >= score_thresh
         features = None if self.features is None else self.features[kept]
         return replace(
-            self, boxes=self.boxes[kept], labels=self.labels[kept], scores=self.scores[kept], features=features
+            self,
+            boxes=self.boxes[kept],
+            labels=self.labels[kept],
+            scores=self.scores[kept],
+            features=features,
         )
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Plain objects for JSON: box xyxy, label, name, score."""
         rows = zip(self.boxes.tolist(), self.labels.tolist(), self.names, self.scores.tolist(), strict=True)
-        return [{"box": box, "label": label, "name": name, "score": score} for box, label, name, score in rows]
+        return [
+            {"box": box, "label": label, "name": name, "score": score} for box, label, name, score in rows
+        ]
 
 
 class Detector:
@@ -61,7 +67,9 @@ class Detector:
     detections = detector("street.jpg", score_thresh=0.5)
     """
 
-    def __init__(self, model: C4FasterRCNN, class_names: Sequence[str], device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, model: C4FasterRCNN, class_names: Sequence[str], device: str | torch.device = "cpu"
+    ) -> None:
         self.model = model.eval().to(device)
         self.class_names = tuple(class_names)
         self.device = torch.device(device)
@@ -112,7 +120,9 @@ def choose_device(name: str | torch.device | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(f"device {str(name)!r} cannot be used; available here: {', '.join(available)}") from error
+        raise ValueError(
+            f"device {str(name)!r} cannot be used; available here: {', '.join(available)}"
+        ) from error
     return device
 
 

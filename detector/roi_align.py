@@ -315,6 +315,9 @@ class MapRegions:
     def __len__(self) -> int:
         return sum(len(b) for b in self.boxes)
 
+    def of(self, features: Tensor) -> MapRegions:
+        return MapRegions(self.pool, features, self.boxes, self.max_regions)
+
     def crop(self, stride: int = 1) -> Tensor:
         if stride not in self._crops:
             self._crops[stride] = self._crop(self.features, stride)

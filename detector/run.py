@@ -52,7 +52,9 @@ class Interrupted(Exception):
     """The run was asked to stop, and saved what it resumes from."""
 
 
-def train(config: Config, output_dir: str | Path, device: torch.device, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: Config, output_dir: str | Path, device: torch.device, *, resume: bool = False
+) -> dict[str, Any]:
     """Train as the configuration says; gives the best evaluation's metrics ({} without validation data).
 
     `output_dir` receives best.safetensors, last.safetensors, training_state.pt, config.yaml, metrics.jsonl,
@@ -70,7 +72,9 @@ def train(config: Config, output_dir: str | Path, device: torch.device, *, resum
     train_set = build_dataset(config.data, "train")
     val_set = build_dataset(config.data, "val", train_set.class_names) if config.data.val else None
     if state is not None and tuple(state["class_names"]) != train_set.class_names:
-        raise ValueError(f"{output_dir} was trained on classes {state['class_names']}, not {train_set.class_names}")
+        raise ValueError(
+            f"{output_dir} was trained on classes {state['class_names']}, not {train_set.class_names}"
+        )
     if not sum(train_set.box_counts().values()):
         raise ValueError("the training data have no box to learn")
 
@@ -109,7 +113,10 @@ def train(config: Config, output_dir: str | Path, device: torch.device, *, resum
             if asked_to_stop and not (finished and (last or _out_of_patience(training, config))):
                 raise Interrupted(f"stopped after update {training.step}; continue with --resume")
         if training.epoch < options.epochs:
-            print(f"no better {options.best_metric} in {options.patience} evaluations: stopping early", flush=True)
+            print(
+                f"no better {options.best_metric} in {options.patience} evaluations: stopping early",
+                flush=True,
+            )
     best = output_dir / BEST_METRICS
     return json.loads(best.read_text(encoding="utf-8")) if best.exists() else {}
 
@@ -120,7 +127,9 @@ def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device
     groups = parameter_groups(model, options.weight_decay, options.norm_decay)
     fused = device.type in ("cpu", "cuda")
     if options.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=fused)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            groups, lr=options.lr, momentum=options.momentum, fused=fused
+        )
     else:
         optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=fused)
     updates = math.ceil(num_batches / options.accumulate)
@@ -138,8 +147,12 @@ def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device
     return Training(model, optimizer, schedule, scaler, ema)
 
 
-def build_eval_loader(dataset: DetectionDataset, config: Config, device: torch.device) -> torch.utils.data.DataLoader:
-    transformed = TransformedDataset(dataset, EvalTransform(config.model.min_size, config.model.max_size), seed=0)
+def build_eval_loader(
+    dataset: DetectionDataset, config: Config, device: torch.device
+) -> torch.utils.data.DataLoader:
+    transformed = TransformedDataset(
+        dataset, EvalTransform(config.model.min_size, config.model.max_size), seed=0
+    )
     batches = EvalBatches(dataset.aspect_ratios(), config.loader.eval_batch_size)
     return build_loader(transformed, batches, config.loader.num_workers, pin_memory=device.type == "cuda")
 

@@ -94,7 +94,9 @@ def test_json_is_written_whole_into_new_folders_and_refuses_nan(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*gone.safetensors"):
         load_checkpoint(tmp_path / "gone.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"nothing to resume from: .*training_state.pt does not exist"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing to resume from: .*training_state.pt does not exist"
+    ):
         load_training_state(tmp_path / "training_state.pt")
 
 
@@ -171,7 +173,9 @@ def test_weights_that_do_not_fit_the_config_are_refused(checkpoint, tiny_config,
         state.pop("rpn.head.cls_logits.weight")
     if change == "added":
         state["more"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"the weights do not fit the config beside them: \d+ tensors differ, first"):
+    with pytest.raises(
+        ValueError, match=r"the weights do not fit the config beside them: \d+ tensors differ, first"
+    ):
         Checkpoint(state, config, names).build()
 
 
@@ -180,7 +184,7 @@ def test_a_frozen_norm_checkpoint_is_built_without_the_published_weights(tiny_co
         raise AssertionError("the published weights were asked for")
 
     monkeypatch.setattr(backbones.weights, "_published", refuse)
-    config = tiny_config("model.backbone={name: resnet18, width: 8, norm: frozen, weights: imagenet_v1}")
+    config = tiny_config("model.backbone={name: resnet18, norm: frozen, weights: imagenet_v1}")
     model = build_model(config.model, 5, load_weights=False)
     saved = Checkpoint(model.state_dict(), config, NAMES)
     save_checkpoint(tmp_path / "best.safetensors", saved)

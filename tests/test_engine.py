@@ -322,7 +322,13 @@ def test_the_training_state_comes_back_whole(model, tiny_config):
     training.best, training.evaluations_since_best = 0.25, 2
     other = build_training(config, build_model(config.model, 3), num_batches=4, device=CPU)
     other.load_state_dict(copy.deepcopy(training.state_dict()))
-    assert (other.epoch, other.batch, other.step, other.best, other.evaluations_since_best) == (1, 0, 4, 0.25, 2)
+    assert (other.epoch, other.batch, other.step, other.best, other.evaluations_since_best) == (
+        1,
+        0,
+        4,
+        0.25,
+        2,
+    )
     for one, two in ((other.model, training.model), (other.evaluated_model, training.evaluated_model)):
         assert all(torch.equal(weights(one)[k], v) for k, v in weights(two).items())
     for each in (training, other):
@@ -332,7 +338,9 @@ def test_the_training_state_comes_back_whole(model, tiny_config):
 
 def test_a_state_without_averages_is_refused_where_they_are_configured(model):
     state = training_of(model).state_dict()
-    with pytest.raises(ValueError, match="the training state has no ema: resume with the config it was saved with"):
+    with pytest.raises(
+        ValueError, match="the training state has no ema: resume with the config it was saved with"
+    ):
         training_of(model, ema=0.9).load_state_dict(state)
 
 
@@ -366,9 +374,15 @@ def test_evaluation_gives_results_and_losses_that_repeat_and_leaves_the_mode(mod
     torch.manual_seed(2)
     assert evaluate(model, batches, CPU, category_ids=[3, 90]) == (results, losses)
     assert model.training and model.rpn.fg_bg_sampler.keys is None
-    assert results and {r["image_id"] for r in results} <= {1, 2, 3} and {r["category_id"] for r in results} <= {3, 90}
+    assert (
+        results
+        and {r["image_id"] for r in results} <= {1, 2, 3}
+        and {r["category_id"] for r in results} <= {3, 90}
+    )
     assert all(set(r) == {"image_id", "category_id", "bbox", "score"} for r in results)
-    assert losses["loss"] == pytest.approx(sum(losses[name] for name in LOSSES)) and math.isfinite(losses["loss"])
+    assert losses["loss"] == pytest.approx(sum(losses[name] for name in LOSSES)) and math.isfinite(
+        losses["loss"]
+    )
 
 
 def test_evaluation_does_not_depend_on_how_images_are_batched(model):

@@ -16,7 +16,6 @@ import detector.engine
 import detector.run
 from detector.checkpoint import load_checkpoint, load_training_state
 from detector.config import load_config
-from detector.data.loader import TrainBatches
 from detector.engine import NonFiniteLossError
 from detector.report import read_log
 from detector.run import Interrupted, describe, train
@@ -89,7 +88,10 @@ def test_its_log_has_a_line_an_epoch_even_where_epochs_are_shorter_than_log_ever
 
 def test_its_checkpoint_is_the_model_of_the_last_step(finished, tiny_config):
     folder, metrics = finished
-    last, state = load_checkpoint(folder / "last.safetensors"), load_training_state(folder / "training_state.pt")
+    last, state = (
+        load_checkpoint(folder / "last.safetensors"),
+        load_training_state(folder / "training_state.pt"),
+    )
     assert last.class_names == ("circle", "square", "triangle", "star") and last.config == tiny_config()
     assert same_tensors(last.state_dict, state["model"])
     assert (state["epoch"], state["batch"], state["step"]) == (2, 0, 8)
@@ -148,7 +150,9 @@ def test_resuming_equals_not_stopping(varied, unbroken, tmp_path, monkeypatch, n
     for i, count in enumerate(updates):
         with monkeypatch.context() as patch:
             stop_after(patch, count)
-            with pytest.raises(Interrupted, match=f"stopped after update {sum(updates[: i + 1])}; continue with --resume"):
+            with pytest.raises(
+                Interrupted, match=f"stopped after update {sum(updates[: i + 1])}; continue with --resume"
+            ):
                 train(varied, tmp_path, CPU, resume=i > 0)
         torch.manual_seed(99)  # a new process has another state
     metrics = train(varied, tmp_path, CPU, resume=True)
@@ -170,7 +174,9 @@ def test_signals_are_as_before_after_a_run(finished):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_lines_written_after_the_saved_state_are_dropped_on_resuming(varied, tmp_path, monkeypatch, no_curves):
+def test_lines_written_after_the_saved_state_are_dropped_on_resuming(
+    varied, tmp_path, monkeypatch, no_curves
+):
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Interrupted):
@@ -179,14 +185,6 @@ def test_lines_written_after_the_saved_state_are_dropped_on_resuming(varied, tmp
         file.write('{"kind": "val", "epoch": 9, "step": 400, "AP": 1.0}\n{"kind": "tr')
     train(varied, tmp_path, CPU, resume=True)
     assert [line["epoch"] for line in lines(tmp_path, "val")] == [1, 2, 3]
-
-
-def test_batches_and_samples_of_a_resumed_epoch_continue(monkeypatch):
-    batches = TrainBatches(torch.ones(8).numpy(), 3, seed=0)
-    batches.set_epoch(1)
-    whole = list(batches)
-    batches.set_epoch(1, 2)
-    assert list(batches) == whole[2:]
 
 
 # Refusals
@@ -199,7 +197,9 @@ def test_resuming_without_a_run_is_refused(tiny_config, tmp_path):
 
 
 def test_a_new_run_into_a_used_folder_is_refused(finished, tiny_config):
-    with pytest.raises(ValueError, match="holds a run already: continue it with --resume, or give another --output"):
+    with pytest.raises(
+        ValueError, match="holds a run already: continue it with --resume, or give another --output"
+    ):
         train(tiny_config(), finished[0], CPU)
 
 
@@ -210,7 +210,9 @@ def test_resuming_with_other_classes_is_refused(finished, tiny_config):
 
 
 def test_resuming_with_another_model_is_refused_in_a_sentence(finished, tiny_config):
-    with pytest.raises((ValueError, RuntimeError), match="size mismatch|does not fit|do not fit"):
+    with pytest.raises(
+        ValueError, match="training state's model does not fit the config: resume with the config it"
+    ):
         train(tiny_config("model.backbone.width=16"), finished[0], CPU, resume=True)
 
 
@@ -265,7 +267,9 @@ def test_training_data_without_a_box_are_refused(tiny_config, tiny_shapes, tmp_p
         train(with_train(tiny_config(), source), tmp_path / "run", CPU)
 
 
-def test_category_ids_with_gaps_and_pictures_without_objects_train(tiny_config, tiny_shapes, tmp_path, no_curves):
+def test_category_ids_with_gaps_and_pictures_without_objects_train(
+    tiny_config, tiny_shapes, tmp_path, no_curves
+):
     def change(annotations):
         for each in (*annotations["annotations"], *annotations["categories"]):
             key = "category_id" if "bbox" in each else "id"
@@ -285,7 +289,9 @@ def test_without_validation_data_it_trains_and_keeps_the_last(tiny_config, tmp_p
     assert (tmp_path / "last.safetensors").exists() and not (tmp_path / "best.safetensors").exists()
 
 
-def test_patience_stops_early_and_a_resumed_run_stays_stopped(tiny_config, tmp_path, no_curves, monkeypatch, capsys):
+def test_patience_stops_early_and_a_resumed_run_stays_stopped(
+    tiny_config, tmp_path, no_curves, monkeypatch, capsys
+):
     metrics = iter([0.3, 0.2, 0.3, 0.1])
 
     def evaluate_coco(ground_truth, results):
@@ -313,7 +319,9 @@ def test_log_every_counts_updates(tiny_config, tmp_path, no_curves):
 
 def test_a_diverging_run_stops_with_ids_and_losses(tiny_config, tmp_path, no_curves):
     config = tiny_config("train.lr=1.0e+30", "train.warmup_steps=0")
-    with pytest.raises(NonFiniteLossError, match=r"image ids \[\d+, \d+\]: loss_classifier .*loss_rpn_box_reg"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"image ids \[\d+, \d+\]: loss_classifier .*loss_rpn_box_reg"
+    ):
         train(config, tmp_path, CPU)
 
 
@@ -331,7 +339,15 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_resumes(tiny_config, tmp_path, n
     config = tiny_config("train.epochs=400", "train.eval_every=400", "loader.num_workers=1")
     path, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     path.write_text(config.model_dump_json())  # JSON is YAML
-    command = [sys.executable, str(ROOT / "tools" / "train.py"), str(path), "--output", str(folder), "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "train.py"),
+        str(path),
+        "--output",
+        str(folder),
+        "--device",
+        "cpu",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command,
@@ -344,7 +360,11 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_resumes(tiny_config, tmp_path, n
     try:
         deadline = time.monotonic() + 120
         log = folder / "metrics.jsonl"
-        while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.stat().st_size):
+        while (
+            process.poll() is None
+            and time.monotonic() < deadline
+            and not (log.exists() and log.stat().st_size)
+        ):
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
         out, _ = process.communicate(timeout=60)

@@ -18,13 +18,19 @@ from detector.run import run_evaluation, score
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.root=/data/voc")
     parser.add_argument("--weights", help="a checkpoint of tools/train.py")
-    parser.add_argument("--detections", metavar="FILE", help="score this file (COCO's results format), without a model")
+    parser.add_argument(
+        "--detections", metavar="FILE", help="score this file (COCO's results format), without a model"
+    )
     parser.add_argument("--config", help="whose data to use (default: the checkpoint's own)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="val")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for metrics.json and detections.json")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for metrics.json and detections.json"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
     args = parser.parse_intermixed_args()
     try:

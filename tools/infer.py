@@ -19,10 +19,16 @@ from detector.visualize import draw_boxes
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, or patterns such as 'a/*.jpg'")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="pictures, folders, or patterns such as 'a/*.jpg'"
+    )
     parser.add_argument("--weights", required=True, help="a checkpoint of tools/train.py")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the drawings and detections.json")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for the drawings and detections.json"
+    )
     parser.add_argument("--score-thresh", type=float, default=0.5, help="the lowest score kept (default 0.5)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
     args = parser.parse_args()
@@ -46,8 +52,12 @@ def infer(args: argparse.Namespace) -> int:
             unreadable.append(str(error))
             continue
         detections = detector(image, score_thresh=args.score_thresh)
-        drawing = draw_boxes(image, detections.boxes, detections.labels, detector.class_names, detections.scores)
-        write_atomically(drawings[path], lambda temporary, d=drawing: Image.fromarray(d).save(temporary, quality=92))
+        drawing = draw_boxes(
+            image, detections.boxes, detections.labels, detector.class_names, detections.scores
+        )
+        write_atomically(
+            drawings[path], lambda temporary, d=drawing: Image.fromarray(d).save(temporary, quality=92)
+        )
         found.append(
             {
                 "path": str(path),
@@ -63,7 +73,9 @@ def infer(args: argparse.Namespace) -> int:
         indent=1,
     )
     count = sum(len(entry["detections"]) for entry in found)
-    print(f"{count} objects in {len(found)} of {len(paths)} pictures; drawings and detections.json are in {args.output}")
+    print(
+        f"{count} objects in {len(found)} of {len(paths)} pictures; drawings and detections.json are in {args.output}"
+    )
     for message in unreadable:
         print(f"skipped: {message}", file=sys.stderr)
     return 1 if unreadable else 0
@@ -82,7 +94,9 @@ def drawing_paths(paths: list[Path], output: Path) -> dict[Path, Path]:
         taken[path] = output / f"{name}.jpg"
     overwritten = {path.resolve() for path in paths} & {drawing.resolve() for drawing in taken.values()}
     if overwritten:
-        raise ValueError(f"the drawings would overwrite the pictures in {output}: give another --output folder")
+        raise ValueError(
+            f"the drawings would overwrite the pictures in {output}: give another --output folder"
+        )
     return taken
 
 

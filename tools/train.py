@@ -15,7 +15,9 @@ from detector.run import Interrupted, train
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", help="a YAML recipe, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.01")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run's files")

@@ -62,7 +62,9 @@ class TrainBatches(Sampler):
         whole = [len(g) // self.batch_size * self.batch_size for g in groups]
         rest = np.concatenate([g[n:] for g, n in zip(groups, whole, strict=True)])
         full = np.concatenate([g[:n] for g, n in zip(groups, whole, strict=True)])
-        batches = [c[i : i + self.batch_size] for c in (full, rest) for i in range(0, len(c), self.batch_size)]
+        batches = [
+            c[i : i + self.batch_size] for c in (full, rest) for i in range(0, len(c), self.batch_size)
+        ]
         for i in rng.permutation(len(batches))[self.start :]:
             yield [(self.epoch, int(index)) for index in batches[i]]
 
@@ -89,11 +91,17 @@ def collate(samples: list[tuple[torch.Tensor, dict]]) -> Batch:
 def _set_up_worker(worker: int) -> None:
     import cv2
 
-    cv2.setNumThreads(0)  # torch's workers run one thread each; OpenCV's would take every core in every worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends the workers
+    cv2.setNumThreads(
+        0
+    )  # torch's workers run one thread each; OpenCV's would take every core in every worker
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the main process ends the workers
 
 
-def build_loader(dataset: TransformedDataset, batches: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
+def build_loader(
+    dataset: TransformedDataset, batches: Sampler, num_workers: int, pin_memory: bool
+) -> DataLoader:
     """Read `batches` of `dataset` in `num_workers` processes that live as long as the loader."""
     return DataLoader(
         dataset,

@@ -7,13 +7,13 @@ import os
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version on import
 
-import albumentations as A  # noqa: E402
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import albumentations as A
+import cv2
+import numpy as np
+import torch
 
-from ..config import AugmentConfig  # noqa: E402
-from ..faster_rcnn import network_size  # noqa: E402
+from ..config import AugmentConfig
+from ..faster_rcnn import network_size
 
 Key = tuple[int, int, int]  # seed, epoch, image id
 

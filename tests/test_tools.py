@@ -1,0 +1,293 @@
+"""The scripts in tools/: arguments in, files and one exit status out, errors in one line."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import detector.run
+from detector.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from detector.faster_rcnn import build_model
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+NAMES = ("circle", "square", "triangle", "star")
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """run_tool("infer", argument, ...) -> (exit status, standard output, standard error)."""
+
+    def run_tool(name, *arguments):
+        spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        status = module.main()
+        return status, *capsys.readouterr()
+
+    return run_tool
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(tiny_config("train.epochs=1").model_dump_json())  # JSON is YAML
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_config, tmp_path_factory):
+    """A checkpoint of random weights: with five classes, scores around 0.2."""
+    config = tiny_config("model.box_detections_per_img=10")
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "best.safetensors"
+    save_checkpoint(path, Checkpoint(build_model(config.model, 5).state_dict(), config, NAMES))
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of pictures of several kinds, one of each name in two folders, and a broken one."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.jpg")
+    Image.fromarray(pixels[:, :, 0]).save(folder / "grey.png")
+    Image.fromarray(np.dstack([pixels, pixels[:, :, 0]])).save(folder / "transparent.png")
+    Image.fromarray(pixels[:40]).save(folder / "more" / "a.jpg")
+    return folder
+
+
+def one_line(error):
+    return error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+
+
+# train.py
+
+
+def test_train_writes_weights_and_says_where(run_tool, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
+    output = tmp_path / "run"
+    status, out, _ = run_tool("train", recipe, "train.lr=0.003", "--output", output, "--device", "cpu")
+    assert status == 0 and f"weights, curves and pictures are in {output}" in out
+    config = load_checkpoint(output / "last.safetensors").config
+    assert (config.train.lr, config.train.epochs) == (0.003, 1)
+    status, _, error = run_tool("train", recipe, "--output", output)
+    assert status == 1 and one_line(error) and "holds a run already" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.yaml"], "there is no config no.yaml"),
+        (["RECIPE", "train.lr"], "override 'train.lr'; accepted: key=value"),
+        (["RECIPE", "--device", "gpu"], "device 'gpu' cannot be used"),
+        (["RECIPE", "--resume"], "there is nothing to resume from"),
+        (["RECIPE", "data.train=null"], "the config has no data.train"),
+    ],
+)
+def test_train_refuses_in_one_line(run_tool, recipe, tmp_path, arguments, message):
+    arguments = [recipe if argument == "RECIPE" else argument for argument in arguments]
+    status, _, error = run_tool("train", *arguments, "--output", tmp_path / "run")
+    assert status == 1 and one_line(error) and message in error
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_one(run_tool, recipe, tmp_path):
+    status, _, error = run_tool("train", recipe, "train.epoch=3", "--output", tmp_path / "run")
+    assert (
+        status == 1 and "unknown key train.epoch; did you mean epochs?" in error and "Traceback" not in error
+    )
+    status, _, error = run_tool("train", recipe, "train.epochs=many", "--output", tmp_path / "run")
+    assert status == 1 and "train.epochs is 'many'" in error
+
+
+def test_an_output_that_is_a_file_is_refused_in_one_line(run_tool, recipe, tmp_path):
+    (tmp_path / "file").touch()
+    status, _, error = run_tool("train", recipe, "--output", tmp_path / "file")
+    assert status == 1 and one_line(error) and "file" in error
+
+
+# evaluate.py
+
+
+def test_evaluate_scores_on_the_checkpoints_own_data(run_tool, weights, tmp_path):
+    status, out, _ = run_tool("evaluate", "--weights", weights, "--output", tmp_path, "--device", "cpu")
+    assert status == 0 and "val: 4 images" in out and f"metrics and detections are in {tmp_path}" in out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"AP", "AP50", "AR100", "per_class", "voc", "losses"} <= metrics.keys()
+    assert metrics["losses"]["loss"] > 0 and set(metrics["per_class"]) == set(NAMES)
+    assert "IoU 0.50:0.95" in out and all(name in out for name in NAMES)
+    detections = json.loads((tmp_path / "detections.json").read_text())
+    assert detections and {d["category_id"] for d in detections} <= {1, 2, 3, 4}
+
+
+def test_stored_detections_score_as_the_model_that_made_them(run_tool, weights, recipe, tmp_path):
+    arguments = ["--config", recipe, "--output"]
+    run_tool(
+        "evaluate", "--weights", weights, "--split", "train", "--device", "cpu", *arguments, tmp_path / "a"
+    )
+    detections = tmp_path / "a" / "detections.json"
+    status, out, _ = run_tool(
+        "evaluate", "--detections", detections, "--split", "train", *arguments, tmp_path / "b"
+    )
+    assert status == 0 and "train: 8 images" in out
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
+    assert one.pop("losses") and two.pop("losses") == {} and one == two
+    assert not (tmp_path / "b" / "detections.json").exists()
+
+
+def test_perfect_detections_score_one(run_tool, recipe, tiny_shapes, tmp_path):
+    truth = json.loads((tiny_shapes / "annotations" / "val.json").read_text())
+    keys = ("image_id", "category_id", "bbox")
+    (tmp_path / "d.json").write_text(
+        json.dumps([{**{k: a[k] for k in keys}, "score": 1.0} for a in truth["annotations"]])
+    )
+    status, _, _ = run_tool(
+        "evaluate", "--detections", tmp_path / "d.json", "--config", recipe, "--output", tmp_path
+    )
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert status == 0 and metrics["AP"] == pytest.approx(1) and metrics["AP50"] == pytest.approx(1)
+
+
+def test_evaluate_takes_overrides_of_the_checkpoints_config(run_tool, weights, tiny_shapes, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_shapes, moved)
+    arguments = [
+        "--weights",
+        weights,
+        f"data.root={moved}",
+        "loader.eval_batch_size=3",
+        "--output",
+        tmp_path / "out",
+    ]
+    assert run_tool("evaluate", *arguments, "--device", "cpu")[0] == 0
+    assert (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "gone.safetensors"], "there is no checkpoint gone.safetensors"),
+        (["--weights", "WEIGHTS", "train.lr:3"], "override 'train.lr:3'; accepted: key=value"),
+        (["--weights", "WEIGHTS", "--split", "test"], "the config has no data.test"),
+        (["--weights", "WEIGHTS", "--config", "no.yaml"], "there is no config no.yaml"),
+        (["--detections", "WEIGHTS"], "--detections needs --config"),
+        ([], "give either --weights or --detections"),
+        (["--weights", "WEIGHTS", "--detections", "a.json"], "give either --weights or --detections"),
+        (["--detections", "gone.json", "--config", "RECIPE"], "gone.json"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(run_tool, weights, recipe, tmp_path, arguments, message):
+    arguments = [{"WEIGHTS": weights, "RECIPE": recipe}.get(argument, argument) for argument in arguments]
+    status, _, error = run_tool("evaluate", *arguments, "--output", tmp_path / "out")
+    assert status == 1 and one_line(error) and message in error
+
+
+def test_evaluate_names_an_unknown_key(run_tool, weights, tmp_path):
+    status, _, error = run_tool(
+        "evaluate", "--weights", weights, "data.rot=/data", "--output", tmp_path / "out"
+    )
+    assert status == 1 and "unknown key data.rot; did you mean root?" in error and "Traceback" not in error
+
+
+# infer.py
+
+
+def test_infer_draws_pictures_of_every_kind_and_writes_one_json(run_tool, weights, pictures, tmp_path):
+    output = tmp_path / "out"
+    status, out, error = run_tool(
+        "infer",
+        "--weights",
+        weights,
+        pictures,
+        "--output",
+        output,
+        "--score-thresh",
+        "0.1",
+        "--device",
+        "cpu",
+    )
+    assert status == 0 and error == ""
+    content = json.loads((output / "detections.json").read_text())
+    assert content["weights"] == str(weights) and content["class_names"] == list(NAMES)
+    entries = {Path(entry["path"]).relative_to(pictures).as_posix(): entry for entry in content["images"]}
+    assert set(entries) == {"a.jpg", "grey.png", "transparent.png", "more/a.jpg"}
+    assert len({entry["drawing"] for entry in entries.values()}) == 4  # two are a.jpg
+    for name, entry in entries.items():
+        with Image.open(entry["drawing"]) as drawing:
+            assert drawing.size == (entry["width"], entry["height"]) == (80, 40 if "more" in name else 50)
+    found = [detection for entry in entries.values() for detection in entry["detections"]]
+    assert found and f"{len(found)} objects in 4 of 4 pictures" in out
+    assert all(d["score"] >= 0.1 and d["name"] == NAMES[d["label"] - 1] and len(d["box"]) == 4 for d in found)
+
+
+def test_infer_takes_files_folders_and_patterns_each_picture_once(run_tool, weights, pictures, tmp_path):
+    paths = [pictures / "a.jpg", str(pictures / "*.png"), pictures / "more", pictures / "a.jpg"]
+    assert run_tool("infer", *paths, "--weights", weights, "--output", tmp_path / "out")[0] == 0
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    names = [Path(entry["path"]).relative_to(pictures).as_posix() for entry in content["images"]]
+    assert names == ["a.jpg", "grey.png", "transparent.png", "more/a.jpg"]
+
+
+def test_a_broken_picture_is_named_and_the_others_are_done(run_tool, weights, pictures, tmp_path):
+    data = (pictures / "a.jpg").read_bytes()
+    (pictures / "broken.jpg").write_bytes(data[: len(data) // 2])
+    (pictures / "text.png").write_text("not a picture")
+    status, out, error = run_tool("infer", pictures, "--weights", weights, "--output", tmp_path / "out")
+    assert status == 1 and "in 4 of 6 pictures" in out
+    skipped = error.splitlines()
+    assert len(skipped) == 2 and all(line.startswith("skipped: ") for line in skipped)
+    assert "broken.jpg" in skipped[0] and "text.png" in skipped[1]
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 4
+
+
+def test_drawings_never_overwrite_the_pictures(run_tool, weights, pictures):
+    before = (pictures / "a.jpg").read_bytes()
+    status, _, error = run_tool("infer", pictures, "--weights", weights, "--output", pictures)
+    assert status == 1 and one_line(error) and "would overwrite the pictures" in error
+    assert (pictures / "a.jpg").read_bytes() == before and not (pictures / "detections.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["PICTURES", "--weights", "gone.safetensors"], "there is no checkpoint gone.safetensors"),
+        (["gone.jpg", "--weights", "WEIGHTS"], "gone.jpg: no such file or folder"),
+        (["gone/*.jpg", "--weights", "WEIGHTS"], "no picture found"),
+        (
+            ["PICTURES", "--weights", "WEIGHTS", "--score-thresh", "50"],
+            "score_thresh is 50.0; accepted: 0 to 1",
+        ),
+        (["PICTURES", "--weights", "WEIGHTS", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_infer_refuses_in_one_line(run_tool, weights, pictures, tmp_path, arguments, message):
+    arguments = [{"WEIGHTS": weights, "PICTURES": pictures}.get(argument, argument) for argument in arguments]
+    status, _, error = run_tool("infer", *arguments, "--output", tmp_path / "out")
+    assert status == 1 and one_line(error) and message in error
+
+
+def test_a_real_process_exits_with_the_status_and_prints_one_line(weights, pictures, tmp_path):
+    command = [
+        sys.executable,
+        TOOLS / "infer.py",
+        "a.jpg",
+        "gone.jpg",
+        "--weights",
+        weights,
+        "--output",
+        tmp_path,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS.parent)}
+    done = subprocess.run(command, cwd=pictures, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: gone.jpg: no such file or folder\n"
