@@ -81,9 +81,7 @@ def recomputed(block: nn.Module, function: Callable[[Tensor], Tensor], features:
                 norm.momentum = momentum
                 norm.num_batches_tracked.copy_(count)
 
-    return checkpoint(
-        function, features, use_reentrant=False, context_fn=lambda: (nullcontext(), still())
-    )
+    return checkpoint(function, features, use_reentrant=False, context_fn=lambda: (nullcontext(), still()))
 
 
 class Trunk(nn.Module):

@@ -71,7 +71,9 @@ class WinogradConv2d(nn.Module):
         num_regions, bins = len(x), self.size * self.size
         by_bin = x.permute(2, 3, 0, 1).reshape(bins, num_regions * self.in_channels)
         tiles = (self.to_tiles @ by_bin).view(36, self.num_tiles * num_regions, self.in_channels)
-        multiplied = torch.bmm(tiles, self.products).view(36 * self.num_tiles, num_regions * self.out_channels)
+        multiplied = torch.bmm(tiles, self.products).view(
+            36 * self.num_tiles, num_regions * self.out_channels
+        )
         y = (self.from_tiles @ multiplied).view(self.size, self.size, num_regions, self.out_channels)
         y = y.permute(2, 0, 1, 3).contiguous()
         if self.bias is not None:

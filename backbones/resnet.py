@@ -70,7 +70,13 @@ def projection(in_channels: int, out_channels: int, stride: int, norm: Norm) -> 
 
 
 def residual_stage(
-    branch: Callable[..., nn.Module], in_channels: int, width: int, depth: int, stride: int, norm: Norm, **options
+    branch: Callable[..., nn.Module],
+    in_channels: int,
+    width: int,
+    depth: int,
+    stride: int,
+    norm: Norm,
+    **options,
 ) -> nn.Sequential:
     """`depth` residual blocks, the first with `stride`: (N, in_channels, H, W) -> (N, out, H/stride, W/stride)."""
     out_channels = width * EXPANSION[branch]
@@ -141,7 +147,9 @@ def resnet(
 
     c2, c3, c4, c5 = (width * EXPANSION[branch] * 2**k for k in range(4))
     stem = OrderedDict(
-        conv1=nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False), bn1=layer(width), relu=nn.ReLU(inplace=True)
+        conv1=nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False),
+        bn1=layer(width),
+        relu=nn.ReLU(inplace=True),
     )
     conv2 = OrderedDict(maxpool=nn.MaxPool2d(3, stride=2, padding=1), blocks=stage(2, width))
     trunk = Trunk([nn.Sequential(stem), nn.Sequential(conv2), stage(3, c2), stage(4, c3)], out_channels=c4)

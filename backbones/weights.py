@@ -76,7 +76,9 @@ def published_weights(name: str) -> list[str]:
         entries = get_model_weights(name).__members__
     except ValueError:
         return []
-    return sorted({entry.replace("IMAGENET1K_", "imagenet_").lower() for entry in entries if entry != "DEFAULT"})
+    return sorted(
+        {entry.replace("IMAGENET1K_", "imagenet_").lower() for entry in entries if entry != "DEFAULT"}
+    )
 
 
 def is_published(weights: object) -> bool:
@@ -103,7 +105,8 @@ def load_into(backbone: Backbone, state: dict[str, Tensor], published: NameTable
     """Load a state dict of our keys or of the publisher's; refuse another architecture by its first differences."""
     if not any(key.startswith(("trunk.", "roi_head.")) for key in state):
         state = rename(
-            {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "last_linear."))}, published
+            {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "last_linear."))},
+            published,
         )
     wanted = backbone.state_dict()
     counters = "num_batches_tracked"  # absent from weights of old versions, and from frozen norms

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from backbones import backbone_options
 
@@ -119,7 +127,9 @@ class DataConfig(Section):
     train: list[Source] | None = None
     val: list[Source] | None = None
     test: list[Source] | None = None
-    class_names: tuple[str, ...] | None = Field(None, description="foreground names; None: as the data have them")
+    class_names: tuple[str, ...] | None = Field(
+        None, description="foreground names; None: as the data have them"
+    )
     difficult: bool = Field(True, description="train on objects that VOC marks difficult")
     strict: bool = Field(False, description="refuse a data set with bad boxes instead of skipping them")
 
@@ -134,7 +144,9 @@ class AugmentConfig(Section):
 
     horizontal_flip: float = Field(0.5, ge=0, le=1)
     vertical_flip: float = Field(0.0, ge=0, le=1)
-    scale: tuple[float, float] = Field((1.0, 1.0), description="factor on the network's size, drawn between the two")
+    scale: tuple[float, float] = Field(
+        (1.0, 1.0), description="factor on the network's size, drawn between the two"
+    )
     crop: float = Field(0.0, ge=0, le=1, description="probability of a crop that keeps every box whole")
     brightness: float = Field(0.0, ge=0, le=1)
     contrast: float = Field(0.0, ge=0, le=1)
@@ -161,15 +173,21 @@ class TrainConfig(Section):
     weight_decay: float = Field(1e-4, ge=0)
     norm_decay: bool = Field(False, description="decay norms and biases too")
     schedule: Literal["multistep", "cosine"] = "multistep"
-    milestones: tuple[float, ...] = Field((), description="multistep: epochs after which the rate falls by gamma")
+    milestones: tuple[float, ...] = Field(
+        (), description="multistep: epochs after which the rate falls by gamma"
+    )
     gamma: float = Field(0.1, gt=0, le=1)
     warmup_steps: int = Field(100, ge=0, description="updates of linear warm-up")
     warmup_factor: float = Field(0.001, gt=0, le=1, description="of lr, at the first update")
     clip_norm: float | None = Field(None, gt=0, description="bound of the gradients' norm")
     amp: Literal["none", "bf16", "fp16"] = "none"
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, which are then evaluated")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the averaged weights, which are then evaluated"
+    )
     eval_every: int = Field(1, gt=0, description="epochs")
-    patience: int | None = Field(None, gt=0, description="stop after so many evaluations without a better one")
+    patience: int | None = Field(
+        None, gt=0, description="stop after so many evaluations without a better one"
+    )
     best_metric: Literal["AP", "AP50", "AP75"] = "AP"
     log_every: int = Field(20, gt=0, description="updates between lines of metrics.jsonl")
     seed: int = Field(0, ge=0)
@@ -209,7 +227,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"there is no config {path}" + (f"; beside it: {', '.join(near)}" if near else ""))
+        raise FileNotFoundError(
+            f"there is no config {path}" + (f"; beside it: {', '.join(near)}" if near else "")
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -220,7 +240,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def parse_config(values: Any, overrides: list[str] | tuple[str, ...] = (), source: str = "config") -> Config:
     """Check plain dictionaries (of YAML or of a checkpoint) and freeze them."""
     if not isinstance(values, dict):
-        raise ValueError(f"{source} holds {type(values).__name__}; accepted: sections {', '.join(Config.model_fields)}")
+        raise ValueError(
+            f"{source} holds {type(values).__name__}; accepted: sections {', '.join(Config.model_fields)}"
+        )
     for override in overrides:
         values = _override(values, override)
     try:
@@ -279,6 +301,10 @@ def _fields_beside(location: tuple[Any, ...], values: dict[str, Any]) -> list[st
         if part in sources and section is DataConfig:
             return list(sources[part].model_fields)
         field = section.model_fields.get(part) if isinstance(part, str) else None
-        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if (
+            field is not None
+            and isinstance(field.annotation, type)
+            and issubclass(field.annotation, BaseModel)
+        ):
             section = field.annotation
     return list(section.model_fields)

@@ -26,11 +26,7 @@ from backbones.weights import DEFERRED
 
 from .anchors import STRIDE, build_anchor_generator
 from .config import ModelConfig
-from .roi_align import SharedRegionPool
-
-# Regions at once without gradients. A part's largest activation is 0.4 MB a region: 64 stay below the 32 MB that the C
-# allocator keeps for the next part, and fresh pages cost more than the sums written to them.
-CPU_REGIONS, GPU_REGIONS = 64, 1024
+from .roi_align import CPU_REGIONS, SharedRegionPool
 
 Targets = list[dict[str, Tensor]]
 
@@ -285,18 +281,24 @@ def build_faster_rcnn(
     return model
 
 
-def optimize(model: C4FasterRCNN) -> C4FasterRCNN:
-    """A copy for inference in the same numbers to rounding; the model as trained stays as it is.
+def optimize(model: C4FasterRCNN, *, winograd: bool = True) -> C4FasterRCNN:
+    """A copy for inference, equal to rounding; the model as trained stays as it is.
 
-    Batch norms are folded into convolutions, layouts are channels-last, the RoI head takes regions in parts that stay
-    in memory the allocator keeps, and on a CPU its 3x3 convolutions become Winograd products where that is faster.
+    Batch norms are folded into convolutions, layouts are channels-last, and on a CPU the 3x3 convolutions of the RoI
+    head become Winograd products where that is measured to be faster (`winograd=False` where two evaluations must
+    agree to the last bit, whatever a clock said).
     """
     fast: C4FasterRCNN = fuse(model)
-    on_cpu = next(fast.parameters()).device.type == "cpu"
-    fast.roi_heads.box_roi_pool.max_regions = CPU_REGIONS if on_cpu else GPU_REGIONS
-    if on_cpu:
+    if winograd and next(fast.parameters()).device.type == "cpu":
         use_winograd(fast.roi_heads.box_head.stage5, CPU_REGIONS)
     return fast.to(memory_format=torch.channels_last)
+
+
+def compile_model(model: C4FasterRCNN) -> None:
+    """Run trunk and head through torch.compile from now on, with sizes as symbols: one compilation for all images."""
+    model.backbone.compile(dynamic=True)
+    for block in model.roi_heads.box_head.stage5[1:]:
+        block.compile(dynamic=True)
 
 
 def build_model(config: ModelConfig, num_classes: int, *, load_weights: bool = True) -> C4FasterRCNN:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .data.images import load_image
-from .faster_rcnn import C4FasterRCNN
+from .faster_rcnn import C4FasterRCNN, compile_model
+from .faster_rcnn import optimize as optimize_model
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -73,34 +74,59 @@ class Detector:
         self.model = model.eval().to(device)
         self.class_names = tuple(class_names)
         self.device = torch.device(device)
+        self._default_thresh: float = self.model.roi_heads.score_thresh
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device | None = None) -> "Detector":
-        """Read a checkpoint of tools/train.py; `device` is the GPU where there is one, unless given."""
-        return cls.from_checkpoint(load_checkpoint(path), device)
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        *,
+        optimize: bool = True,
+        compile: bool = False,
+    ) -> "Detector":
+        """Read a checkpoint of tools/train.py; `device` is the GPU where there is one, unless given.
+
+        optimize: the fused form of the network, equal to rounding; False keeps the modules as trained.
+        compile: run trunk and head through torch.compile, once for all image sizes (a minute at the first image).
+        """
+        return cls.from_checkpoint(load_checkpoint(path), device, optimize=optimize, compile=compile)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, device: str | torch.device | None = None) -> "Detector":
-        return cls(checkpoint.build(), checkpoint.class_names, choose_device(device))
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        device: str | torch.device | None = None,
+        *,
+        optimize: bool = True,
+        compile: bool = False,
+    ) -> "Detector":
+        model = checkpoint.build().to(choose_device(device))
+        if optimize:
+            model = optimize_model(model)
+        if compile:
+            compile_model(model)
+        return cls(model, checkpoint.class_names, choose_device(device))
 
     @torch.inference_mode()
     def __call__(
         self,
         image: Picture,
         *,
-        score_thresh: float = 0.05,
+        score_thresh: float | None = None,
         features: bool = False,
         channel_order: str = "rgb",
     ) -> Detections:
         """Detect in one picture: a path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) tensor.
 
-        score_thresh: the lowest score returned. features: also give the RoI head's vector of each box.
+        score_thresh: the lowest score returned (default: the recipe's, 0.05 unless set). features: also give the RoI head's vector of each box.
         channel_order: of an array, "rgb" or OpenCV's "bgr".
         """
-        if not 0 <= score_thresh <= 1:
+        thresh = self._default_thresh if score_thresh is None else score_thresh
+        if not 0 <= thresh <= 1:
             raise ValueError(f"score_thresh is {score_thresh!r}; accepted: 0 to 1")
         tensor = to_tensor(image, channel_order).to(self.device)
-        self.model.roi_heads.score_thresh = score_thresh
+        self.model.roi_heads.score_thresh = thresh
         detected = self.model([tensor])[0]
         vectors = self.model.region_features([tensor], [detected["boxes"]])[0].cpu() if features else None
         boxes, labels, scores = (detected[key].cpu() for key in ("boxes", "labels", "scores"))

@@ -40,7 +40,7 @@ from .engine import (
     train_one_epoch,
 )
 from .evaluation import evaluate_coco, evaluate_voc
-from .faster_rcnn import C4FasterRCNN, build_model, network_size
+from .faster_rcnn import C4FasterRCNN, build_model, network_size, optimize
 from .report import Progress, RunLog, format_count, format_duration, format_table, memory_mb, plot_curves
 from .visualize import draw_boxes, tile
 
@@ -91,6 +91,7 @@ def train(
 
     training = build_training(config, model, num_batches=len(batches), device=device)
     if state is not None:
+        check_resumable(state["config"], config)
         training.load_state_dict(state)
     print(describe(config, model, train_set, val_set, device), flush=True)
 
@@ -119,6 +120,23 @@ def train(
             )
     best = output_dir / BEST_METRICS
     return json.loads(best.read_text(encoding="utf-8")) if best.exists() else {}
+
+
+# What may differ when a run is resumed; everything else would make it another run.
+_FREE = ("eval_every", "patience", "log_every")
+
+
+def check_resumable(saved: dict[str, Any], config: Config) -> None:
+    """Refuse to continue with another model or optimisation: the saved schedule and moments belong to theirs."""
+    given = config.model_dump(mode="json")
+    changed = [
+        f"{section}.{key} was {saved[section].get(key)!r}, now {value!r}"
+        for section in ("model", "train")
+        for key, value in given[section].items()
+        if key not in _FREE and saved[section].get(key) != value
+    ]
+    if changed:
+        raise ValueError(f"--resume continues a run with its own settings; {'; '.join(changed)}")
 
 
 def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device: torch.device) -> Training:
@@ -239,7 +257,7 @@ def _evaluate(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     with Progress(len(dataset), title) as progress:
         return evaluate(
-            model,
+            optimize(model, winograd=False),
             loader,
             device,
             category_ids=dataset.category_ids.tolist(),
@@ -297,7 +315,11 @@ def _checkpoint(
 
 def _save(training: Training, config: Config, output_dir: Path, dataset: DetectionDataset) -> None:
     save_checkpoint(output_dir / "last.safetensors", _checkpoint(training, config, dataset))
-    state = {**training.state_dict(), "class_names": list(dataset.class_names)}
+    state = {
+        **training.state_dict(),
+        "class_names": list(dataset.class_names),
+        "config": config.model_dump(mode="json"),
+    }
     save_training_state(output_dir / STATE, state)
 
 

@@ -49,7 +49,9 @@ def test_head_on_the_shared_map_equals_the_head_on_crops_in_values_and_gradients
         head.shared_projection = shared
         head.load_state_dict(copy.deepcopy(head.state_dict()))
         vectors = head.train()(pool(features, boxes))
-        (vectors * torch.linspace(-1, 1, vectors.numel(), dtype=torch.float64).view_as(vectors)).sum().backward()
+        (
+            vectors * torch.linspace(-1, 1, vectors.numel(), dtype=torch.float64).view_as(vectors)
+        ).sum().backward()
         outcomes.append((vectors.detach(), [p.grad.clone() for p in (*head.parameters(), features)]))
         for p in (*head.parameters(), features):
             p.grad = None
@@ -65,11 +67,14 @@ def test_regions_and_cropped_tensors_give_the_head_the_same(name):
     head.eval()
     with torch.no_grad():
         crops = RegionPool()(features, boxes)
-        torch.testing.assert_close(head(SharedRegionPool()(features, boxes)), head(crops), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            head(SharedRegionPool()(features, boxes)), head(crops), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
-    ("name", "branch", "shortcut"), [("resnet18", False, True), ("resnet50", True, True), ("resnet152", True, True)]
+    ("name", "branch", "shortcut"),
+    [("resnet18", False, True), ("resnet50", True, True), ("resnet152", True, True)],
 )
 def test_which_branches_are_projected(name, branch, shortcut):
     first = create_backbone(name, width=8).roi_head.stage5[0]

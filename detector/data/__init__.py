@@ -21,7 +21,9 @@ __all__ = [
 ]
 
 
-def build_dataset(data: DataConfig, split: str, class_names: tuple[str, ...] | None = None) -> DetectionDataset:
+def build_dataset(
+    data: DataConfig, split: str, class_names: tuple[str, ...] | None = None
+) -> DetectionDataset:
     """The "train", "val" or "test" data of a configuration.
 
     class_names: foreground names in the order of their labels, so that all splits agree with the first one read.
@@ -33,7 +35,9 @@ def build_dataset(data: DataConfig, split: str, class_names: tuple[str, ...] | N
 
 
 def _read(source: Source, data: DataConfig, class_names: tuple[str, ...] | None) -> DetectionDataset:
-    common = {"class_names": class_names, "limit": source.limit} if not isinstance(source, ShapesSource) else {}
+    common = (
+        {"class_names": class_names, "limit": source.limit} if not isinstance(source, ShapesSource) else {}
+    )
     common |= {"strict": data.strict, "use_difficult": data.difficult}
     root = Path(data.root)
     if isinstance(source, CocoSource):
