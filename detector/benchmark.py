@@ -18,7 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -38,7 +38,6 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from backbones import create_backbone
-from backbones.fuse import fuse, use_winograd
 from backbones.resnet import TORCHVISION_NAMES
 from backbones.weights import DEFERRED, load_into
 
@@ -48,7 +47,7 @@ from .data.loader import TrainBatches, TransformedDataset, build_loader
 from .data.transforms import TrainTransform
 from .engine import autocast
 from .evaluation import COCO_METRICS, evaluate_coco
-from .faster_rcnn import build_faster_rcnn
+from .faster_rcnn import build_faster_rcnn, optimize
 from .roi_align import MapRegions
 from .run import multiply_accumulates
 
@@ -318,16 +317,6 @@ def _seed_outputs(model: FasterRCNN) -> None:
     generator = torch.Generator().manual_seed(1)
     for parameter in (*model.rpn.head.parameters(), *model.roi_heads.box_predictor.parameters()):
         parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
-
-
-def optimize(model: FasterRCNN, winograd: bool = True) -> FasterRCNN:
-    """Our inference form: folded norms, a bounded head, and Winograd products where they are faster."""
-    model = fuse(model).to(memory_format=torch.channels_last)
-    if winograd:
-        use_winograd(model.roi_heads.box_head.stage5)
-    if next(model.parameters()).device.type == "cpu":
-        model.roi_heads.box_roi_pool.max_regions = 64
-    return model
 
 
 class ForcedProposals:
@@ -777,26 +766,33 @@ def peak_memory(command: Sequence[str], **request: object) -> dict[str, float]:
 def run_alone(
     task: str, settings: dict[str, Any], form: str, size: Sequence[int], count: int
 ) -> dict[str, float]:
-    """Run one form once (training: two steps, the second with the optimizer's state) and give the peak in MB.
+    """Run one form once (training: two steps, the second with the optimizer's state) and give peaks in MB.
 
-    before_mb is the peak of building the model. On CUDA both are the tensors' memory on the device.
+    building_mb: until the model stood; running_mb: from then on; peak_mb: of both. On CUDA, of tensors on the device.
     """
     chosen = Settings(**settings)
     apply_settings(chosen)
     if task == "training":
-        step = build_training(chosen, [form], tuple(size), count, Stopwatch(chosen.device))[form]
-        run, times = step, 2
+        run, times = (
+            build_training(chosen, [form], tuple(size), count, Stopwatch(chosen.device))[form].time,
+            2,
+        )
     else:
-        model = build_inference(chosen, [form], count)[form]
-        set_size(model, tuple(size))
-        model.rpn.filter_proposals.count = count
-        model.roi_heads.score_thresh = 0.05
-        images = make_images(chosen, tuple(size))
-        run, times = _inference_call(Stopwatch(chosen.device), model, images, chosen.dtype_of(form)), 1
-    before = peak_mb(chosen.device)
+        run, times = _run_inference(chosen, form, tuple(size), count), 1
+    building = peak_mb(chosen.device)
+    _forget_peak(chosen.device)
     for _ in range(times):
         run()
-    return {"peak_mb": peak_mb(chosen.device), "before_mb": before}
+    running = peak_mb(chosen.device)
+    return {"peak_mb": max(building, running), "building_mb": building, "running_mb": running}
+
+
+def _run_inference(settings: Settings, form: str, size: Size, count: int) -> Callable[[], dict[str, float]]:
+    model = build_inference(settings, [form], count)[form]
+    set_size(model, size)
+    model.rpn.filter_proposals.count = count
+    images = make_images(settings, size)
+    return _inference_call(Stopwatch(settings.device), model, images, settings.dtype_of(form))
 
 
 def peak_mb(device: str) -> float:
@@ -816,6 +812,15 @@ def peak_mb(device: str) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def _forget_peak(device: str) -> None:
+    """Begin a new peak, where the system can (Linux; elsewhere the old one stays)."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 # Growth with regions and pixels
 
 
@@ -825,8 +830,10 @@ def measure_scaling(
     """Times of one form: at `size` for each number of regions, and at their middle number for each of `sizes`."""
     apply_settings(settings)
     model = build_inference(settings, [form], max(regions))[form]
-    model.roi_heads.score_thresh = 0.05
     middle = sorted(regions)[len(regions) // 2]
+    set_size(model, size)
+    model.rpn.filter_proposals.count = middle
+    agree({form: model}, make_images(settings, size), settings.tf32)  # for the score threshold
     by_regions = {str(count): (size, count) for count in regions}
     by_pixels = {f"{h}x{w}": ((h, w), middle) for h, w in sizes}
     return {

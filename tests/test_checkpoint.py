@@ -20,7 +20,7 @@ from detector.checkpoint import (
 )
 from detector.faster_rcnn import build_model
 
-NAMES = ("circle", "square", "triangle", "star")
+NAMES = ("circle", "cross", "triangle", "star")
 CAFFE = Preprocessing((102.98, 115.95, 122.77), (1.0, 1.0, 1.0), "bgr", 255.0)
 
 

@@ -13,7 +13,7 @@ from detector.checkpoint import Checkpoint, save_checkpoint
 from detector.faster_rcnn import build_model
 from detector.inference import choose_device
 
-NAMES = ("circle", "square", "triangle", "star")
+NAMES = ("circle", "cross", "triangle", "star")
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def test_its_checkpoint_is_the_model_of_the_last_step(finished, tiny_config):
         load_checkpoint(folder / "last.safetensors"),
         load_training_state(folder / "training_state.pt"),
     )
-    assert last.class_names == ("circle", "square", "triangle", "star") and last.config == tiny_config()
+    assert last.class_names == ("circle", "cross", "triangle", "star") and last.config == tiny_config()
     assert same_tensors(last.state_dict, state["model"])
     assert (state["epoch"], state["batch"], state["step"]) == (2, 0, 8)
     assert load_checkpoint(folder / "best.safetensors").metrics == metrics
@@ -204,8 +204,8 @@ def test_a_new_run_into_a_used_folder_is_refused(finished, tiny_config):
 
 
 def test_resuming_with_other_classes_is_refused(finished, tiny_config):
-    config = tiny_config("data.class_names=[square, circle, star, triangle]")
-    with pytest.raises(ValueError, match=r"was trained on classes \['circle', .*\], not \('square', "):
+    config = tiny_config("data.class_names=[cross, circle, star, triangle]")
+    with pytest.raises(ValueError, match=r"was trained on classes \['circle', .*\], not \('cross', "):
         train_as_coco(config, finished[0], resume=True)
 
 

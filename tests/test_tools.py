@@ -18,7 +18,7 @@ from detector.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from detector.faster_rcnn import build_model
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
-NAMES = ("circle", "square", "triangle", "star")
+NAMES = ("circle", "cross", "triangle", "star")
 
 
 @pytest.fixture

@@ -226,7 +226,10 @@ def measure_training(args: argparse.Namespace) -> None:
         case["memory"] = measure_memory(args, "training", forms, case["size"], case["regions"])
         cases.append(case)
         title = f"{case['size'][0]}x{case['size'][1]}, {case['regions']} regions, s"
-        print(format_times(case, title, STEP_PARTS), end="\n\n", flush=True)
+        largest = max(case["difference"].values())
+        print(
+            format_times(case, title, STEP_PARTS), f"difference of losses {largest:.1e}", sep="\n", flush=True
+        )
         write(args, benchmark="training", cases=cases)
     if args.plot:
         plot_parts(args.plot, cases, "regions", (*STEP_PARTS, "other"))
@@ -243,7 +246,7 @@ def measure_growth(args: argparse.Namespace) -> None:
             for count in args.regions
         ]
     for name, curve in growth.items():
-        peaks = [m["peak_mb"] for m in curve.get("memory", [])] or [None] * len(curve["x"])
+        peaks = [m["running_mb"] for m in curve.get("memory", [])] or [None] * len(curve["x"])
         rows = [
             (key, parts["total"]["median"], parts["total"]["min"], parts["total"]["max"], peak)
             for (key, parts), peak in zip(curve["times"].items(), peaks, strict=True)
@@ -284,7 +287,12 @@ def measure_scoring(args: argparse.Namespace) -> None:
     boxes = args.boxes or round(7.2 * args.images)
     measured = measure_evaluation(args.images, args.classes, boxes, args.detections, backends, args.repeats)
     rows = [
-        (name, parts["total"]["median"], measured["metrics"][name]["AP"], measured["difference"][name])
+        (
+            name,
+            parts["total"]["median"],
+            measured["metrics"][name]["AP"],
+            f"{measured['difference'][name]:.1e}",
+        )
         for name, parts in measured["times"].items()
     ]
     print(format_table(rows, header=("backend", "seconds", "AP", "largest difference")))
@@ -400,7 +408,7 @@ def plot_growth(path: str, growth: dict[str, dict[str, Any]]) -> None:
             axes.legend()
         axes.set(xlabel=name, ylabel="seconds", ylim=(0, None))
     if memory:
-        panels[2].plot(growth["regions"]["x"], [m["peak_mb"] for m in memory], "o-")
+        panels[2].plot(growth["regions"]["x"], [m["running_mb"] for m in memory], "o-")
         panels[2].set(xlabel="regions", ylabel="peak memory, MB", ylim=(0, None))
     for axes in panels:
         axes.grid(alpha=0.3)

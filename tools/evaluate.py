@@ -7,6 +7,7 @@ python tools/evaluate.py --detections detections.json --config configs/bccd_resn
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from detector.checkpoint import load_checkpoint, write_json
@@ -61,6 +62,8 @@ def evaluate(args: argparse.Namespace) -> None:
         results = load_results(args.detections, dataset.to_coco())
     else:
         device = choose_device(args.device)
+        if args.config is None:  # overrides of model.* hold, such as model.box_score_thresh
+            checkpoint = replace(checkpoint, config=config)
         config = config.model_copy(update={"model": checkpoint.config.model})
         results, losses = run_evaluation(checkpoint.build().to(device), dataset, config, device)
         write_json(output / "detections.json", results)

@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-CLASS_NAMES = ("circle", "square", "triangle", "star")
+CLASS_NAMES = ("circle", "cross", "triangle", "star")
 
-_VERSION = 1  # of the drawing: raise it when the pictures change, so that old folders are made anew
+_VERSION = 2  # of the drawing: raise it when the pictures change, so that old folders are made anew
 _SETTINGS_NAME = "shapes.json"
 _PARTIAL_NAME = "shapes.json.partial"  # marks a folder that is being written
 _MAX_OBJECTS = 5
@@ -197,12 +197,16 @@ def _place(
 
 def _outline(name: str, angle: float) -> np.ndarray:
     """Corners of a shape of diameter 2 about the origin, y down, turned by `angle`: (P, 2) float64."""
-    num_corners, inner = {"circle": (64, 1.0), "square": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.45)}[
-        name
-    ]
+    if name == "cross":
+        x = (
+            np.array([-1, 1, 1, 3, 3, 1, 1, -1, -1, -3, -3, -1]) / 10**0.5
+        )  # the outer corners lie on the circle
+        y = np.roll(x, 3)
+        return np.stack(
+            [x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], axis=1
+        )
+    num_corners, inner = {"circle": (64, 1.0), "triangle": (3, 1.0), "star": (10, 0.45)}[name]
     turns = 2 * np.pi * np.arange(num_corners) / num_corners
-    if name == "square":
-        turns = turns + np.pi / 4
     radii = np.where(np.arange(num_corners) % 2, inner, 1.0)
     return np.stack([np.sin(turns + angle) * radii, -np.cos(turns + angle) * radii], axis=1)
 

@@ -1,0 +1,216 @@
+"""tools/benchmark.py: what it measures is the same work in every form, and its JSON says all of it. No time is asserted."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from detector import benchmark
+from detector.benchmark import Settings, Stopwatch
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
+SIZE = (64, 96)
+SMALL = ("--backbone", "resnet18", "--repeats", "1", "--warmup", "0", "--matrix-size", "64")
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch, capsys, tmp_path):
+    """run_benchmark("inference", argument, ...) -> (exit status, the JSON or None, standard output, standard error)."""
+    spec = importlib.util.spec_from_file_location("tool_benchmark", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(*arguments):
+        output = tmp_path / "measured.json"
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--output", str(output)])
+        status = tool.main()
+        measured = json.loads(output.read_text()) if output.exists() else None
+        return status, measured, *capsys.readouterr()
+
+    return run
+
+
+def check_summary(times):
+    assert set(times) == {"min", "quartile1", "median", "quartile3", "max", "seconds"}
+    assert 0 < times["min"] <= times["quartile1"] <= times["median"] <= times["quartile3"] <= times["max"]
+
+
+def check_machine(measured):
+    machine = measured["machine"]
+    assert machine["cpu"] and machine["torch"] == torch.__version__ and machine["threads"] >= 1
+    assert {"cores", "gpu", "torchvision", "date", "command"} <= set(machine)
+
+
+def test_inference_writes_times_parts_ratios_and_the_distance_to_the_limit(run_benchmark, tmp_path):
+    plot = tmp_path / "parts.png"
+    arguments = (
+        *SMALL,
+        "--sizes",
+        "64x96",
+        "--proposals",
+        "4",
+        "--without-winograd",
+        "--stock-channels-last",
+    )
+    status, measured, out, err = run_benchmark("inference", *arguments, "--plot", plot)
+    assert (status, err) == (0, "")
+    check_machine(measured)
+    (case,) = measured["cases"]
+    forms = {"stock", "stock_channels_last", "ours", "ours_direct", "ours_optimized"}
+    assert set(case["times"]) == set(case["over_limit"]) == set(case["images_per_second"]) == forms
+    parts = {"transform", "trunk", "rpn", "roi_align", "head", "predictor", "postprocessing", "other"}
+    for times in case["times"].values():
+        assert set(times) == parts | {"total"}
+        check_summary(times["total"])
+    assert set(case["ratios"]) == forms - {"stock"}
+    assert all(r > 0 for ratio in case["ratios"].values() for r in ratio.values())
+    assert all(limit["head"] > 0 and limit["trunk"] > 0 for limit in case["over_limit"].values())
+    assert max(case["difference"].values()) <= 1e-4
+    assert case["matrix_product"]["macs_per_second"]["float32"] > 0
+    assert case["detectron2"] is None and "Detectron2 is not installed" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inference_without_stock_has_no_ratios(run_benchmark):
+    arguments = (
+        *SMALL,
+        "--sizes",
+        "64x96",
+        "--proposals",
+        "3",
+        "--skip-stock",
+        "--dtype",
+        "bf16",
+        "--batch",
+        "2",
+    )
+    status, measured, _, _ = run_benchmark("inference", *arguments)
+    (case,) = measured["cases"]
+    assert (
+        status == 0 and case["ratios"] == {} and list(case["matrix_product"]["macs_per_second"]) == ["bf16"]
+    )
+
+
+def test_training_writes_the_parts_of_a_step_and_ratios(run_benchmark, tmp_path):
+    plot = tmp_path / "steps.png"
+    arguments = (*SMALL, "--sizes", "64x96", "--regions", "8", "--checkpointing", "--plot", plot)
+    status, measured, _, err = run_benchmark("training", *arguments)
+    assert (status, err) == (0, "")
+    (case,) = measured["cases"]
+    for times in case["times"].values():
+        assert set(times) == {"total", "forward", "backward", "update", "other"}
+        check_summary(times["total"])
+    assert set(case["ratios"]) == {"ours", "ours_checkpointed"}
+    assert all(r > 0 for ratio in case["ratios"].values() for r in ratio.values())
+    assert max(case["difference"].values()) < 1e-3
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_fits_lines_and_measures_memory_in_processes_of_their_own(run_benchmark, tmp_path):
+    plot = tmp_path / "growth.png"
+    sizes = ("--size", "64x96", "--sizes", "64x64", "64x96", "--regions", "2", "6")
+    arguments = (*SMALL, "--form", "ours", *sizes, "--memory", "--plot", plot)
+    status, measured, _, err = run_benchmark("scaling", *arguments)
+    assert (status, err) == (0, "")
+    assert list(measured["regions"]["times"]) == ["2", "6"] and measured["pixels"]["x"] == [64 * 64, 64 * 96]
+    assert set(measured["pixels"]["fit"]) == {"slope", "intercept", "r_squared"}
+    for memory in measured["regions"]["memory"]:
+        assert memory["peak_mb"] == max(memory["building_mb"], memory["running_mb"]) > 50
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_loader_compares_batches_with_decoding_alone(run_benchmark, tiny_config, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny_config().model_dump_json())
+    arguments = ("--config", recipe, "train.batch_size=3", "--min-size", 64, "--images", 10, "--repeats", 2)
+    status, measured, _, err = run_benchmark("loader", *arguments, "--workers", 0, 1)
+    assert (status, err) == (0, "")
+    assert [case["workers"] for case in measured["cases"]] == [0, 1]
+    for case in measured["cases"]:
+        assert case["images"] >= 10 and case["ratio"] > 0
+        assert min(case["images_per_second"].values()) > 0
+    assert measured["settings"]["overrides"] == ["train.batch_size=3"]
+
+
+def test_evaluation_gives_the_same_twelve_numbers_by_every_backend(run_benchmark):
+    status, measured, _, err = run_benchmark("evaluation", "--images", 6, "--classes", 3, "--detections", 9)
+    assert (status, err) == (0, "")
+    assert set(measured["times"]) == set(benchmark.coco_backends())
+    assert all(len(metrics) == 12 for metrics in measured["metrics"].values())
+    assert max(measured["difference"].values()) < 1e-9
+
+
+def test_errors_are_one_line(run_benchmark):
+    status, _, _, err = run_benchmark("inference", "--backbone", "densenet121")
+    assert status == 1 and "accepted: torchvision's resnet18" in err and err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        run_benchmark("inference", "train.lr=1")
+    with pytest.raises(SystemExit):
+        run_benchmark("inference", "--sizes", "600")
+
+
+def test_multiply_accumulates_are_those_of_the_published_arithmetic():
+    # ResNet-101 at 800x1216 with 15 anchors: 135.5 G, 36.2 G, 809 M a region; 603 M of it behind the projections of
+    # 1024 x (512 + 2048) products at each of 50 x 76 positions.
+    macs = benchmark.count_macs(Settings(), (800, 1216))
+    assert round(macs["trunk"] / 1e9, 1) == 135.5 and round(macs["rpn"] / 1e9, 1) == 36.2
+    assert macs["head"] // 10**6 == 809 and macs["projected_head"] // 10**6 == 603
+    assert macs["projection"] == 1024 * (512 + 2048) * 50 * 76
+
+
+def test_a_stopwatch_counts_each_moment_once():
+    watch = Stopwatch("cpu")
+
+    def call():
+        with watch.part("outer"), watch.part("inner"):
+            sum(range(20000))
+
+    seconds = watch.time(call)
+    assert set(seconds) == {"total", "other", "outer", "inner"}
+    assert sum(v for k, v in seconds.items() if k != "total") <= seconds["total"]
+    assert seconds["inner"] > 0
+
+
+def test_watched_functions_are_put_back():
+    class Owner:
+        def method(self):
+            return 1
+
+    owner, original, watch = Owner(), Owner.method, Stopwatch("cpu")
+    with watch.watch([(owner, "method", "a"), (Owner, "method", "b")]):
+        assert set(watch.time(owner.method)) == {"total", "other", "a"}
+    assert "method" not in vars(owner) and Owner.method is original
+
+
+def test_every_form_sees_the_forced_number_of_boxes_within_the_image():
+    boxes = benchmark.random_boxes(50, SIZE, seed=3)
+    assert boxes.shape == (50, 4) and (boxes[:, 2:] > boxes[:, :2]).all()
+    assert (boxes >= 0).all() and (boxes <= torch.tensor([96, 64, 96, 64])).all()
+    settings = Settings(backbone="resnet18")
+    models = benchmark.build_inference(settings, ("stock", "ours"), 5)
+    for model in models.values():
+        benchmark.set_size(model, SIZE)
+        model.rpn.filter_proposals.count = 5
+        features, logits = benchmark.head_outputs(model, benchmark.make_images(settings, SIZE))
+        assert features.shape == (5, 512) and logits.shape == (5, 91)
+
+
+def test_forms_that_compute_different_features_are_refused():
+    settings = Settings(backbone="resnet18")
+    models = benchmark.build_inference(settings, ("stock", "ours"), 2)
+    for model in models.values():
+        benchmark.set_size(model, SIZE)
+        model.rpn.filter_proposals.count = 2
+    with torch.no_grad():
+        models["ours"].backbone.stage1.conv1.weight[0] += 1
+    with pytest.raises(ValueError, match="ours differs by"):
+        benchmark.agree(models, benchmark.make_images(settings, SIZE), tf32=False)
+
+
+def test_a_line_is_fitted():
+    fit = benchmark.fit_line([1, 2, 3], [5, 7, 9])
+    assert fit == pytest.approx({"slope": 2, "intercept": 3, "r_squared": 1})
+    assert benchmark.fit_line([1], [1]) is None
