@@ -143,8 +143,7 @@ class C4FasterRCNN(FasterRCNN):
         The proposals are those of the test settings; the RoI losses are of a sample of them and of the ground truth.
         `seed_sampling` makes both samples repeatable. Boxes come back in pixels of the original images.
         """
-        if self.training:
-            raise RuntimeError("evaluate() needs the model in evaluation mode: call model.eval() first")
+        self._need_eval_mode("evaluate")
         original_sizes = [
             tuple(int(s) for s in target.get("original_size", image.shape[-2:]))
             for image, target in zip(images, targets, strict=True)
@@ -209,13 +208,36 @@ class C4FasterRCNN(FasterRCNN):
         return detections, {"loss_classifier": loss_classifier, "loss_box_reg": loss_box}
 
     @torch.no_grad()
+    def detect(self, images: list[Tensor], *, features: bool = False) -> list[dict[str, Tensor]]:
+        """`self(images)`; with `features`, also the RoI head's vector of each detection, (M, C5), from the same trunk."""
+        self._need_eval_mode("detect")
+        original_sizes = [tuple(image.shape[-2:]) for image in images]
+        batch, _ = self.transform(images)
+        maps = {"0": self.backbone(batch.tensors)}
+        proposals, _ = self.rpn(batch, maps)
+        detections, _ = self.roi_heads(maps, proposals, batch.image_sizes)
+        if features:
+            vectors = self._vectors(maps, [d["boxes"] for d in detections], batch.image_sizes)
+            detections = [{**d, "features": v} for d, v in zip(detections, vectors, strict=True)]
+        return self.transform.postprocess(detections, batch.image_sizes, original_sizes)
+
+    @torch.no_grad()
     def region_features(self, images: list[Tensor], boxes: list[Tensor]) -> list[Tensor]:
         """The RoI head's vectors, (M, C5) an image, of boxes (M, 4) xyxy in pixels of the given images."""
+        self._need_eval_mode("region_features")
         batch, targets = self.transform(images, [{"boxes": b} for b in boxes])
-        scaled = [t["boxes"] for t in targets]
-        features = {"0": self.backbone(batch.tensors)}
-        vectors = self.roi_heads.box_head(self.roi_heads.box_roi_pool(features, scaled, batch.image_sizes))
-        return list(vectors.split([len(b) for b in boxes]))
+        maps = {"0": self.backbone(batch.tensors)}
+        return self._vectors(maps, [t["boxes"] for t in targets], batch.image_sizes)
+
+    def _vectors(
+        self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        heads = self.roi_heads
+        return list(heads.box_head(heads.box_roi_pool(maps, boxes, sizes)).split([len(b) for b in boxes]))
+
+    def _need_eval_mode(self, name: str) -> None:
+        if self.training:
+            raise RuntimeError(f"{name}() needs the model in evaluation mode: call model.eval() first")
 
 
 # What build_faster_rcnn sets itself, so that nobody passes it a second time.

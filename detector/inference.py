@@ -127,8 +127,8 @@ class Detector:
             raise ValueError(f"score_thresh is {score_thresh!r}; accepted: 0 to 1")
         tensor = to_tensor(image, channel_order).to(self.device)
         self.model.roi_heads.score_thresh = thresh
-        detected = self.model([tensor])[0]
-        vectors = self.model.region_features([tensor], [detected["boxes"]])[0].cpu() if features else None
+        detected = self.model.detect([tensor], features=features)[0]
+        vectors = detected["features"].cpu() if features else None
         boxes, labels, scores = (detected[key].cpu() for key in ("boxes", "labels", "scores"))
         return Detections(boxes, labels, scores, self.class_names, vectors)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detector.data.dataset import DetectionDataset, find_faulty_boxes, offsets_of, refuse_problems
+from .dataset import DetectionDataset, find_faulty_boxes, offsets_of, refuse_problems
 
 _REQUIRED = {
     "images": ("id", "file_name", "width", "height"),

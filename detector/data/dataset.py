@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from detector.data.images import load_image
+from .images import load_image
 
 _COLUMNS = {  # name: (dtype, shape after the first axis); image_paths keeps its own width of str
     "category_ids": (np.int64, ()),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from detector.data.dataset import DetectionDataset, find_faulty_boxes, offsets_of, refuse_problems
-from detector.data.images import IMAGE_SUFFIXES, load_image_size
+from .dataset import DetectionDataset, find_faulty_boxes, offsets_of, refuse_problems
+from .images import IMAGE_SUFFIXES, load_image_size
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 

@@ -5,8 +5,8 @@ Ground truth is a COCO-format dict (`images`, `categories`, `annotations` with `
 h], "score"}`.
 """
 
-from detector.evaluation.coco import COCO_METRICS, check_results, evaluate_coco, format_coco, load_results
-from detector.evaluation.voc import evaluate_voc, format_voc
+from .coco import COCO_METRICS, check_results, evaluate_coco, format_coco, load_results
+from .voc import evaluate_voc, format_voc
 
 __all__ = [
     "COCO_METRICS",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from detector.report import format_table
+from ..report import format_table
 
 COCO_METRICS = {
     "AP": "IoU 0.50:0.95",

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from detector.evaluation.coco import check_results, class_names_by_id
-from detector.report import format_table
+from ..report import format_table
+from .coco import check_results, class_names_by_id
 
 RECALLS = np.arange(0.0, 1.1, 0.1)
 """The eleven recalls of VOC2007's metric, with voc_eval's rounding: a recall of 3/10 is below its fourth."""
