@@ -7,7 +7,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,13 @@ class Checkpoint:
     class_names: tuple[str, ...]
     preprocessing: Preprocessing = Preprocessing()
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def with_overrides(self, overrides: Sequence[str]) -> "Checkpoint":
+        """The same weights under `key=value` overrides of the recipe, such as "model.box_nms_thresh=0.4"."""
+        values = self.config.model_dump(mode="json")
+        return dataclasses.replace(
+            self, config=parse_config(values, overrides, source="the checkpoint's config")
+        )
 
     def build(self) -> C4FasterRCNN:
         """The detector with these weights, in evaluation mode."""

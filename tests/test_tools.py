@@ -291,3 +291,26 @@ def test_a_real_process_exits_with_the_status_and_prints_one_line(weights, pictu
     done = subprocess.run(command, cwd=pictures, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "error: gone.jpg: no such file or folder\n"
+
+
+def test_infer_takes_settings_of_the_recipe_beside_the_pictures(run_tool, weights, pictures, tmp_path):
+    for limit in (1, 3):
+        setting = f"model.box_detections_per_img={limit}"
+        status, _, _ = run_tool(
+            "infer",
+            "--weights",
+            weights,
+            pictures,
+            setting,
+            "--score-thresh",
+            0,
+            "--output",
+            tmp_path / str(limit),
+        )
+        images = json.loads((tmp_path / str(limit) / "detections.json").read_text())["images"]
+        assert status == 0 and images
+        assert {len(image["detections"]) for image in images} == {limit}
+    status, _, error = run_tool(
+        "infer", "--weights", weights, pictures, "model.box_nms_tresh=0.4", "--output", tmp_path / "wrong"
+    )
+    assert status == 1 and "did you mean box_nms_thresh?" in error

@@ -7,11 +7,10 @@ python tools/evaluate.py --detections detections.json --config configs/bccd_resn
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from detector.checkpoint import load_checkpoint, write_json
-from detector.config import load_config, parse_config
+from detector.config import load_config
 from detector.data import build_dataset
 from detector.evaluation import format_coco, format_voc, load_results
 from detector.inference import choose_device
@@ -50,8 +49,9 @@ def evaluate(args: argparse.Namespace) -> None:
     checkpoint = None if args.weights is None else load_checkpoint(args.weights)
     if args.config is not None:
         config = load_config(args.config, args.overrides)
-    else:
-        config = parse_config(checkpoint.config.model_dump(mode="json"), args.overrides, source=args.weights)
+    else:  # overrides of model.* hold too, such as model.box_score_thresh
+        checkpoint = checkpoint.with_overrides(args.overrides)
+        config = checkpoint.config
     names = None if checkpoint is None else checkpoint.class_names
     dataset = build_dataset(config.data, args.split, names)
     print(f"{args.split}: {len(dataset)} images, {sum(dataset.box_counts().values())} boxes")
@@ -62,8 +62,6 @@ def evaluate(args: argparse.Namespace) -> None:
         results = load_results(args.detections, dataset.to_coco())
     else:
         device = choose_device(args.device)
-        if args.config is None:  # overrides of model.* hold, such as model.box_score_thresh
-            checkpoint = replace(checkpoint, config=config)
         config = config.model_copy(update={"model": checkpoint.config.model})
         results, losses = run_evaluation(checkpoint.build().to(device), dataset, config, device)
         write_json(output / "detections.json", results)

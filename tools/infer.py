@@ -2,6 +2,7 @@
 
 python tools/infer.py --weights runs/shapes/best.safetensors datasets/shapes/val --output runs/shapes/drawings
 python tools/infer.py --weights best.safetensors street.jpg "holiday/*.png" --score-thresh 0.3 --output found
+python tools/infer.py --weights best.safetensors street.jpg model.box_nms_thresh=0.4 --output found
 """
 
 import argparse
@@ -9,12 +10,13 @@ import sys
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from detector import Detector
-from detector.checkpoint import write_atomically, write_json
+from detector.checkpoint import load_checkpoint, write_atomically, write_json
+from detector.config import Config
 from detector.data import list_images, load_image
 from detector.inference import choose_device
+from detector.report import Progress
 from detector.visualize import draw_boxes
 
 
@@ -23,7 +25,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="pictures, folders, or patterns such as 'a/*.jpg'"
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="pictures, folders, or patterns such as 'a/*.jpg'; also key=value, a setting of the recipe",
     )
     parser.add_argument("--weights", required=True, help="a checkpoint of tools/train.py")
     parser.add_argument(
@@ -31,7 +36,7 @@ def main() -> int:
     )
     parser.add_argument("--score-thresh", type=float, default=0.5, help="the lowest score kept (default 0.5)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         return infer(args)
     except (ValueError, OSError, TypeError) as error:
@@ -41,32 +46,36 @@ def main() -> int:
 
 def infer(args: argparse.Namespace) -> int:
     """Every readable picture is done; unreadable ones are named at the end, with exit status 1."""
-    paths = list_images(args.paths)
-    detector = Detector.load(args.weights, choose_device(args.device))
+    overrides = [p for p in args.paths if is_override(p)]
+    paths = list_images([p for p in args.paths if p not in overrides])
+    checkpoint = load_checkpoint(args.weights).with_overrides(overrides)
+    detector = Detector.from_checkpoint(checkpoint, choose_device(args.device))
     drawings = drawing_paths(paths, Path(args.output))
     found, unreadable = [], []
-    for path in tqdm(paths, desc="infer", unit="image", disable=not sys.stderr.isatty()):
-        try:
-            image = load_image(path)
-        except ValueError as error:
-            unreadable.append(str(error))
-            continue
-        detections = detector(image, score_thresh=args.score_thresh)
-        drawing = draw_boxes(
-            image, detections.boxes, detections.labels, detector.class_names, detections.scores
-        )
-        write_atomically(
-            drawings[path], lambda temporary, d=drawing: Image.fromarray(d).save(temporary, quality=92)
-        )
-        found.append(
-            {
-                "path": str(path),
-                "drawing": str(drawings[path]),
-                "height": image.shape[0],
-                "width": image.shape[1],
-                "detections": detections.to_dicts(),
-            }
-        )
+    with Progress(len(paths), "infer") as progress:
+        for path in paths:
+            progress.update(1)
+            try:
+                image = load_image(path)
+            except ValueError as error:
+                unreadable.append(str(error))
+                continue
+            detections = detector(image, score_thresh=args.score_thresh)
+            drawing = draw_boxes(
+                image, detections.boxes, detections.labels, detector.class_names, detections.scores
+            )
+            write_atomically(
+                drawings[path], lambda temporary, d=drawing: Image.fromarray(d).save(temporary, quality=92)
+            )
+            found.append(
+                {
+                    "path": str(path),
+                    "drawing": str(drawings[path]),
+                    "height": image.shape[0],
+                    "width": image.shape[1],
+                    "detections": detections.to_dicts(),
+                }
+            )
     write_json(
         Path(args.output) / "detections.json",
         {"weights": args.weights, "class_names": detector.class_names, "images": found},
@@ -79,6 +88,12 @@ def infer(args: argparse.Namespace) -> int:
     for message in unreadable:
         print(f"skipped: {message}", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def is_override(argument: str) -> bool:
+    """Whether an argument sets a key of the recipe: section.key=value, and no file of that name."""
+    section = argument.partition("=")[0].partition(".")[0]
+    return "=" in argument and section in Config.model_fields and not Path(argument).exists()
 
 
 def drawing_paths(paths: list[Path], output: Path) -> dict[Path, Path]:
