@@ -9,29 +9,30 @@ python tools/benchmark.py evaluation --images 5000
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from detector.benchmark import (
+    DTYPES,
     INFERENCE_FORMS,
     Settings,
     coco_backends,
     compare_inference,
     compare_training,
     describe_machine,
+    format_limit,
+    format_times,
     has_detectron2,
     measure_evaluation,
     measure_loader,
     measure_scaling,
     peak_memory,
-    require_checkpointing,
-    run_alone,
+    plot_growth,
+    plot_parts,
 )
-from detector.checkpoint import write_atomically, write_json
+from detector.checkpoint import write_json
 from detector.config import load_config
 from detector.report import format_table
 
@@ -53,14 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(
-        required=True, metavar="inference | training | scaling | loader | evaluation"
-    )
+    commands = parser.add_subparsers(required=True)
     for add in (add_inference, add_training, add_scaling, add_loader, add_evaluation):
         add(commands)
-    alone = commands.add_parser("run-alone")  # what --memory starts
-    alone.set_defaults(measure=lambda args: print(json.dumps(run_alone(**json.loads(args.request)))))
-    alone.add_argument("request")
     args, rest = parser.parse_known_args()  # overrides stand anywhere among a subcommand's options
     unknown = [a for a in rest if a.startswith("-") or "=" not in a or not hasattr(args, "overrides")]
     if unknown:
@@ -77,7 +73,9 @@ def add_inference(commands: Any) -> None:
     parser.add_argument("--sizes", nargs="+", type=size, default=[(600, 800), (800, 1067)], metavar="HxW")
     parser.add_argument("--proposals", nargs="+", type=positive, default=[1000, 300], help="an image")
     parser.add_argument(
-        "--without-winograd", action="store_true", help="our optimised form with plain 3x3 too"
+        "--without-winograd",
+        action="store_true",
+        help="our optimised form with plain 3x3 too (in bf16 it is so)",
     )
     add_stock_arguments(parser)
 
@@ -141,8 +139,8 @@ def add_stock_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="resnet101", help="a ResNet that torchvision has too")
     parser.add_argument("--batch", type=positive, default=1, help="images at once")
-    parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help="bf16 is by autocast")
-    parser.add_argument("--stock-dtype", choices=("float32", "bf16"), help="of stock (default: that of ours)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bf16 is by autocast")
+    parser.add_argument("--stock-dtype", choices=DTYPES, help="of stock (default: that of ours)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=positive, help="of torch (default: torch's own choice)")
     parser.add_argument(
@@ -218,8 +216,6 @@ def measure_inference(args: argparse.Namespace) -> None:
 
 
 def measure_training(args: argparse.Namespace) -> None:
-    if args.checkpointing:
-        require_checkpointing()
     forms = [*stock_forms(args), "ours", *(["ours_checkpointed"] if args.checkpointing else [])]
     cases = []
     for case in compare_training(settings_of(args), args.sizes, args.regions, forms):
@@ -240,10 +236,7 @@ def measure_growth(args: argparse.Namespace) -> None:
     if args.memory:
         settings = settings_of(args)
         growth["regions"]["memory"] = [
-            peak_memory(
-                command(), task="inference", settings=settings, form=args.form, size=args.size, count=count
-            )
-            for count in args.regions
+            peak_memory("inference", settings, args.form, args.size, count) for count in args.regions
         ]
     for name, curve in growth.items():
         peaks = [m["running_mb"] for m in curve.get("memory", [])] or [None] * len(curve["x"])
@@ -304,115 +297,15 @@ def stock_forms(args: argparse.Namespace) -> list[str]:
     return [form for form, is_wanted in wanted.items() if is_wanted]
 
 
-def command() -> list[str]:
-    return [sys.executable, str(Path(__file__).resolve()), "run-alone"]
-
-
 def measure_memory(
     args: argparse.Namespace, task: str, forms: Sequence[str], image_size: list[int], count: int
 ) -> dict[str, Any] | None:
     if not args.memory:
         return None
-    peaks = {
-        form: peak_memory(
-            command(), task=task, settings=settings_of(args), form=form, size=image_size, count=count
-        )
-        for form in forms
-    }
+    settings = settings_of(args)
+    peaks = {form: peak_memory(task, settings, form, image_size, count) for form in forms}
     stock = peaks.get("stock", {}).get("peak_mb")
     return {form: {**peak, "ratio": stock and peak["peak_mb"] / stock} for form, peak in peaks.items()}
-
-
-# Tables and plots
-
-
-def format_times(case: dict[str, Any], title: str, parts: Sequence[str]) -> str:
-    """Medians of each form by part, then what they are of stock's."""
-    memory = case["memory"] or {}
-    rows = [
-        (
-            form,
-            times["total"]["median"],
-            times["total"]["min"],
-            times["total"]["max"],
-            case["images_per_second"][form],
-            *(times[part]["median"] if part in times else None for part in parts),
-            round(memory[form]["peak_mb"]) if form in memory else None,
-        )
-        for form, times in case["times"].items()
-    ]
-    for form, ratio in case["ratios"].items():
-        peak = memory.get(form, {}).get("ratio")
-        rows.append(
-            (f"{form} / stock", ratio["total"], "", "", "", *(ratio.get(part) for part in parts), peak)
-        )
-    return format_table(rows, header=(title, "median", "min", "max", "images/s", *parts, "peak MB"))
-
-
-def format_limit(case: dict[str, Any]) -> str:
-    rates = ", ".join(
-        f"{d} {rate / 1e9:.1f}" for d, rate in case["matrix_product"]["macs_per_second"].items()
-    )
-    rows = [
-        (form, limit["head"], limit["trunk"], case["difference"].get(form))
-        for form, limit in case["over_limit"].items()
-    ]
-    rows = [(*row[:3], None if row[3] is None else f"{row[3]:.1e}") for row in rows]
-    table = format_table(rows, header=("time over limit", "head", "trunk", "difference of features"))
-    return f"{table}\nmatrix products, GMAC/s: {rates}"
-
-
-def save_figure(path: str, figure: Any) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-
-
-def new_figure(num_panels: int, panel_height: float) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, panel_height * num_panels), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(num_panels, squeeze=False)[:, 0])
-
-
-def plot_parts(path: str, cases: list[dict[str, Any]], counted: str, parts: Sequence[str]) -> None:
-    """A panel a case, a bar a form, its parts side by side; the whisker is from the fastest to the slowest round."""
-    figure, panels = new_figure(len(cases), 1.2 + 0.4 * len(cases[0]["times"]))
-    for axes, case in zip(panels, cases, strict=True):
-        forms = list(case["times"])
-        left = [0.0] * len(forms)
-        for part in parts:
-            widths = [case["times"][form].get(part, {"median": 0.0})["median"] for form in forms]
-            axes.barh(forms, widths, left=left, label=part)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        totals = [case["times"][form]["total"] for form in forms]
-        for form, total in zip(forms, totals, strict=True):
-            axes.plot([total["min"], total["max"]], [form, form], color="black", linewidth=1)
-        axes.invert_yaxis()
-        axes.set_title(f"{case['size'][0]}x{case['size'][1]}, {case[counted]} {counted}")
-        axes.set_xlabel("seconds, medians")
-    panels[0].legend(fontsize="x-small", ncols=4)
-    save_figure(path, figure)
-
-
-def plot_growth(path: str, growth: dict[str, dict[str, Any]]) -> None:
-    """Seconds over regions and over pixels with the fitted line, and the peak memory where it was measured."""
-    memory = growth["regions"].get("memory")
-    figure, panels = new_figure(3 if memory else 2, 3.0)
-    for axes, (name, curve) in zip(panels[:2], growth.items(), strict=True):
-        medians = [parts["total"]["median"] for parts in curve["times"].values()]
-        axes.plot(curve["x"], medians, "o")
-        if curve["fit"]:
-            line = [curve["fit"]["slope"] * x + curve["fit"]["intercept"] for x in curve["x"]]
-            axes.plot(curve["x"], line, label=f"line, R^2 = {curve['fit']['r_squared']:.4f}")
-            axes.legend()
-        axes.set(xlabel=name, ylabel="seconds", ylim=(0, None))
-    if memory:
-        panels[2].plot(growth["regions"]["x"], [m["running_mb"] for m in memory], "o-")
-        panels[2].set(xlabel="regions", ylabel="peak memory, MB", ylim=(0, None))
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    save_figure(path, figure)
 
 
 if __name__ == "__main__":
