@@ -317,7 +317,11 @@ def optimize(model: C4FasterRCNN, *, winograd: bool = True) -> C4FasterRCNN:
 
 
 def compile_model(model: C4FasterRCNN) -> None:
-    """Run trunk and head through torch.compile from now on, with sizes as symbols: one compilation for all images."""
+    """Run trunk and head through torch.compile from now on, with sizes as symbols: one compilation for all images.
+
+    torch makes exceptions, each compiled once when it first occurs: batches of several images, the image that comes
+    first where it is square, fewer than 16 regions.
+    """
     model.backbone.compile(dynamic=True)
     for block in model.roi_heads.box_head.stage5[1:]:
         block.compile(dynamic=True)

@@ -1,0 +1,78 @@
+"""The limit: multiply-accumulates over the machine's rate of matrix products."""
+
+from collections.abc import Callable, Iterable
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from backbones import create_backbone
+
+from ..run import multiply_accumulates
+from .models import CROPS, stock_detector
+from .settings import DTYPES, Settings, Size
+from .timing import Seconds, Stopwatch, Times
+
+
+def matrix_call(watch: Stopwatch, settings: Settings, dtype: str) -> Callable[[], Seconds]:
+    """Times a product of matrix_size^3 multiply-accumulates, three times over."""
+    shape, options = (settings.matrix_size,) * 2, {"dtype": DTYPES[dtype], "device": settings.device}
+    a, b = torch.randn(shape, **options), torch.randn(shape, **options)
+    return lambda: {"total": median(watch.time(lambda: a @ b)["total"] for _ in range(3))}
+
+
+class _Uncounted:
+    """One region (`backbones.backbone.Regions`) whose crops are zeros and whose projections cost nothing."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels, self.macs_per_position = channels, 0
+
+    def crop(self, stride: int = 1) -> Tensor:
+        return torch.zeros(1, self.channels, -(-CROPS // stride), -(-CROPS // stride))
+
+    def conv1x1(self, weight: Tensor, stride: int) -> Tensor:
+        self.macs_per_position += weight.numel()
+        return torch.zeros(1, len(weight), -(-CROPS // stride), -(-CROPS // stride))
+
+    def split(self) -> Iterable["_Uncounted"]:
+        return (self,)
+
+
+def count_macs(settings: Settings, size: Size) -> dict[str, int]:
+    """Multiply-accumulates an image (trunk, RPN, projection of the shared map) and a region (head).
+
+    trunk, rpn, head: of the stock network. projected_head: what is left of a region when the head's opening 1x1
+    convolutions run on the map, for `projection` an image.
+    """
+    with torch.device("meta"):
+        stock = stock_detector(settings, None, frozen=False)
+        channels = stock.backbone.out_channels
+        height, width = (-(-s // 32) * 32 for s in size)
+        image, features = (
+            torch.zeros(1, 3, height, width),
+            torch.zeros(1, channels, height // 16, width // 16),
+        )
+        counts = {
+            "trunk": multiply_accumulates(stock.backbone, image),
+            "rpn": multiply_accumulates(stock.rpn.head, [features]),
+            "head": multiply_accumulates(stock.roi_heads.box_head, torch.zeros(1, channels, CROPS, CROPS)),
+        }
+        head, region = create_backbone(settings.backbone).roi_head.eval(), _Uncounted(channels)
+        counts["projected_head"] = multiply_accumulates(head, region)
+    return {**counts, "projection": region.macs_per_position * height * width // 256}
+
+
+def over_limit(
+    times: Times, macs: dict[str, int], rates: dict[str, float], settings: Settings, regions: int
+) -> dict[str, dict[str, float]]:
+    """Time of trunk and head over that of their multiply-accumulates at the machine's rate.
+
+    Ours is held to the projected head's count, without the projection.
+    """
+    result = {}
+    for form, parts in times.items():
+        rate = rates[settings.dtype_of(form)]
+        head = macs["head" if form.startswith(("stock", "detectron2")) else "projected_head"]
+        limits = {"trunk": settings.batch * macs["trunk"] / rate, "head": regions * head / rate}
+        result[form] = {part: parts[part]["median"] / limit for part, limit in limits.items()}
+    return result

@@ -1,0 +1,162 @@
+"""One detector in every form that is timed: torchvision's own composition, and ours.
+
+Forced, and alike in every form: the weights (random, batch norm's statistics those of noise pictures, so that
+activations keep their scale), the proposals (`ForcedProposals`) and the size of the images. Stock is what a user
+composes of torchvision's parts: eager, contiguous, its own pool.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+from backbones import create_backbone
+from backbones.resnet import TORCHVISION_NAMES
+from backbones.weights import DEFERRED, load_into
+
+from ..faster_rcnn import build_faster_rcnn, optimize
+from .settings import Settings, Size
+
+INFERENCE_FORMS = ("stock", "stock_channels_last", "ours", "ours_direct", "ours_optimized")
+CROPS = 14
+
+
+def random_weights(name: str) -> dict[str, Tensor]:
+    """A torchvision network's seeded random weights, batch norm's statistics those of noise pictures."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = _stock_network(name, nn.BatchNorm2d).train()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # the plain mean of the batches
+        with torch.no_grad():
+            network(torch.randn(2, 3, 128, 128))
+    return network.state_dict()
+
+
+def _stock_network(name: str, norm: Callable[[int], nn.Module]) -> nn.Module:
+    if not name.startswith("resnet"):
+        raise ValueError(f"backbone is {name!r}; accepted: torchvision's resnet18, 34, 50, 101, 152")
+    network = torchvision.models.get_model(name, weights=None, norm_layer=norm)
+    network.out_channels, network.fc = network.fc.in_features, nn.Identity()
+    return network
+
+
+def build_form(
+    form: str, settings: Settings, weights: dict[str, Tensor], *, training: bool = False, **options: object
+) -> FasterRCNN:
+    """The detector in one form, in evaluation or training mode; `options` are FasterRCNN's.
+
+    In training batch norm is frozen, and so are the stem and conv2_x. Winograd products are of float32 only: in bf16
+    they take 3.5 times the convolution's time.
+    """
+    if form.startswith("stock"):
+        model = stock_detector(settings, weights, training, **options)
+    else:
+        model = _our_detector(settings, weights, training, form == "ours_checkpointed", **options)
+    _seed_outputs(model)
+    model = model.to(settings.device).train(training)
+    if form in ("ours_direct", "ours_optimized"):
+        model = optimize(model, winograd=form == "ours_optimized" and settings.dtype == "float32")
+    return model if form == "stock" else model.to(memory_format=torch.channels_last)
+
+
+def stock_detector(
+    settings: Settings, weights: dict[str, Tensor] | None, frozen: bool, **options: object
+) -> FasterRCNN:
+    """FasterRCNN of torchvision's parts, the network cut behind layer3; `weights` None leaves its own."""
+    network = _stock_network(settings.backbone, FrozenBatchNorm2d if frozen else nn.BatchNorm2d)
+    if weights is not None:
+        network.load_state_dict(weights)
+    stem = (network.conv1, network.bn1, network.relu, network.maxpool, network.layer1)
+    trunk = nn.Sequential(*stem, network.layer2, network.layer3)
+    trunk.out_channels = network.layer4[0].conv1.in_channels
+    if frozen:
+        for module in stem:
+            module.requires_grad_(False)
+    return FasterRCNN(
+        trunk,
+        rpn_anchor_generator=AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
+        box_roi_pool=MultiScaleRoIAlign(["0"], CROPS, 2),
+        box_head=nn.Sequential(network.layer4, network.avgpool, nn.Flatten(1)),
+        box_predictor=FastRCNNPredictor(network.out_channels, settings.num_classes),
+        **options,
+    )
+
+
+def _our_detector(
+    settings: Settings, weights: dict[str, Tensor], frozen: bool, checkpointing: bool, **options: object
+) -> FasterRCNN:
+    norm = {"norm": "frozen", "frozen_stages": 2} if frozen else {}
+    backbone = create_backbone(settings.backbone, weights=DEFERRED, **norm)
+    load_into(backbone, weights, TORCHVISION_NAMES, source="the stock network")
+    return build_faster_rcnn(
+        backbone, settings.num_classes, activation_checkpointing=checkpointing, **options
+    )
+
+
+@torch.no_grad()
+def _seed_outputs(model: FasterRCNN) -> None:
+    """The same small random weights of RPN and predictor in every form."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in (*model.rpn.head.parameters(), *model.roi_heads.box_predictor.parameters()):
+        parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
+
+
+class ForcedProposals:
+    """The RPN's own filter runs, so that its time counts; then seeded boxes take the place of what it gave.
+
+    Random weights' proposals are too few and too alike. In training the seed of what follows is set too: every
+    form samples the same anchors and regions.
+    """
+
+    def __init__(self, rpn: nn.Module) -> None:
+        self.rpn, self.count = rpn, 0
+        self._filter = rpn.filter_proposals
+        self._boxes: dict[tuple, Tensor] = {}
+        rpn.filter_proposals = self
+
+    def __call__(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[Size],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        _, scores = self._filter(proposals, objectness, image_shapes, num_anchors_per_level)
+        if self.rpn.training:
+            torch.manual_seed(0)
+        return [self._of(i, tuple(s), proposals.device) for i, s in enumerate(image_shapes)], scores
+
+    def _of(self, image: int, shape: Size, device: torch.device) -> Tensor:
+        key = image, shape, self.count
+        if key not in self._boxes:
+            self._boxes[key] = random_boxes(self.count, shape, seed=image).to(device)
+        return self._boxes[key]
+
+
+def random_boxes(count: int, size: Size, seed: int) -> Tensor:
+    """(count, 4) boxes within the image: sides of 16 to 512 pixels, uniform in their logarithm, as far as they fit."""
+    rng = np.random.default_rng(seed)
+    limit = 0.9 * np.array(size[::-1])
+    sides = np.minimum(np.exp(rng.uniform(math.log(16), math.log(512), (count, 2))), limit)
+    corners = rng.uniform(0, 1, (count, 2)) * (np.array(size[::-1]) - sides)
+    return torch.from_numpy(np.concatenate([corners, corners + sides], axis=1).astype(np.float32))
+
+
+def set_case(model: FasterRCNN, size: Size, count: int) -> None:
+    """Have the model's transform leave images of `size` at it, and its `ForcedProposals` give `count` an image."""
+    model.transform.min_size, model.transform.max_size = (min(size),), max(size)
+    model.rpn.filter_proposals.count = count
+
+
+def make_images(settings: Settings, size: Size) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.rand(3, *size, generator=generator).to(settings.device) for _ in range(settings.batch)]
