@@ -26,7 +26,7 @@ from backbones.weights import DEFERRED
 
 from .anchors import STRIDE, build_anchor_generator
 from .config import ModelConfig
-from .roi_align import CPU_REGIONS, SharedRegionPool
+from .region_pool import CPU_REGIONS, SharedRegionPool
 
 Targets = list[dict[str, Tensor]]
 

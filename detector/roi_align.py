@@ -1,4 +1,4 @@
-"""RoIAlign (He et al. 2017, arXiv:1703.06870) as a product with a sparse matrix, and the pool that uses it.
+"""RoIAlign (He et al. 2017, arXiv:1703.06870) as a product with a sparse matrix.
 
 Every bin of every region is a weighted sum of a few positions of the map, so RoIAlign is `weights @ map`, the
 map taken as rows of C channels. Each weight is a product of one along y and one along x:
@@ -16,20 +16,14 @@ Letters: N images, C channels, H x W map, R regions, P x Q bins a region, S samp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchvision.ops import MultiScaleRoIAlign
-
-# Regions that a head takes at once without gradients. A part's largest activation is 0.4 MB a region: 64 stay below the
-# 32 MB that the C allocator keeps for the next part, and faulting in fresh pages costs more than the sums in them.
-CPU_REGIONS, GPU_REGIONS = 64, 1024
 
 _SHORT = 15  # bits of a non-negative int16
 
@@ -173,10 +167,10 @@ def bin_weights(
         sampling_ratio: samples a bin along each axis; 0 or less: as many as positions that the bin spans.
         aligned: shift by half a position (Detectron2), without the least size of one position.
     """
-    map_size, output_size = _pair(map_size, "map_size"), _pair(output_size, "output_size")
+    map_size, output_size = pair(map_size, "map_size"), pair(output_size, "output_size")
     if not spatial_scale > 0:
         raise ValueError(f"spatial_scale must be positive, got {spatial_scale}")
-    images, boxes = _flatten_boxes(boxes, num_images)
+    images, boxes = flatten_boxes(boxes, num_images)
 
     corners = boxes * spatial_scale - (0.5 if aligned else 0.0)
     start, size = corners[:, :2], corners[:, 2:] - corners[:, :2]
@@ -204,187 +198,6 @@ def sparse_roi_align(features: Tensor, weights: BinWeights) -> Tensor:
     return pooled.view(weights.num_regions, *weights.output_size, channels).permute(0, 3, 1, 2)
 
 
-class RegionPool(MultiScaleRoIAlign):
-    """Crops of one feature map: RoIAlign, or RoIPool with `mode="max"`.
-
-    A `MultiScaleRoIAlign`, since `FasterRCNN` asks for one, whose scale is told. torchvision's guesses it
-    from the first images and keeps it: 40 pixels, padded to 64, have 4 rows at stride 16, and 4 / 40 rounds
-    to 1/8.
-
-    Args:
-        output_size: bins a region, P = Q or (P, Q).
-        sampling_ratio: as in `bin_weights`; not used by `mode="max"`.
-        stride: pixels of the image a position of the map.
-        aligned: as in `bin_weights`; `mode="max"` has no such form.
-        mode: "align" averages bilinear samples (He et al. 2017), "max" is RoIPool (Girshick 2015).
-    """
-
-    def __init__(
-        self,
-        output_size: int | tuple[int, int] = 14,
-        sampling_ratio: int = 2,
-        *,
-        stride: int = 16,
-        aligned: bool = False,
-        mode: str = "align",
-    ):
-        if not stride > 0:
-            raise ValueError(f"stride must be positive, got {stride}")
-        if mode not in ("align", "max"):
-            raise ValueError(f'mode must be "align" or "max", got {mode!r}')
-        if aligned and mode == "max":
-            raise ValueError('aligned=True needs mode="align": RoIPool rounds its boxes to positions')
-        super().__init__(["0"], _pair(output_size, "output_size"), sampling_ratio)
-        self.stride, self.aligned, self.mode = stride, aligned, mode
-        self.scales = [1 / stride]
-
-    def forward(
-        self,
-        x: dict[str, Tensor] | Tensor,
-        boxes: list[Tensor],
-        image_shapes: list[tuple[int, int]] | None = None,
-    ) -> Tensor:
-        """(N, C, H, W), alone or in a dict of one, and N (R_i, 4) boxes in pixels -> (R, C, P, Q).
-
-        `image_shapes` is torchvision's signature; the scale does not depend on it.
-        """
-        return self.crop(_only_map(x), boxes)
-
-    def is_sparse(self, features: Tensor) -> bool:
-        """Whether this pool reads such a map by the sparse product."""
-        return self.mode == "align" and _prefers_sparse(features)
-
-    def crop(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
-        """(N, C, H, W) and N x (R_i, 4) boxes in pixels -> (R, C, P, Q)."""
-        if self.is_sparse(features):
-            return sparse_roi_align(features, self.bin_weights(features, boxes))
-        return self._dense(features, boxes)
-
-    def bin_weights(self, features: Tensor, boxes: list[Tensor]) -> BinWeights:
-        """The weights by which this pool reads an (N, C, H, W) map, or any other of its N, H and W."""
-        if self.mode != "align":
-            raise ValueError(f'only mode="align" is a weighted sum, this pool has mode={self.mode!r}')
-        return bin_weights(
-            boxes,
-            features.shape[-2:],
-            features.shape[0],
-            spatial_scale=1 / self.stride,
-            output_size=self.output_size,
-            sampling_ratio=self.sampling_ratio,
-            aligned=self.aligned,
-        )
-
-    def _dense(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
-        """torchvision's kernels. They want one dtype for both, and 16 bits would move the boxes by pixels."""
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        images, flat = _flatten_boxes(boxes, features.shape[0])
-        rois = torch.cat((images[:, None], flat), dim=1).to(dtype)
-        wide = features.to(dtype)
-        if self.mode == "max":
-            pooled = torchvision.ops.roi_pool(wide, rois, self.output_size, 1 / self.stride)
-        else:
-            pooled = torchvision.ops.roi_align(
-                wide, rois, self.output_size, 1 / self.stride, self.sampling_ratio, self.aligned
-            )
-        return pooled.to(features.dtype)
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(output_size={self.output_size}, sampling_ratio={self.sampling_ratio}, "
-            f"stride={self.stride}, aligned={self.aligned}, mode={self.mode!r})"
-        )
-
-
-class MapRegions:
-    """Regions of one map for a head that crops them itself (`backbones.backbone.Regions`).
-
-    features: (N, C4, H, W); boxes: N x (R_i, 4) pixels. Maps that were projected and weights of bins that were
-    expanded are kept for whoever asks next, the parts of `split` among them.
-    """
-
-    def __init__(
-        self,
-        pool: RegionPool,
-        features: Tensor,
-        boxes: list[Tensor],
-        max_regions: int | None = None,
-        all_regions: int | None = None,
-    ) -> None:
-        default = CPU_REGIONS if features.device.type == "cpu" else GPU_REGIONS
-        self.pool, self.features, self.boxes = pool, features, boxes
-        self.max_regions = default if max_regions is None else max_regions
-        self.all_regions = len(self) if all_regions is None else all_regions
-        self._projected: dict[int, Tensor] = {}
-        self._weights: dict[int, BinWeights] = {}
-        self._crops: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return sum(len(b) for b in self.boxes)
-
-    def of(self, features: Tensor) -> MapRegions:
-        return MapRegions(self.pool, features, self.boxes, self.max_regions)
-
-    def crop(self, stride: int = 1) -> Tensor:
-        if stride not in self._crops:
-            self._crops[stride] = self._crop(self.features, stride)
-        return self._crops[stride]
-
-    def conv1x1(self, weight: Tensor, stride: int) -> Tensor:
-        rows, columns = self.pool.output_size
-        num_bins = self.all_regions * -(-rows // stride) * -(-columns // stride)
-        key = id(weight)
-        if self.pool.mode == "max" or num_bins < self._num_positions:
-            return F.conv2d(self.crop(stride), weight)
-        if key not in self._projected:
-            self._projected[key] = F.conv2d(self.features, weight)
-        return self._crop(self._projected[key], stride)
-
-    def split(self) -> Iterator[MapRegions]:
-        """Parts of at most `max_regions`, one after another: what a part cropped is free when the next is made."""
-        if len(self) <= self.max_regions:
-            yield self
-            return
-        for image, boxes in enumerate(self.boxes):
-            for chunk in boxes.split(self.max_regions):
-                alone = [b[:0] for b in self.boxes]
-                alone[image] = chunk
-                part = MapRegions(self.pool, self.features, alone, self.max_regions, all_regions=len(self))
-                part._projected = self._projected
-                yield part
-
-    @property
-    def _num_positions(self) -> int:
-        return self.features.shape[0] * self.features.shape[2] * self.features.shape[3]
-
-    def _crop(self, features: Tensor, stride: int) -> Tensor:
-        if not self.pool.is_sparse(features):
-            return self.pool.crop(features, self.boxes)[:, :, ::stride, ::stride]
-        if stride not in self._weights:
-            whole = self._weights.setdefault(1, self.pool.bin_weights(features, self.boxes))
-            self._weights[stride] = whole.select(slice(None, None, stride))
-        return sparse_roi_align(features, self._weights[stride])
-
-
-class SharedRegionPool(RegionPool):
-    """A pool that gives the map and the boxes, so that the head whose weights it needs can project the map first.
-
-    max_regions: the most regions that the head takes at once without gradients, which bounds its memory whatever the
-    number of proposals; None: 64 on a CPU, 1024 elsewhere.
-    """
-
-    def __init__(self, *args, max_regions: int | None = None, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.max_regions = max_regions
-
-    def forward(
-        self,
-        x: dict[str, Tensor] | Tensor,
-        boxes: list[Tensor],
-        image_shapes: list[tuple[int, int]] | None = None,
-    ) -> MapRegions:
-        return MapRegions(self, _only_map(x), list(boxes), self.max_regions)
-
-
 class _SparseProduct(torch.autograd.Function):
     """matrix @ positions, (N * H * W, C) -> (R * P * Q, C).
 
@@ -408,11 +221,6 @@ class _SparseProduct(torch.autograd.Function):
 def _positions(features: Tensor) -> Tensor:
     """(N, C, H, W) -> (N * H * W, C): a view of a channels-last map."""
     return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1]).contiguous()
-
-
-def _prefers_sparse(features: Tensor) -> bool:
-    """The sparse product is faster on a CPU; elsewhere: to be measured. Exporters know torchvision's op."""
-    return features.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
 
 
 def _axis(start: Tensor, size: Tensor, num_bins: int, length: int, sampling_ratio: int) -> _Axis:
@@ -488,7 +296,7 @@ def _stable_argsort(keys: Tensor, limit: int) -> Tensor:
     return order
 
 
-def _flatten_boxes(boxes: Sequence[Tensor] | Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+def flatten_boxes(boxes: Sequence[Tensor] | Tensor, num_images: int) -> tuple[Tensor, Tensor]:
     """Boxes by image, or (R, 5) -> image of each (R,) int32 and (R, 4) boxes in float32 or float64."""
     if isinstance(boxes, Tensor):
         images, boxes = _split_rois(boxes, num_images)
@@ -519,15 +327,7 @@ def _join_boxes(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Tenso
     return torch.cat(images), torch.cat(list(boxes))
 
 
-def _only_map(x: dict[str, Tensor] | Tensor) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
-    if len(x) != 1:
-        raise ValueError(f"RegionPool reads one feature map, got {len(x)}: {list(x)}")
-    return next(iter(x.values()))
-
-
-def _pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
+def pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
         raise ValueError(f"{name} must be a positive integer or two (height, width), got {size!r}")

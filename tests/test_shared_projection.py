@@ -9,7 +9,7 @@ from torch import nn
 from backbones import create_backbone, list_backbones
 from backbones.fuse import WinogradConv2d, fuse, use_winograd
 from backbones.layers import opens_with_projection
-from detector.roi_align import MapRegions, RegionPool, SharedRegionPool
+from detector.region_pool import MapRegions, RegionPool, SharedRegionPool
 
 BOXES = [
     torch.tensor([[10.0, 10, 60, 70], [0, 0, 160, 128], [100, 90, 170, 140], [3, 3, 4, 4], [-20, -20, 5, 5]]),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from ..engine import autocast
-from ..roi_align import MapRegions
+from ..region_pool import MapRegions
 from .detectron2 import build_detectron2, detectron2_parts, has_detectron2
 from .limit import count_macs, matrix_call, over_limit
 from .models import ForcedProposals, build_form, make_images, random_weights, set_case
