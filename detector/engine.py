@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from .data.loader import Batch
 from .faster_rcnn import C4FasterRCNN
+from .report import LOSSES
 
-LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

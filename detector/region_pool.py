@@ -175,9 +175,10 @@ class MapRegions:
     def _crop(self, features: Tensor, stride: int) -> Tensor:
         if not self.pool.is_sparse(features):
             return self.pool.crop(features, self.boxes)[:, :, ::stride, ::stride]
+        if 1 not in self._weights:
+            self._weights[1] = self.pool.bin_weights(features, self.boxes)
         if stride not in self._weights:
-            whole = self._weights.setdefault(1, self.pool.bin_weights(features, self.boxes))
-            self._weights[stride] = whole.select(slice(None, None, stride))
+            self._weights[stride] = self._weights[1].select(slice(None, None, stride))
         return sparse_roi_align(features, self._weights[stride])
 
 

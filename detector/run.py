@@ -31,7 +31,6 @@ from .data.loader import EvalBatches, TrainBatches, TransformedDataset, build_lo
 from .data.transforms import EvalTransform, TrainTransform
 from .engine import (
     AMP_DTYPES,
-    LOSSES,
     Training,
     build_ema,
     build_schedule,
@@ -41,7 +40,16 @@ from .engine import (
 )
 from .evaluation import evaluate_coco, evaluate_voc
 from .faster_rcnn import C4FasterRCNN, build_model, network_size, optimize
-from .report import Progress, RunLog, format_count, format_duration, format_table, memory_mb, plot_curves
+from .report import (
+    LOSSES,
+    Progress,
+    RunLog,
+    format_count,
+    format_duration,
+    format_table,
+    memory_mb,
+    plot_curves,
+)
 from .visualize import draw_boxes, tile
 
 STATE = "training_state.pt"
