@@ -29,6 +29,7 @@ def _check_torchvision() -> None:
 
 _check_torchvision()
 
+from . import preact_resnet, se_resnet  # noqa: E402, F401
 from .backbone import (  # noqa: E402
     Backbone,
     Preprocessing,
@@ -38,7 +39,13 @@ from .backbone import (  # noqa: E402
     create_backbone,
     list_backbones,
     register_backbone,
+    register_library,
 )
+from .cifar import cifar_resnet  # noqa: E402
+from .densenet import densenet, densenet121, densenet161, densenet169, densenet201  # noqa: E402
+from .inception import bn_inception, inception, se_bn_inception  # noqa: E402
+from .libraries import timm_backbone, torchvision_backbone  # noqa: E402, F401
+from .split import cut  # noqa: E402
 from .resnet import resnet, resnet18, resnet34, resnet50, resnet101, resnet152  # noqa: E402
 
 __all__ = [
@@ -47,13 +54,24 @@ __all__ = [
     "RoIHead",
     "Trunk",
     "backbone_options",
+    "bn_inception",
+    "cifar_resnet",
     "create_backbone",
+    "cut",
+    "densenet",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "inception",
     "list_backbones",
     "register_backbone",
+    "register_library",
     "resnet",
     "resnet101",
     "resnet152",
     "resnet18",
     "resnet34",
     "resnet50",
+    "se_bn_inception",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -226,17 +227,19 @@ class Backbone(nn.Module):
 
 
 _BUILDERS: dict[str, Callable[..., Backbone]] = {}
+_LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[..., Backbone]]] = {}
 
 
-def register_backbone(*, options_of: Callable[..., Backbone]) -> Callable:
+def register_backbone(*, options_of: Callable[..., Backbone] | None = None) -> Callable:
     """Decorator: the function's name becomes a name for `create_backbone`.
 
-    `options_of` is the family's builder; its keyword-only parameters are the options that the name takes,
-    and they become the decorated function's signature.
+    The keyword-only parameters of `options_of`, a family's builder, are the options that the name takes, and become
+    the decorated function's signature; None: the function's own.
     """
-    options = [p for p in inspect.signature(options_of).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
     def register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
+        parameters = inspect.signature(options_of or builder).parameters.values()
+        options = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
         name = builder.__name__
         if name in _BUILDERS:
             raise ValueError(f"a backbone named {name!r} is registered already")
@@ -247,8 +250,29 @@ def register_backbone(*, options_of: Callable[..., Backbone]) -> Callable:
     return register
 
 
+def register_library(library: str, *, names: Callable[[], list[str]]) -> Callable:
+    """Decorator: "library/NAME" becomes a name for `create_backbone`, built by the decorated function of NAME.
+
+    `names` lists every NAME; it is called only when a name of the library is asked for.
+    """
+
+    def register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
+        if library in _LIBRARIES:
+            raise ValueError(f"a library named {library!r} is registered already")
+        _LIBRARIES[library] = names, builder
+        return builder
+
+    return register
+
+
 def list_backbones(pattern: str = "*") -> list[str]:
-    """Names that `create_backbone` takes, sorted, as far as they match the shell-style pattern."""
+    """Names that `create_backbone` takes, sorted, as far as they match the shell-style pattern.
+
+    Networks of a library are listed where the pattern names it, as "timm/resnet*" does; not each can be cut.
+    """
+    library, slash, _ = pattern.partition("/")
+    if slash and library in _LIBRARIES:
+        return sorted(f for f in (f"{library}/{name}" for name in _LIBRARIES[library][0]()) if fnmatch(f, pattern))
     return sorted(name for name in _BUILDERS if fnmatch(name, pattern))
 
 
@@ -259,11 +283,24 @@ def nearest(name: str, accepted: list[str] | tuple[str, ...]) -> str:
     return f"{hint}accepted: {', '.join(str(a) for a in accepted)}"
 
 
-def backbone_options(name: str) -> dict[str, inspect.Parameter]:
-    """The options of a named backbone with their annotations and defaults."""
+def _builder(name: str) -> Callable[..., Backbone]:
+    library, slash, network = str(name).partition("/")
+    if slash and library in _LIBRARIES:
+        names, builder = _LIBRARIES[library]
+        accepted = names()
+        if network not in accepted:
+            close = difflib.get_close_matches(network, accepted, n=3, cutoff=0.5)
+            hint = f"the nearest names are {', '.join(close)}" if close else "no name is near"
+            raise ValueError(f"{library} has no network {network!r}; {hint} (all: list_backbones('{library}/*'))")
+        return partial(builder, network)
     if name not in _BUILDERS:
         raise ValueError(f"there is no backbone {name!r}; {nearest(name, list_backbones())}")
-    return dict(inspect.signature(_BUILDERS[name]).parameters)
+    return _BUILDERS[name]
+
+
+def backbone_options(name: str) -> dict[str, inspect.Parameter]:
+    """The options of a named backbone with their annotations and defaults."""
+    return dict(inspect.signature(_builder(name)).parameters)
 
 
 def create_backbone(name: str, **options: object) -> Backbone:
@@ -272,7 +309,7 @@ def create_backbone(name: str, **options: object) -> Backbone:
     for option in options:
         if option not in accepted:
             raise TypeError(f"{name} has no option {option!r}; {nearest(option, list(accepted))}")
-    return _BUILDERS[name](**options)
+    return _builder(name)(**options)
 
 
 @torch.no_grad()

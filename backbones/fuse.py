@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
+from .graph_block import Block
+
 # Winograd's F(4x4, 3x3) (Lavin & Gray 2015, arXiv 1509.09308): y = A' [(G g G') * (B' d B)] A of 6x6 input tiles d.
 _INPUT = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0), (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1))  # fmt: skip
 _KERNEL = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))  # fmt: skip
@@ -21,30 +23,47 @@ def fuse(module: nn.Module) -> nn.Module:
     for parent in list(fused.modules()):
         if isinstance(parent, nn.Sequential):
             _fold_norms(parent)
+        elif isinstance(parent, Block):
+            _fold_block(parent)
     return fused
 
 
-@torch.no_grad()
+def _fold_block(block: Block) -> None:
+    """The same in a piece of a graph; of timm's norms with an activation within, that stays."""
+    for conv, path in block.conv_norms:
+        norm = block.get_submodule(path)
+        _fold_norm(block.get_submodule(conv), norm)
+        rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()
+        block.set_submodule(path, rest)
+
+
 def _fold_norms(layers: nn.Sequential) -> None:
     """conv, norm -> conv with bias. Statistics are folded in float64, so that the fold itself costs no precision."""
     names = list(layers._modules)
     for name, following in zip(names[:-1], names[1:], strict=True):
         conv, norm = layers._modules.get(name), layers._modules[following]
-        if not (isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, FrozenBatchNorm2d))):
-            continue
-        statistics = (norm.running_mean, norm.running_var)
-        affine = (norm.weight, norm.bias)
-        weight, bias = fuse_conv_bn_weights(
-            conv.weight.double(),
-            None if conv.bias is None else conv.bias.double(),
-            *(s.double() for s in statistics),
-            norm.eps,
-            *(None if a is None else a.double() for a in affine),
-        )
-        dtype, layout = conv.weight.dtype, torch.channels_last
-        conv.weight = nn.Parameter(weight.to(dtype).contiguous(memory_format=layout), requires_grad=False)
-        conv.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-        del layers._modules[following]
+        # timm's norms hold an activation, its convolutions standardise their weights: neither is folded
+        plain_norm = isinstance(norm, (nn.BatchNorm2d, FrozenBatchNorm2d)) and not hasattr(norm, "act")
+        if type(conv) is nn.Conv2d and plain_norm:
+            _fold_norm(conv, norm)
+            del layers._modules[following]
+
+
+@torch.no_grad()
+def _fold_norm(conv: nn.Conv2d, norm: nn.Module) -> None:
+    """Make `conv` compute norm(conv(x))."""
+    statistics = (norm.running_mean, norm.running_var)
+    affine = (norm.weight, norm.bias)
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight.double(),
+        None if conv.bias is None else conv.bias.double(),
+        *(s.double() for s in statistics),
+        norm.eps,
+        *(None if a is None else a.double() for a in affine),
+    )
+    dtype, layout = conv.weight.dtype, torch.channels_last
+    conv.weight = nn.Parameter(weight.to(dtype).contiguous(memory_format=layout), requires_grad=False)
+    conv.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
 
 
 class WinogradConv2d(nn.Module):
@@ -64,10 +83,13 @@ class WinogradConv2d(nn.Module):
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         for name, value in (("to_tiles", to_tiles), ("from_tiles", from_tiles), ("products", products)):
             self.register_buffer(name, value.to(conv.weight), persistent=False)
+        self.register_buffer("weight", conv.weight.detach(), persistent=False)
         self.bias = conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(R, C, 7, 7) channels-last -> (R, C', 7, 7) channels-last."""
+        """(R, C, 7, 7) channels-last -> (R, C', 7, 7) channels-last; a map of another size runs as a convolution."""
+        if x.shape[-2:] != (self.size, self.size):
+            return nn.functional.conv2d(x, self.weight, self.bias, padding=1)
         num_regions, bins = len(x), self.size * self.size
         by_bin = x.permute(2, 3, 0, 1).reshape(bins, num_regions * self.in_channels)
         tiles = (self.to_tiles @ by_bin).view(36, self.num_tiles * num_regions, self.in_channels)
@@ -120,7 +142,7 @@ def use_winograd(stage5: nn.Module, num_regions: int = 64, size: int = 7) -> int
 
 def _fits(layer: nn.Module | None) -> bool:
     return (
-        isinstance(layer, nn.Conv2d)
+        type(layer) is nn.Conv2d
         and layer.kernel_size == (3, 3)
         and layer.stride == (1, 1)
         and layer.padding == (1, 1)

@@ -7,13 +7,15 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from .backbone import Regions, nearest
+from .folding import fold, folds, steps
 
 
-def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+def conv(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
     """A convolution without bias that keeps the map's size at stride 1 (a norm follows, so a bias would be lost)."""
-    return nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
-    )
+    padding = kernel_size // 2
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
 
 
 def group_norm(num_channels: int) -> nn.GroupNorm:
@@ -21,9 +23,23 @@ def group_norm(num_channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, num_channels), num_channels)
 
 
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """torchvision's batch norm of fixed statistics: x * scale + shift, and one pass over a map without gradient.
+
+    The same to rounding; the two operations are Detectron2's, whose numbers come back to the last bit.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            return super().forward(x)
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
-    "frozen": FrozenBatchNorm2d,
+    "frozen": FrozenBatchNorm,
     "group": group_norm,
 }
 
@@ -64,9 +80,12 @@ def enter(layers: nn.Module, regions: Regions) -> Tensor:
     if not opens_with_projection(layers):
         return layers(regions.crop())
     first, *others = layers
-    features = regions.conv1x1(first.weight, first.stride[0])
-    if first.bias is not None:
-        features = features + first.bias[:, None, None]
-    for layer in others:
-        features = layer(features)
+    weight, bias = first.weight, first.bias
+    if others and folds(layers, first, others[0]):
+        weight, bias = fold(first, others.pop(0))
+    features = regions.conv1x1(weight, first.stride[0])
+    if bias is not None:
+        features = features + bias[:, None, None]
+    for step in steps(layers, others):
+        features = step(features)
     return features

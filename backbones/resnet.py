@@ -1,184 +1,233 @@
-"""ResNet (He et al. 2015, arXiv 1512.03385), Table 1: stages conv1, conv2_x .. conv5_x."""
+"""ResNet (He et al. 2015, arXiv 1512.03385), Table 1: stages conv1, conv2_x .. conv5_x; and variants by options."""
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import Backbone, Regions, RoIHead, Trunk, init_weights, nearest, register_backbone
-from .layers import conv, enter, norm_layer
-from .weights import is_published, load_weights
+from .backbone import (
+    Backbone,
+    RoIHead,
+    Trunk,
+    backbone_options,
+    init_weights,
+    nearest,
+    register_backbone,
+)
+from .branch_ends import linear_rule
+from .folding import Layers
+from .layers import norm_layer
+from .residual import FULL_PREACTIVATION, ORIGINAL, BlockOptions, basic, bottleneck, opening, residual_stage
+from .weights import NameTable, is_published, load_weights
 
-Norm = Callable[[int], nn.Module]
-STRIDE_IN = ("3x3", "1x1")
-
-
-class ResidualBlock(nn.Module):
-    """Residual unit: relu(shortcut(x) + branch(x))."""
-
-    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
-        super().__init__()
-        self.branch = branch
-        self.shortcut = shortcut
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.branch(x).add_(self.shortcut(x)))
-
-    def enter(self, regions: Regions) -> Tensor:
-        """forward(regions.crop()), the opening 1x1 convolutions run on the shared map."""
-        return self.relu(enter(self.branch, regions).add_(enter(self.shortcut, regions)))
-
-
-def basic_branch(in_channels: int, width: int, stride: int, norm: Norm, stride_in: str) -> nn.Sequential:
-    """Two 3x3 convolutions; the stride sits in the first."""
-    layers = OrderedDict(
-        conv1=conv(in_channels, width, 3, stride),
-        bn1=norm(width),
-        relu1=nn.ReLU(inplace=True),
-        conv2=conv(width, width, 3),
-        bn2=norm(width),
-    )
-    return nn.Sequential(layers)
-
-
-def bottleneck_branch(in_channels: int, width: int, stride: int, norm: Norm, stride_in: str) -> nn.Sequential:
-    """1x1 to `width`, 3x3, 1x1 to four times `width`.
-
-    The paper and Detectron2 place the stride in the first 1x1, torchvision (ResNet "v1.5") in the 3x3.
-    """
-    first, second = (stride, 1) if stride_in == "1x1" else (1, stride)
-    layers = OrderedDict(
-        conv1=conv(in_channels, width, 1, first),
-        bn1=norm(width),
-        relu1=nn.ReLU(inplace=True),
-        conv2=conv(width, width, 3, second),
-        bn2=norm(width),
-        relu2=nn.ReLU(inplace=True),
-        conv3=conv(width, 4 * width, 1),
-        bn3=norm(4 * width),
-    )
-    return nn.Sequential(layers)
-
-
-EXPANSION = {basic_branch: 1, bottleneck_branch: 4}
-
-
-def projection(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Sequential:
-    """Shortcut option B: a 1x1 convolution where the size changes."""
-    return nn.Sequential(OrderedDict(conv=conv(in_channels, out_channels, 1, stride), bn=norm(out_channels)))
-
-
-def residual_stage(
-    branch: Callable[..., nn.Module],
-    in_channels: int,
-    width: int,
-    depth: int,
-    stride: int,
-    norm: Norm,
-    **options,
-) -> nn.Sequential:
-    """`depth` residual blocks, the first with `stride`: (N, in_channels, H, W) -> (N, out, H/stride, W/stride)."""
-    out_channels = width * EXPANSION[branch]
-    blocks = []
-    for _ in range(depth):
-        changes = stride != 1 or in_channels != out_channels
-        shortcut = projection(in_channels, out_channels, stride, norm) if changes else nn.Identity()
-        blocks.append(ResidualBlock(branch(in_channels, width, stride, norm, **options), shortcut))
-        in_channels, stride = out_channels, 1
-    return nn.Sequential(*blocks)
-
-
-# torchvision's parameter names -> ours. `layer1` is conv2_x, which stage2 holds behind the max pool.
+# The publishers' parameter names -> ours. `layer1` is conv2_x, which stage2 holds behind the max pool; only timm's
+# SE-ResNets have a `layer0` and a `se_module`.
 TORCHVISION_NAMES = (
+    (r"^layer0\.", ""),
     (r"^(conv1|bn1)\.", r"trunk.stage1.\1."),
     (r"^layer1\.", "trunk.stage2.blocks."),
     (r"^layer2\.", "trunk.stage3."),
     (r"^layer3\.", "trunk.stage4."),
     (r"^layer4\.", "roi_head.stage5."),
     (r"\.(\d+)\.(conv\d|bn\d)\.", r".\1.branch.\2."),
+    (r"\.(\d+)\.se_module\.", r".\1.branch.se."),
     (r"\.downsample\.0\.", ".shortcut.conv."),
     (r"\.downsample\.1\.", ".shortcut.bn."),
 )
 
+# Table 1 of the paper: the unit, and how many of them conv2_x .. conv5_x have.
+LAYOUTS = {
+    18: (basic, (2, 2, 2, 2)),
+    34: (basic, (3, 4, 6, 3)),
+    50: (bottleneck, (3, 4, 6, 3)),
+    101: (bottleneck, (3, 4, 23, 3)),
+    152: (bottleneck, (3, 8, 36, 3)),
+}
+
+
+class CaffePool(nn.MaxPool2d):
+    """Max pooling 3x3 / 2 whose windows begin at the first position and run over the last: Caffe's.
+
+    A map of odd size has one window more than Caffe's, over its last row or column, so that the trunk's map keeps
+    ceil(H/16) x ceil(W/16); sizes that a detector pads to multiples of 32 never meet one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(3, stride=2, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, width % 2, 0, height % 2))  # after a ReLU zeros are never the larger
+        return super().forward(x)
+
+
+STEM_POOLS: dict[str, Callable[[], nn.Module]] = {
+    "padded": lambda: nn.MaxPool2d(3, stride=2, padding=1),
+    "ceil": CaffePool,
+}
+
+
+def _stem(width: int, options: BlockOptions) -> nn.Sequential:
+    """conv1, norm, ReLU; full pre-activation leaves the norm and ReLU to the first unit, behind the pool."""
+    layers = OrderedDict(conv1=nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False))
+    if options.order != FULL_PREACTIVATION:
+        layers |= {"bn1": options.layer(width), "relu": nn.ReLU(inplace=True)}
+    return Layers(layers)
+
+
+def _stage2(width: int, drops: list[float], stem_pool: str, options: BlockOptions) -> nn.Sequential:
+    """Max pool and conv2_x, whose first unit changes the number of channels where it is a bottleneck."""
+    preactivated = options.order == FULL_PREACTIVATION
+    changes = options.out_channels(width) != width
+    layers = OrderedDict(maxpool=STEM_POOLS[stem_pool]())
+    if preactivated and changes:
+        layers["opening"] = nn.Sequential(opening(width, options))
+    layers["blocks"] = residual_stage(options, width, width, 1, drops, opened=changes or not preactivated)
+    return nn.Sequential(layers)
+
+
+def _refuse_another_definition(name: str, weights: str, given: dict[str, object]) -> None:
+    """Published weights fit the network that their name stands for, with no option of its function changed."""
+    own = backbone_options(name)
+    changed = [option for option in given if given[option] != own[option].default]
+    if changed:
+        trained = ", ".join(f"{option}={own[option].default!r}" for option in changed)
+        got = ", ".join(f"{option}={given[option]!r}" for option in changed)
+        raise ValueError(f"weights {weights!r} were trained with {trained}; got {got}")
+
 
 def resnet(
     name: str,
-    branch: Callable[..., nn.Module],
+    convs: Callable[..., list[nn.Conv2d]],
     depths: tuple[int, int, int, int],
+    names: NameTable = TORCHVISION_NAMES,
     *,
     width: int = 64,
     stride_in: str = "3x3",
     norm: str = "batch",
+    shortcut: str = "B",
+    order: str = ORIGINAL,
+    branch_end: str | None = None,
+    stochastic_depth: float = 0.0,
+    groups: int = 1,
+    width_per_group: int = 64,
+    stem_pool: str = "padded",
+    gate_bias: float = -6.0,
     weights: str | None = None,
     frozen_stages: int = 0,
 ) -> Backbone:
-    """The residual family.
+    """The residual family: `depths` units of `basic` or `bottleneck` convolutions in conv2_x .. conv5_x.
 
+    names: the publisher's parameter names -> ours.
     width: channels of the stem (64); every other width is a multiple of it.
     stride_in: where a bottleneck's stride sits, "3x3" as torchvision's weights or "1x1" as the paper's and Detectron2's.
     norm: "batch", "group", or "frozen" (with weights only).
-    weights: None, a published name ("imagenet_v1", "imagenet_v2": torchvision's), or a file; "deferred" promises
-        a later `load_state_dict`.
+    shortcut: "A", "B", "C", "none" (a plain network), "constant_scaling", "exclusive_gating", "shortcut_only_gating",
+        "conv1x1", "dropout"; see `backbones.shortcuts.SHORTCUTS`.
+    order: of norms, ReLUs and the addition, He et al. 2016, Figure 4: "original", "bn_after_addition",
+        "relu_before_addition", "relu_only_preactivation", "full_preactivation".
+    branch_end: None, "se", "relu_se" (a ReLU before it, as timm's SE-ResNet-18/34), or residual shrinkage with
+        thresholds that channels share or not, "shrinkage_cs", "shrinkage_cw".
+    stochastic_depth: probability of dropping the last unit's branch in training; the others' rise linearly to it.
+    groups, width_per_group: ResNeXt's 32x4d is 32 and 4; a network twice as wide inside is 1 and 128.
+    stem_pool: "padded" as torchvision's, "ceil" as Caffe's and the SE-ResNets'.
+    gate_bias: initial bias of a gated shortcut's gate; -6 leaves the shortcut open.
+    weights: None, a published name (`published_weights` lists them), or a file; "deferred" promises a later
+        `load_state_dict`.
     frozen_stages: stages 1..frozen_stages take no gradient and keep their statistics.
     """
-    if stride_in not in STRIDE_IN:
-        raise ValueError(f"stride_in is {stride_in!r}; {nearest(stride_in, STRIDE_IN)}")
+    options = BlockOptions(
+        convs, norm, stride_in, shortcut, order, branch_end, groups, width_per_group, gate_bias
+    )
     if not isinstance(width, int) or width < 1:
         raise ValueError(f"width is {width!r}; accepted: a positive whole number of channels")
-    if is_published(weights) and (width != 64 or (stride_in != "3x3" and branch is bottleneck_branch)):
-        raise ValueError(
-            f"weights {weights!r} were trained with width 64 and the stride in the 3x3; got width {width} and "
-            f"stride_in {stride_in!r}"
-        )
-    layer = norm_layer(norm, weights)
+    if stem_pool not in STEM_POOLS:
+        raise ValueError(f"stem_pool is {stem_pool!r}; {nearest(stem_pool, tuple(STEM_POOLS))}")
+    if is_published(weights):
+        given = {"width": width, "stem_pool": stem_pool, **options.definition()}
+        _refuse_another_definition(name, weights, given)
+    norm_layer(norm, weights)
 
-    def stage(k: int, in_channels: int) -> nn.Sequential:
-        """conv{k}_x: widths double from conv2_x on, and all but conv2_x halve the map."""
-        return residual_stage(
-            branch,
-            in_channels,
-            width * 2 ** (k - 2),
-            depths[k - 2],
-            1 if k == 2 else 2,
-            layer,
-            stride_in=stride_in,
-        )
-
-    c2, c3, c4, c5 = (width * EXPANSION[branch] * 2**k for k in range(4))
-    stem = OrderedDict(
-        conv1=nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False),
-        bn1=layer(width),
-        relu=nn.ReLU(inplace=True),
-    )
-    conv2 = OrderedDict(maxpool=nn.MaxPool2d(3, stride=2, padding=1), blocks=stage(2, width))
-    trunk = Trunk([nn.Sequential(stem), nn.Sequential(conv2), stage(3, c2), stage(4, c3)], out_channels=c4)
-    backbone = Backbone(name, trunk, RoIHead(stage(5, c4), out_channels=c5))
+    drops = linear_rule(stochastic_depth, depths)
+    c2, c3, c4, c5 = (options.out_channels(width * 2**k) for k in range(4))
+    stages = [_stem(width, options), _stage2(width, drops[0], stem_pool, options)]
+    for k, in_channels in enumerate((c2, c3, c4), start=1):  # conv3_x, conv4_x, conv5_x
+        stages.append(residual_stage(options, in_channels, width * 2**k, 2, drops[k]))
+    backbone = Backbone(name, Trunk(stages[:4], out_channels=c4), RoIHead(stages[4], out_channels=c5))
     init_weights(backbone)
-    load_weights(backbone, weights, published=TORCHVISION_NAMES)
+    load_weights(backbone, weights, published=names)
     return backbone.freeze(frozen_stages)
 
 
 @register_backbone(options_of=resnet)
 def resnet18(**options) -> Backbone:
-    return resnet("resnet18", basic_branch, (2, 2, 2, 2), **options)
+    return resnet("resnet18", *LAYOUTS[18], **options)
 
 
 @register_backbone(options_of=resnet)
 def resnet34(**options) -> Backbone:
-    return resnet("resnet34", basic_branch, (3, 4, 6, 3), **options)
+    return resnet("resnet34", *LAYOUTS[34], **options)
 
 
 @register_backbone(options_of=resnet)
 def resnet50(**options) -> Backbone:
-    return resnet("resnet50", bottleneck_branch, (3, 4, 6, 3), **options)
+    return resnet("resnet50", *LAYOUTS[50], **options)
 
 
 @register_backbone(options_of=resnet)
 def resnet101(**options) -> Backbone:
-    return resnet("resnet101", bottleneck_branch, (3, 4, 23, 3), **options)
+    return resnet("resnet101", *LAYOUTS[101], **options)
 
 
 @register_backbone(options_of=resnet)
 def resnet152(**options) -> Backbone:
-    return resnet("resnet152", bottleneck_branch, (3, 8, 36, 3), **options)
+    return resnet("resnet152", *LAYOUTS[152], **options)
+
+
+# A variant is the family with other defaults.
+plain = partial(resnet, shortcut="none")
+resnext_32x4d = partial(resnet, groups=32, width_per_group=4)
+resnext_32x8d = partial(resnet, groups=32, width_per_group=8)
+resnext_64x4d = partial(resnet, groups=64, width_per_group=4)
+wide = partial(resnet, width_per_group=128)
+
+
+@register_backbone(options_of=plain)
+def plain18(**options) -> Backbone:
+    """The residual network without its shortcuts: the degradation experiment of He et al. 2015, section 4.1."""
+    return plain("plain18", *LAYOUTS[18], **options)
+
+
+@register_backbone(options_of=plain)
+def plain34(**options) -> Backbone:
+    return plain("plain34", *LAYOUTS[34], **options)
+
+
+@register_backbone(options_of=resnext_32x4d)
+def resnext50_32x4d(**options) -> Backbone:
+    """ResNeXt (Xie et al. 2017, arXiv 1611.05431): the 3x3 in 32 groups."""
+    return resnext_32x4d("resnext50_32x4d", *LAYOUTS[50], **options)
+
+
+@register_backbone(options_of=resnext_32x8d)
+def resnext101_32x8d(**options) -> Backbone:
+    return resnext_32x8d("resnext101_32x8d", *LAYOUTS[101], **options)
+
+
+@register_backbone(options_of=resnext_64x4d)
+def resnext101_64x4d(**options) -> Backbone:
+    return resnext_64x4d("resnext101_64x4d", *LAYOUTS[101], **options)
+
+
+@register_backbone(options_of=wide)
+def wide_resnet50_2(**options) -> Backbone:
+    """Wide ResNet (Zagoruyko & Komodakis 2016, arXiv 1605.07146): bottlenecks twice as wide inside."""
+    return wide("wide_resnet50_2", *LAYOUTS[50], **options)
+
+
+@register_backbone(options_of=wide)
+def wide_resnet101_2(**options) -> Backbone:
+    return wide("wide_resnet101_2", *LAYOUTS[101], **options)

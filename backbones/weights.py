@@ -1,10 +1,13 @@
 """Named and file weights into a backbone."""
 
+import importlib.util
+import json
 import pickle
 import re
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -12,6 +15,14 @@ from .backbone import Backbone, Preprocessing
 
 DEFERRED = "deferred"
 NameTable = tuple[tuple[str, str], ...]
+
+# Our names -> timm's of the same network. Its weights are "timm/TAG", the tag being part of timm's full name
+# (legacy_seresnet50.in1k): without one timm would choose, and choose otherwise in another version.
+TIMM_ARCHITECTURES = (
+    (r"^se_resnet(\d+)$", r"legacy_seresnet\1"),
+    (r"^preact_resnet(\d+)$", r"resnetv2_\1"),
+)
+_CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -37,6 +48,18 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def _stored_preprocessing(path: str | Path) -> Preprocessing | None:
+    """What a .safetensors file of tools/convert_weights.py says beside the weights that they expect of an image."""
+    if Path(path).suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("preprocessing")
+    if text is None:
+        return None
+    values = json.loads(text)
+    return Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -51,39 +74,80 @@ def rename(state: dict[str, Tensor], names: NameTable) -> dict[str, Tensor]:
     return renamed
 
 
-def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessing] | None:
-    """torchvision's weights enum entry of that name ("imagenet_v1" -> IMAGENET1K_V1), or None if it has none."""
+def _from_torchvision(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessing]:
+    """The state dict of torchvision's enum entry ("imagenet_v1" -> IMAGENET1K_V1), and what it expects of an image."""
     from torchvision.models import get_model_weights
 
-    try:
-        published = get_model_weights(name)
-    except ValueError:
-        return None
-    entry = getattr(published, weights.replace("imagenet_", "IMAGENET1K_").upper(), None)
-    if entry is None:
-        return None
+    entry = get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
     transforms = entry.transforms()
-    return entry.get_state_dict(progress=True, check_hash=True), Preprocessing(
-        tuple(transforms.mean), tuple(transforms.std)
-    )
+    preprocessing = Preprocessing(tuple(transforms.mean), tuple(transforms.std))
+    return entry.get_state_dict(progress=True, check_hash=True), preprocessing
 
 
-def published_weights(name: str) -> list[str]:
-    """Names that `weights=` takes for a backbone, the publisher's, never a moving default."""
+def _torchvision_names(name: str) -> list[str]:
     from torchvision.models import get_model_weights
 
     try:
         entries = get_model_weights(name).__members__
     except ValueError:
         return []
-    return sorted(
-        {entry.replace("IMAGENET1K_", "imagenet_").lower() for entry in entries if entry != "DEFAULT"}
-    )
+    return [entry.replace("IMAGENET1K_", "imagenet_").lower() for entry in entries if entry != "DEFAULT"]
+
+
+def _timm_architecture(name: str) -> str | None:
+    for pattern, replacement in TIMM_ARCHITECTURES:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return None
+
+
+def _from_timm(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessing]:
+    """The state dict that timm gives under that tag ("timm/in1k"), and what it expects of an image."""
+    import timm
+
+    full_name = f"{_timm_architecture(name)}.{weights.removeprefix('timm/')}"
+    network = timm.create_model(full_name, pretrained=True)
+    config = network.pretrained_cfg
+    return network.state_dict(), Preprocessing(tuple(config["mean"]), tuple(config["std"]))
+
+
+def _timm_names(name: str) -> list[str]:
+    """timm's tags for a backbone; none where timm is not installed."""
+    architecture = _timm_architecture(name)
+    if architecture is None:
+        return []
+    try:
+        import timm
+    except ImportError:
+        return []
+    return ["timm/" + n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
+
+
+def published_weights(name: str) -> list[str]:
+    """Names that `weights=` takes for a backbone, the publisher's, never a moving default.
+
+    torchvision's are "imagenet_v1" and "imagenet_v2", timm's "timm/TAG" (known where timm is installed).
+    """
+    return sorted({*_torchvision_names(name), *_timm_names(name)})
 
 
 def is_published(weights: object) -> bool:
-    """Whether `weights` names a publisher's weights, as "imagenet_v1" does, and not a file."""
-    return isinstance(weights, str) and re.fullmatch(r"imagenet_\w+", weights) is not None
+    """Whether `weights` names a publisher's weights, as "imagenet_v1" or "timm/in1k" does, and not a file."""
+    return isinstance(weights, str) and re.fullmatch(r"imagenet_\w+|timm/\w+", weights) is not None
+
+
+def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessing]:
+    """The state dict in the publisher's names, and what it expects of an image."""
+    from_timm = weights.startswith("timm/")
+    if from_timm and importlib.util.find_spec("timm") is None:
+        raise ImportError(
+            f"weights {weights!r} come from timm, which is not installed; run: pip install timm"
+        )
+    names = published_weights(name)
+    if weights not in names:
+        accepted = ", ".join(names) or "none are published"
+        raise ValueError(f"{name} has no weights {weights!r}; accepted: {accepted}, or a file")
+    return _from_timm(name, weights) if from_timm else _from_torchvision(name, weights)
 
 
 def load_weights(backbone: Backbone, weights: str | Path | None, published: NameTable) -> None:
@@ -91,23 +155,17 @@ def load_weights(backbone: Backbone, weights: str | Path | None, published: Name
     if weights is None or weights == DEFERRED:
         return
     if is_published(weights):
-        found = _published(backbone.name, str(weights))
-        if found is None:
-            accepted = ", ".join(published_weights(backbone.name)) or "none are published"
-            raise ValueError(f"{backbone.name} has no weights {weights!r}; accepted: {accepted}, or a file")
-        state, backbone.preprocessing = found
+        state, backbone.preprocessing = _published(backbone.name, str(weights))
     else:
         state = read_state_dict(weights)
+        backbone.preprocessing = _stored_preprocessing(weights) or backbone.preprocessing
     load_into(backbone, state, published, source=str(weights))
 
 
 def load_into(backbone: Backbone, state: dict[str, Tensor], published: NameTable, source: str) -> None:
     """Load a state dict of our keys or of the publisher's; refuse another architecture by its first differences."""
     if not any(key.startswith(("trunk.", "roi_head.")) for key in state):
-        state = rename(
-            {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "last_linear."))},
-            published,
-        )
+        state = rename({k: v for k, v in state.items() if not k.startswith(_CLASSIFIERS)}, published)
     wanted = backbone.state_dict()
     counters = "num_batches_tracked"  # absent from weights of old versions, and from frozen norms
     missing = [k for k in wanted if k not in state and not k.endswith(counters)]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from backbones import create_backbone
+from backbones.summary import multiply_accumulates
 
-from ..run import multiply_accumulates
 from .models import CROPS, stock_detector
 from .settings import DTYPES, Settings, Size
 from .timing import Seconds, Stopwatch, Times

@@ -39,7 +39,7 @@ def measure_loader(
     workers live on between passes.
     """
     dataset = build_dataset(config.data, "train")
-    transform = TrainTransform(config.model.min_size, config.model.max_size, config.augment)
+    transform = TrainTransform(augment=config.augment, **config.model.resizing)
     datasets = {
         "loader": TransformedDataset(dataset, transform, config.train.seed),
         "decoding": _Decoded(dataset.image_paths),

@@ -1,0 +1,141 @@
+"""A piece of a network's graph as a module, which can run its opening 1x1 convolutions on a shared map."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from .backbone import Regions
+
+
+class Block(nn.Module):
+    """The part of a network between two of its waists: (N, C, H, W) -> (N, C', H', W').
+
+    It owns the layers of that part, under their paths in the network. `projected` names the 1x1 convolutions that
+    read the block's input, which `enter` runs on the shared map.
+    """
+
+    def __init__(self, network: nn.Module, graphs: dict[bool, fx.Graph]) -> None:
+        super().__init__()
+        for op in ("call_module", "get_attr"):
+            for graph in graphs.values():
+                for node in graph.nodes:
+                    if node.op == op:
+                        self._adopt(network, node.target)
+        self.projected = tuple(dict.fromkeys(n.target for n in _projections(graphs[False], self)))
+        self.conv_norms = tuple(_conv_norms(graphs[False], self))
+        self._forwards = {mode: self._compiled(graph) for mode, graph in graphs.items()}
+        self._entries = {mode: self._compiled(_entry(graph, self)) for mode, graph in graphs.items()}
+
+    def forward(self, features: Tensor) -> Tensor:
+        try:
+            return self._forwards[self.training](self, features)
+        except RuntimeError:
+            if len(features):
+                raise
+            return self._of_none(features)
+
+    def enter(self, regions: Regions) -> Tensor:
+        """forward(regions.crop()), the opening 1x1 convolutions run on the shared map."""
+        try:
+            return self._entries[self.training](self, regions)
+        except RuntimeError:
+            if len(regions.crop()):
+                raise
+            return self._of_none(regions.crop())
+
+    def _of_none(self, features: Tensor) -> Tensor:
+        """The value of (0, C, H, W) where the network refuses it: a size of -1 is not known without elements."""
+        was_training = self.training
+        with torch.no_grad():
+            size = self.eval()(features.new_zeros(1, *features.shape[1:])).shape
+        self.train(was_training)
+        return features.sum() + features.new_zeros(0, *size[1:])
+
+    def _adopt(self, network: nn.Module, path: str) -> None:
+        """Own the layer, parameter or buffer that `network` has at `path`, at the same path."""
+        source, owner = network, self
+        *parents, name = path.split(".")
+        for parent in parents:
+            source = getattr(source, parent)
+            if not hasattr(owner, parent):
+                owner.add_module(parent, nn.Module())
+            owner = getattr(owner, parent)
+        value = getattr(source, name)
+        if hasattr(owner, name):
+            return
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            kept = name in source._buffers and name not in source._non_persistent_buffers_set
+            owner.register_buffer(name, value, persistent=kept)
+        else:
+            setattr(owner, name, value)
+
+    def _compiled(self, graph: fx.Graph) -> Callable:
+        """The graph as a function of the module that owns its layers, and of its input."""
+        return type(fx.GraphModule(self, graph)).forward
+
+
+def project(conv: nn.Conv2d, regions: Regions) -> Tensor:
+    """conv(regions.crop()) on the shared map; a bias comes after the crop, since bins outside the map are 0."""
+    features = regions.conv1x1(conv.weight, conv.stride[0])
+    return features if conv.bias is None else features + conv.bias[:, None, None]
+
+
+def _projections(graph: fx.Graph, owner: nn.Module) -> list[fx.Node]:
+    """The calls of ungrouped 1x1 convolutions that read the graph's input."""
+    features = next(iter(graph.nodes))
+    return [node for node in features.users if node.args == (features,) and _is_1x1(node, owner)]
+
+
+def _is_1x1(node: fx.Node, owner: nn.Module) -> bool:
+    layer = owner.get_submodule(node.target) if node.op == "call_module" else None
+    return (
+        type(layer) is nn.Conv2d
+        and layer.kernel_size == (1, 1)
+        and layer.padding in ((0, 0), "valid")
+        and layer.groups == 1
+        and layer.stride[0] == layer.stride[1]
+    )
+
+
+def _entry(graph: fx.Graph, owner: nn.Module) -> fx.Graph:
+    """The same graph of `Regions`: its opening 1x1 convolutions on the shared map, all else on crops."""
+    graph = copy.deepcopy(graph)
+    regions = next(iter(graph.nodes))
+    projections = _projections(graph, owner)
+    others = [node for node in regions.users if node not in projections]
+    for node in projections:
+        with graph.inserting_before(node):
+            conv = graph.get_attr(node.target)
+            node.replace_all_uses_with(graph.call_function(project, (conv, regions)))
+        graph.erase_node(node)
+    if others:
+        with graph.inserting_after(regions):
+            crop = graph.call_method("crop", (regions,))
+        for node in others:
+            node.replace_input_with(regions, crop)
+    return graph
+
+
+def _conv_norms(graph: fx.Graph, owner: nn.Module) -> Iterator[tuple[str, str]]:
+    """Paths of convolutions and of the batch norms that alone read them; a layer that is called twice is in none."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        if node.op != "call_module" or not is_batch_norm(owner.get_submodule(node.target)):
+            continue
+        before = node.all_input_nodes[0]
+        if (
+            before.op == "call_module"
+            and type(owner.get_submodule(before.target)) is nn.Conv2d
+            and len(before.users) == calls[before.target] == calls[node.target] == 1
+        ):
+            yield before.target, node.target
+
+
+def is_batch_norm(layer: nn.Module) -> bool:
+    """A batch norm, frozen or not, or timm's with the activation in it."""
+    frozen = isinstance(layer, FrozenBatchNorm2d) or type(layer).__name__ == "FrozenBatchNormAct2d"
+    return frozen or isinstance(layer, nn.BatchNorm2d)

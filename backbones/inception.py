@@ -1,0 +1,185 @@
+"""BN-Inception (Ioffe & Szegedy 2015, arXiv 1502.03167) and SE-BN-Inception (Hu et al. 2017, arXiv 1709.01507).
+
+The form of the published Caffe networks: 3c and 4e halve the map, and every module's 5x5 is two 3x3.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone, Preprocessing, Regions, RoIHead, Trunk, init_weights, register_backbone
+from .branch_ends import squeeze_excitation
+from .layers import enter, norm_layer
+from .resnet import CaffePool
+from .weights import DEFERRED, is_published, load_weights, read_state_dict
+
+Norm = Callable[[int], nn.Module]
+FULL_WIDTH = 64
+# What the published Caffe weights were trained on: BGR from 0 to 255, less a mean.
+CAFFE = Preprocessing(mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), channel_order="bgr", scale=255.0)
+
+# unit -> channels of the 1x1, the 3x3 (of its 1x1, of itself), the double 3x3 (likewise) and the pool's 1x1.
+# Without 1x1 and pool projection the unit halves the map, and the pooled input is the last branch.
+UNITS = {
+    "3a": (64, (64, 64), (64, 96), 32),
+    "3b": (64, (64, 96), (64, 96), 64),
+    "3c": (0, (128, 160), (64, 96), 0),
+    "4a": (224, (64, 96), (96, 128), 128),
+    "4b": (192, (96, 128), (96, 128), 128),
+    "4c": (160, (128, 160), (128, 160), 128),
+    "4d": (96, (128, 192), (160, 192), 128),
+    "4e": (0, (128, 192), (192, 256), 0),
+    "5a": (352, (192, 320), (160, 224), 128),
+    "5b": (352, (192, 320), (192, 224), 128),
+}
+STAGES = {3: ("3a", "3b"), 4: ("3c", "4a", "4b", "4c", "4d"), 5: ("4e", "5a", "5b")}
+
+
+class Inception(nn.Module):
+    """Branches side by side: end([branch(x), ...])."""
+
+    def __init__(self, branches: dict[str, nn.Sequential], end: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict(branches)
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(torch.cat([branch(x) for branch in self.branches.values()], dim=1))
+
+    def enter(self, regions: Regions) -> Tensor:
+        """forward(regions.crop()), the opening 1x1 convolutions run on the shared map."""
+        return self.end(torch.cat([enter(branch, regions) for branch in self.branches.values()], dim=1))
+
+
+class Builder:
+    """What the layers of one network have in common: its norm, its width, biases before the norm, the units' end."""
+
+    def __init__(self, norm: Norm, width: int, bias: bool, squeeze: bool) -> None:
+        self.norm, self.width, self.bias, self.squeeze = norm, width, bias, squeeze
+
+    def scaled(self, channels: int) -> int:
+        return channels * self.width // FULL_WIDTH
+
+    def convs(self, in_channels: int, *convs: tuple[int, int, int]) -> OrderedDict[str, nn.Module]:
+        """conv, norm and ReLU for each (channels, kernel size, stride)."""
+        layers = OrderedDict()
+        for k, (channels, kernel, stride) in enumerate(convs, start=1):
+            out = self.scaled(channels)
+            layers[f"conv{k}"] = nn.Conv2d(in_channels, out, kernel, stride, kernel // 2, bias=self.bias)
+            layers[f"bn{k}"] = self.norm(out)
+            layers[f"relu{k}"] = nn.ReLU(inplace=True)
+            in_channels = out
+        return layers
+
+    def branches(self, name: str, in_channels: int) -> dict[str, OrderedDict[str, nn.Module]]:
+        """The layers of a unit's branches, in the order of their channels."""
+        single, (reduced, out), (double_reduced, double_out), pooled = UNITS[name]
+        stride = 1 if pooled else 2
+        spatial = {
+            "3x3": self.convs(in_channels, (reduced, 1, 1), (out, 3, stride)),
+            "double_3x3": self.convs(
+                in_channels, (double_reduced, 1, 1), (double_out, 3, 1), (double_out, 3, stride)
+            ),
+        }
+        if not pooled:
+            return {**spatial, "pool": OrderedDict(pool=CaffePool())}
+        pool = nn.MaxPool2d(3, stride=1, padding=1) if name == "5b" else nn.AvgPool2d(3, stride=1, padding=1)
+        return {
+            "1x1": self.convs(in_channels, (single, 1, 1)),
+            **spatial,
+            "pool": OrderedDict(pool=pool) | self.convs(in_channels, (pooled, 1, 1)),
+        }
+
+    def unit(self, name: str, in_channels: int) -> tuple[Inception, int]:
+        """The Inception unit of that name, and its channels."""
+        single, (_, out), (_, double_out), pooled = UNITS[name]
+        channels = self.scaled(single + out + double_out + pooled) + (0 if pooled else in_channels)
+        branches = {k: nn.Sequential(layers) for k, layers in self.branches(name, in_channels).items()}
+        return Inception(branches, squeeze_excitation(channels) if self.squeeze else nn.Identity()), channels
+
+    def stage(self, k: int, in_channels: int) -> tuple[nn.Sequential, int]:
+        """The units of a stage, and their channels; stage 3 opens with a pool, 4 and 5 with a unit that halves."""
+        layers = OrderedDict(pool=CaffePool()) if k == 3 else OrderedDict()
+        for name in STAGES[k]:
+            layers[name], in_channels = self.unit(name, in_channels)
+        return nn.Sequential(layers), in_channels
+
+
+def _caffe_names() -> tuple[tuple[str, str], ...]:
+    """Names of Caffe's layers, as PyTorch ports of its weights write them -> ours."""
+    stem = {"conv1_7x7_s2": (1, 1), "conv2_3x3_reduce": (2, 1), "conv2_3x3": (2, 2)}
+    branches = {
+        "1x1": ("1x1", 1),
+        "3x3_reduce": ("3x3", 1),
+        "3x3": ("3x3", 2),
+        "double_3x3_reduce": ("double_3x3", 1),
+        "double_3x3_1": ("double_3x3", 2),
+        "double_3x3_2": ("double_3x3", 3),
+        "pool_proj": ("pool", 1),
+    }
+    names = []
+    for suffix, layer in (("_bn", "bn"), ("", "conv")):
+        for theirs, (k, number) in stem.items():
+            names.append((rf"^{theirs}{suffix}\.", f"trunk.stage{k}.{layer}{number}."))
+        for k, units in STAGES.items():
+            place = "roi_head.stage5" if k == 5 else f"trunk.stage{k}"
+            for theirs, (branch, number) in branches.items():
+                pattern = rf"^inception_({'|'.join(units)})_{theirs}{suffix}\."
+                names.append((pattern, rf"{place}.\1.branches.{branch}.{layer}{number}."))
+    return tuple(names)
+
+
+CAFFE_NAMES = _caffe_names()
+
+
+def inception(
+    name: str,
+    bias: bool,
+    squeeze: bool,
+    *,
+    width: int = FULL_WIDTH,
+    norm: str = "batch",
+    weights: str | None = None,
+    frozen_stages: int = 0,
+) -> Backbone:
+    """The Inception family: bias before the norm as the published weights have it, squeeze-excitation after each unit.
+
+    width: channels of the stem (64); every other width is a multiple of width / 64.
+    norm: "batch", "group", or "frozen" (with weights only).
+    weights: None or a file, under our names or under Caffe's (these expect BGR from 0 to 255); "deferred" promises a
+        later `load_state_dict`.
+    frozen_stages: stages 1..frozen_stages take no gradient and keep their statistics.
+    """
+    if not isinstance(width, int) or width < 2 or width % 2:
+        raise ValueError(f"width is {width!r}; accepted by {name}: a positive even number of channels")
+    build = Builder(norm_layer(norm, weights), width, bias, squeeze)
+    stem, conv2 = build.scaled(64), build.scaled(192)
+    stage1 = nn.Sequential(build.convs(3, (64, 7, 2)))
+    stage2 = nn.Sequential(OrderedDict(pool=CaffePool()) | build.convs(stem, (64, 1, 1), (192, 3, 1)))
+    stage3, c3 = build.stage(3, conv2)
+    stage4, c4 = build.stage(4, c3)
+    stage5, c5 = build.stage(5, c4)
+    backbone = Backbone(name, Trunk([stage1, stage2, stage3, stage4], c4), RoIHead(stage5, c5))
+    init_weights(backbone)
+    load_caffe_weights(backbone, weights)
+    return backbone.freeze(frozen_stages)
+
+
+def load_caffe_weights(backbone: Backbone, weights: str | None) -> None:
+    """`load_weights`, and Caffe's preprocessing where a file is under Caffe's names."""
+    load_weights(backbone, weights, published=CAFFE_NAMES)
+    is_file = weights not in (None, DEFERRED) and not is_published(weights)
+    if is_file and "conv1_7x7_s2.weight" in read_state_dict(weights):
+        backbone.preprocessing = CAFFE
+
+
+@register_backbone(options_of=inception)
+def bn_inception(**options) -> Backbone:
+    return inception("bn_inception", True, False, **options)
+
+
+@register_backbone(options_of=inception)
+def se_bn_inception(**options) -> Backbone:
+    return inception("se_bn_inception", False, True, **options)

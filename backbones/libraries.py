@@ -1,0 +1,163 @@
+"""The classifiers of torchvision and timm by name, cut by tracing: "torchvision/NAME" and "timm/NAME"."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import get_model, get_model_weights, list_models
+from torchvision.ops import FrozenBatchNorm2d
+
+from .backbone import NUM_TRUNK_STAGES, Backbone, Preprocessing, nearest, register_library
+from .layers import norm_layer
+from .split import cut, layer_path
+from .weights import DEFERRED, load_into, published_weights, read_state_dict
+
+CUT_NORMS = ("batch", "frozen")
+
+
+def torchvision_names() -> list[str]:
+    import torchvision.models
+
+    return list_models(module=torchvision.models)
+
+
+def timm_names() -> list[str]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError('backbones of the name "timm/..." need timm; run: pip install timm') from error
+    return timm.list_models()
+
+
+@register_library("torchvision", names=torchvision_names)
+def torchvision_backbone(
+    name: str, *, weights: str | None = None, norm: str = "batch", frozen_stages: int = 0
+) -> Backbone:
+    """A torchvision classifier; weights "imagenet_v1" is its IMAGENET1K_V1."""
+
+    def build(tag: str | None) -> tuple[nn.Module, Preprocessing]:
+        if tag is None:
+            return get_model(name, weights=None), Preprocessing()
+        entry = getattr(get_model_weights(name), tag.replace("imagenet_", "IMAGENET1K_").upper())
+        transforms = entry.transforms()
+        return get_model(name, weights=entry), Preprocessing(tuple(transforms.mean), tuple(transforms.std))
+
+    options = CutOptions(f"torchvision/{name}", weights, norm, frozen_stages)
+    return cut_classifier(build, published_weights(name), options)
+
+
+@register_library("timm", names=timm_names)
+def timm_backbone(
+    name: str, *, weights: str | None = None, norm: str = "batch", frozen_stages: int = 0
+) -> Backbone:
+    """A timm classifier; weights "a1_in1k" is its tag of that name. Without a tag, its mean and std are the default's."""
+    import timm
+
+    def build(tag: str | None) -> tuple[nn.Module, Preprocessing]:
+        network = timm.create_model(name if tag is None else f"{name}.{tag}", pretrained=tag is not None)
+        published = network.pretrained_cfg
+        return network, Preprocessing(tuple(published["mean"]), tuple(published["std"]))
+
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+    return cut_classifier(build, tags, CutOptions(f"timm/{name}", weights, norm, frozen_stages))
+
+
+@dataclass(frozen=True)
+class CutOptions:
+    """What every network that is cut by tracing can be asked for.
+
+    weights: None, a publisher's name, a file in the library's layout or in ours, or "deferred" where a state dict
+        follows.
+    norm: "batch" leaves the network's norms as they are, "frozen" freezes its batch norms (with weights only).
+    frozen_stages: stages 1..frozen_stages take no gradient and keep their statistics.
+    """
+
+    name: str
+    weights: str | None
+    norm: str
+    frozen_stages: int
+
+
+def cut_classifier(
+    build: Callable[[str | None], tuple[nn.Module, Preprocessing]], published: list[str], options: CutOptions
+) -> Backbone:
+    """The backbone of `build(tag)`, a network with the weights that `published` lists under that tag, or random ones."""
+    if options.norm not in CUT_NORMS:
+        raise ValueError(f"norm is {options.norm!r}; {nearest(options.norm, CUT_NORMS)}")
+    norm_layer(options.norm, options.weights)  # frozen norms of random weights are refused
+    tag = _tag(options, published)
+    try:
+        network, preprocessing = build(tag)
+    except NotImplementedError:  # on the meta device: torchvision's RegNets compute their widths with tensors
+        device = torch.get_default_device()
+        with torch.device("cpu"):
+            network, preprocessing = build(tag)
+        network.to(device)
+    if options.norm == "frozen":
+        freeze_norms(network, options.name)
+    uncut = set(network.state_dict())
+    backbone = cut(network, options.name, preprocessing)
+    if tag is None and options.weights not in (None, DEFERRED):
+        _load_file(backbone, options.weights, uncut)
+    return _freeze(backbone, options.frozen_stages)
+
+
+def _tag(options: CutOptions, published: list[str]) -> str | None:
+    """The publisher's name that `weights` is, or None where it is a file or nothing."""
+    weights = options.weights
+    if weights in published:
+        return weights
+    if weights in (None, DEFERRED) or Path(weights).suffix:
+        return None
+    accepted = nearest(weights, published) if published else "none are published, accepted: None"
+    raise ValueError(f"{options.name} has no weights {weights!r}; {accepted}, or a file (.safetensors, .pth)")
+
+
+def _load_file(backbone: Backbone, path: str, uncut: set[str]) -> None:
+    """Load a state dict in our layout or in that of the uncut network, whose keys are `uncut`."""
+    state = read_state_dict(path)
+    ours = {layer_path(key): key for key in backbone.state_dict()}
+    dropped = uncut - set(ours)
+    state = {ours.get(key, key): value for key, value in state.items() if key not in dropped}
+    load_into(backbone, state, (), source=str(path))
+
+
+def _freeze(backbone: Backbone, num_stages: int) -> Backbone:
+    backbone.freeze(num_stages)
+    known = [k for k, stage in enumerate(backbone.trunk.stages, start=1) if len(stage)]
+    if 0 < num_stages <= NUM_TRUNK_STAGES and num_stages not in known:
+        raise ValueError(
+            f"frozen_stages is {num_stages}, but {backbone.name} has no map of stride {2**num_stages} that would end "
+            f"stage {num_stages}; accepted: {', '.join(map(str, [0, *known, NUM_TRUNK_STAGES + 1]))}"
+        )
+    return backbone
+
+
+def freeze_norms(network: nn.Module, name: str) -> None:
+    """Replace each batch norm by a frozen one with its statistics."""
+    norms = [
+        (parent, key, child)
+        for parent in network.modules()
+        for key, child in parent.named_children()
+        if isinstance(child, nn.BatchNorm2d)
+    ]
+    if not norms:
+        raise ValueError(f"norm is 'frozen', but {name} has no batch norm to freeze; accepted: 'batch'")
+    for parent, key, norm in norms:
+        setattr(parent, key, frozen_norm(norm))
+
+
+@torch.no_grad()
+def frozen_norm(norm: nn.BatchNorm2d) -> nn.Module:
+    """The norm with its statistics, and its activation where timm's has one within."""
+    if hasattr(norm, "act"):
+        from timm.layers import freeze_batch_norm_2d
+
+        return freeze_batch_norm_2d(norm)
+    frozen = FrozenBatchNorm2d(norm.num_features, norm.eps).to(norm.running_mean)
+    frozen.load_state_dict(
+        {k: v for k, v in norm.state_dict().items() if k in frozen.state_dict()}, strict=False
+    )
+    return frozen

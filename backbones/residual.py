@@ -1,0 +1,232 @@
+"""Residual units in every order of activation (He et al. 2016, arXiv 1603.05027, Figure 4), and stages of them."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .backbone import Regions, nearest
+from .branch_ends import BRANCH_ENDS, stochastic_depth
+from .folding import Layers
+from .layers import NORMS, conv, enter
+from .shortcuts import GATED, SCALE, SHORTCUTS, Scale, gate, shortcut
+
+ORIGINAL = "original"
+BN_AFTER_ADDITION = "bn_after_addition"
+RELU_BEFORE_ADDITION = "relu_before_addition"
+RELU_ONLY_PREACTIVATION = "relu_only_preactivation"
+FULL_PREACTIVATION = "full_preactivation"
+ORDERS = (ORIGINAL, BN_AFTER_ADDITION, RELU_BEFORE_ADDITION, RELU_ONLY_PREACTIVATION, FULL_PREACTIVATION)
+PREACTIVATIONS = (RELU_ONLY_PREACTIVATION, FULL_PREACTIVATION)
+STRIDE_IN = ("3x3", "1x1")
+
+
+def _run(layers: nn.Module, x: Tensor) -> Tensor:
+    return layers(x)
+
+
+class ResidualBlock(nn.Module):
+    """Residual unit: closing(branch(x) + shortcut(x)); without a shortcut closing(branch(x)), a plain network's."""
+
+    def __init__(
+        self, branch: nn.Module, shortcut: nn.Module | None, closing: nn.Module, in_place: bool = True
+    ) -> None:
+        super().__init__()
+        self.branch = branch
+        self.shortcut = shortcut
+        self.closing = closing
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.closing(self.join(x, _run))
+
+    def enter(self, regions: Regions) -> Tensor:
+        """forward(regions.crop()), the opening 1x1 convolutions run on the shared map."""
+        return self.closing(self.join(regions, enter))
+
+    def join(self, x: Tensor | Regions, run: Callable[..., Tensor]) -> Tensor:
+        """branch + shortcut; `run(layers, x)` gives the outputs of both."""
+        branch = run(self.branch, x)
+        if self.shortcut is None:
+            return branch
+        shortcut = run(self.shortcut, x)
+        return branch.add_(shortcut) if self.in_place else branch + shortcut
+
+
+class GatedBlock(ResidualBlock):
+    """Residual unit with a gate g: closing(branch(x) + (1 - g(x)) shortcut(x)), g(x) branch(x) where exclusive."""
+
+    def __init__(
+        self, branch: nn.Module, shortcut: nn.Module, closing: nn.Module, gate: nn.Module, exclusive: bool
+    ) -> None:
+        super().__init__(branch, shortcut, closing)
+        self.gate = gate
+        self.exclusive = exclusive
+
+    def join(self, x: Tensor | Regions, run: Callable[..., Tensor]) -> Tensor:
+        branch, shortcut, gate = (run(layers, x) for layers in (self.branch, self.shortcut, self.gate))
+        return (gate * branch if self.exclusive else branch) + (1 - gate) * shortcut
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What the units of one network have in common; `backbones.resnet.resnet` says what each option means."""
+
+    convs: Callable[..., list[nn.Conv2d]]
+    norm: str = "batch"
+    stride_in: str = "3x3"
+    shortcut: str = "B"
+    order: str = ORIGINAL
+    branch_end: str | None = None
+    groups: int = 1
+    width_per_group: int = 64
+    gate_bias: float = -6.0
+
+    def __post_init__(self) -> None:
+        for option, accepted in (
+            ("stride_in", STRIDE_IN),
+            ("shortcut", tuple(SHORTCUTS)),
+            ("order", ORDERS),
+            ("branch_end", tuple(BRANCH_ENDS)),
+        ):
+            value = getattr(self, option)
+            if value not in accepted:
+                raise ValueError(f"{option} is {value!r}; {nearest(value, accepted)}")
+        for option in ("groups", "width_per_group"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{option} is {value!r}; accepted: a positive whole number")
+        if self.convs is basic and (self.groups, self.width_per_group) != (1, 64):
+            raise ValueError(
+                f"groups={self.groups} and width_per_group={self.width_per_group} are options of bottlenecks; "
+                "basic blocks take 1 and 64"
+            )
+
+    def definition(self) -> dict[str, object]:
+        """The options that change the function which trained weights stand for, as far as the unit reads them."""
+        options = ("shortcut", "order", "branch_end")
+        if self.convs is bottleneck:
+            options += ("stride_in", "groups", "width_per_group")
+        return {option: getattr(self, option) for option in options}
+
+    def out_channels(self, width: int) -> int:
+        return width * EXPANSION[self.convs]
+
+    def layer(self, channels: int) -> nn.Module:
+        return NORMS[self.norm](channels)
+
+
+def basic(in_channels: int, width: int, stride: int, options: BlockOptions) -> list[nn.Conv2d]:
+    """Two 3x3 convolutions; the stride sits in the first."""
+    return [conv(in_channels, width, 3, stride), conv(width, width, 3)]
+
+
+def bottleneck(in_channels: int, width: int, stride: int, options: BlockOptions) -> list[nn.Conv2d]:
+    """1x1 to the inner width, 3x3 in groups, 1x1 to four times `width`.
+
+    The paper and Detectron2 place the stride in the first 1x1, torchvision (ResNet "v1.5") in the 3x3. The inner width
+    is `width` in ResNets; ResNeXt has groups of width_per_group / 64 of it, a wide network one such group above 64.
+    """
+    first, second = (stride, 1) if options.stride_in == "1x1" else (1, stride)
+    inner = max(1, width * options.width_per_group // 64) * options.groups
+    return [
+        conv(in_channels, inner, 1, first),
+        conv(inner, inner, 3, second, groups=options.groups),
+        conv(inner, 4 * width, 1),
+    ]
+
+
+EXPANSION = {basic: 1, bottleneck: 4}
+
+
+def arrange(convs: list[nn.Conv2d], options: BlockOptions, opened: bool) -> OrderedDict[str, nn.Module]:
+    """The convolutions of a branch with the norms and ReLUs of the order around them.
+
+    opened: in a pre-activation order, whether the first convolution's norm and ReLU stand before the unit.
+    """
+    order, last = options.order, len(convs)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, layer in enumerate(convs, start=1):
+        opens = order in PREACTIVATIONS and not (opened and i == 1)
+        if opens and order == FULL_PREACTIVATION:
+            layers[f"bn{i}"] = options.layer(layer.in_channels)
+        if opens:  # the shortcut reads what the first ReLU alone would overwrite
+            layers[f"relu{i}"] = nn.ReLU(inplace=i > 1 or order == FULL_PREACTIVATION)
+        layers[f"conv{i}"] = layer
+        if order != FULL_PREACTIVATION and not (order == BN_AFTER_ADDITION and i == last):
+            layers[f"bn{i}"] = options.layer(layer.out_channels)
+        if order not in PREACTIVATIONS and (i < last or order == RELU_BEFORE_ADDITION):
+            layers[f"relu{i}"] = nn.ReLU(inplace=True)
+    return layers
+
+
+def opening(channels: int, options: BlockOptions) -> OrderedDict[str, nn.Module]:
+    """What a pre-activation order puts before a unit that changes the size, for its branch and its shortcut."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if options.order == FULL_PREACTIVATION:
+        layers["bn"] = options.layer(channels)
+    if options.order in PREACTIVATIONS:
+        layers["relu"] = nn.ReLU(inplace=True)
+    return layers
+
+
+def closing(channels: int, options: BlockOptions) -> nn.Module:
+    """What the order puts after the addition."""
+    if options.order == ORIGINAL:
+        return nn.ReLU(inplace=True)
+    if options.order == BN_AFTER_ADDITION:
+        return nn.Sequential(OrderedDict(bn=options.layer(channels), relu=nn.ReLU(inplace=True)))
+    return nn.Identity()
+
+
+def residual_block(
+    options: BlockOptions, in_channels: int, width: int, stride: int, drop: float = 0.0, opened: bool = False
+) -> ResidualBlock:
+    """One unit: (N, in_channels, H, W) -> (N, out_channels, H/stride, W/stride).
+
+    A projection's norm is there where the branch ends with one.
+    """
+    out_channels, order = options.out_channels(width), options.order
+    norm = None if order in (BN_AFTER_ADDITION, FULL_PREACTIVATION) else options.layer
+    layers = arrange(options.convs(in_channels, width, stride, options), options, opened)
+    layers |= BRANCH_ENDS[options.branch_end](out_channels, options.norm)
+    if options.shortcut == "constant_scaling":
+        layers["scale"] = Scale(SCALE)
+    layers |= stochastic_depth(drop)
+    parts = (
+        Layers(layers),
+        shortcut(options.shortcut, in_channels, out_channels, stride, norm),
+        closing(out_channels, options),
+    )
+    if options.shortcut in GATED:
+        exclusive = options.shortcut == "exclusive_gating"
+        return GatedBlock(*parts, gate(in_channels, out_channels, stride, options.gate_bias), exclusive)
+    # A ReLU's gradient reads what it gave, so nothing is added to that in place.
+    return ResidualBlock(*parts, in_place=order != RELU_BEFORE_ADDITION)
+
+
+def residual_stage(
+    options: BlockOptions,
+    in_channels: int,
+    width: int,
+    stride: int,
+    drops: list[float],
+    *,
+    opened: bool = True,
+) -> nn.Sequential:
+    """Residual units, the first with `stride`: (N, in_channels, H, W) -> (N, out, H/stride, W/stride).
+
+    In a pre-activation order the stage ends with what opens the next one, where both of its first unit's paths start
+    (and so the network ends with the activation that Figure 5 of the paper asks for).
+
+    drops: the probability of dropping each unit's branch. opened: whether the first unit's opening stands before it.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, drop in enumerate(drops):
+        layers[str(i)] = residual_block(options, in_channels, width, stride, drop, opened and i == 0)
+        in_channels, stride = options.out_channels(width), 1
+    end = opening(in_channels, options)
+    if end:
+        layers["end"] = nn.Sequential(end)
+    return nn.Sequential(layers)

@@ -1,0 +1,87 @@
+"""Facts of a backbone: its channels, what it costs, and what it takes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .backbone import Preprocessing, backbone_options, create_backbone
+from .layers import NORMS
+from .libraries import CUT_NORMS
+from .weights import published_weights
+
+CROP = 14
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One row of the table of backbones.
+
+    parameters: of trunk and head, without a classifier. trunk_macs: multiply-accumulates of an image; head_macs: of a
+    (C4, 14, 14) region, before any of it is shared. weights: names that `weights=` takes. norms: names that `norm=`
+    takes. preprocessing: what the network expects of an image when it is built without weights.
+    """
+
+    name: str
+    c4: int
+    c5: int
+    parameters: int
+    trunk_macs: int
+    head_macs: int
+    weights: tuple[str, ...]
+    norms: tuple[str, ...]
+    preprocessing: Preprocessing
+
+
+def summarize(name: str, image_size: tuple[int, int] = (800, 1216)) -> Summary:
+    """The facts of a named backbone and an image of (height, width) pixels; nothing is computed on the meta device."""
+    with torch.device("meta"):
+        backbone = create_backbone(name).eval()
+        trunk, head = backbone.trunk, backbone.roi_head
+        image, region = torch.zeros(1, 3, *image_size), torch.zeros(1, trunk.out_channels, CROP, CROP)
+        trunk_macs, head_macs = multiply_accumulates(trunk, image), multiply_accumulates(head, region)
+    return Summary(
+        name,
+        trunk.out_channels,
+        head.out_channels,
+        count_parameters(backbone),
+        trunk_macs,
+        head_macs,
+        _weights(name),
+        _norms(name),
+        backbone.preprocessing,
+    )
+
+
+def _weights(name: str) -> tuple[str, ...]:
+    library, _, network = name.rpartition("/")
+    if library != "timm":
+        return tuple(published_weights(network))
+    import timm
+
+    return tuple(full.partition(".")[2] for full in timm.list_pretrained(f"{network}.*"))
+
+
+def _norms(name: str) -> tuple[str, ...]:
+    if "norm" not in backbone_options(name):
+        return ()
+    return CUT_NORMS if "/" in name else tuple(NORMS)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers that training can change; factors and statistics of a frozen norm are none."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def multiply_accumulates(module: nn.Module, *inputs: object) -> int:
+    """Multiply-accumulates of convolutions and matrix products in one forward pass, in evaluation mode.
+
+    Counted by torch's flop counter (a multiply-accumulate is two FLOP), on the meta device as on any other.
+    """
+    was_training = module.training
+    module.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    module.train(was_training)
+    return counter.get_total_flops() // 2

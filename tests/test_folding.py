@@ -1,0 +1,108 @@
+"""Folded frozen norms and the weight gradients of convolutions, against the layers one by one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from backbones import create_backbone
+from backbones.folding import Layers
+from backbones.gradients import _Conv2d, conv2d
+
+CHANNELS = 16
+
+
+def frozen_norm(channels: int) -> FrozenBatchNorm2d:
+    norm = FrozenBatchNorm2d(channels)
+    norm.weight.uniform_(0.5, 1.5)
+    norm.bias.uniform_(-0.5, 0.5)
+    norm.running_mean.uniform_(-0.5, 0.5)
+    norm.running_var.uniform_(0.5, 2.0)
+    return norm
+
+
+@pytest.fixture
+def layers() -> Layers:
+    """Two folded pairs, one of them with a bias, between what is not folded."""
+    torch.manual_seed(0)
+    parts = (
+        *(nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False), frozen_norm(CHANNELS), nn.ReLU(inplace=True)),
+        *(
+            nn.Conv2d(CHANNELS, CHANNELS, 3, stride=2, padding=1),
+            frozen_norm(CHANNELS),
+            nn.BatchNorm2d(CHANNELS),
+        ),
+        nn.Conv2d(CHANNELS, CHANNELS, 1),
+    )
+    return Layers(*parts).double()
+
+
+def outcome(layers: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    y = layers(x)
+    wanted = torch.autograd.grad(
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), (x, *layers.parameters())
+    )
+    return [y.detach(), *wanted]
+
+
+def test_folded_norms_give_the_same_values_and_gradients(layers):
+    x = torch.rand(2, CHANNELS, 9, 12, dtype=torch.float64)
+    folded = outcome(layers, x)
+    layers.fold_norms = False
+    for a, b in zip(folded, outcome(layers, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_folded_norm_makes_no_pass_of_its_own(layers):
+    passes = []
+    for layer in layers.modules():
+        if isinstance(layer, FrozenBatchNorm2d):
+            layer.register_forward_hook(lambda *_: passes.append(1))
+    x = torch.rand(1, CHANNELS, 4, 4, dtype=torch.float64)
+    layers(x)
+    assert not passes
+    with torch.no_grad():
+        layers(x)
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("size", [(7, 7), (20, 24)], ids=["region", "map"])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_the_weight_gradient_is_that_of_torch(kernel, stride, size):
+    torch.manual_seed(0)
+    x = torch.randn(3, CHANNELS, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(24, CHANNELS, kernel, kernel).contiguous(memory_format=torch.channels_last)
+    inputs = (x, weight.requires_grad_(), torch.randn(24).requires_grad_())
+    geometry = ((stride, stride), (kernel // 2, kernel // 2))
+    y, wanted = conv2d(*inputs, *geometry), F.conv2d(*inputs, *geometry)
+    assert torch.equal(y, wanted) and isinstance(y.grad_fn, _Conv2d._backward_cls)
+    grad = torch.randn_like(y)
+    for a, b in zip(
+        torch.autograd.grad(y, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["float64", "grouped", "contiguous", "no_grad", "autocast"])
+def test_elsewhere_the_convolution_is_torchs_own(case):
+    dtype = torch.float64 if case == "float64" else torch.float32
+    x = torch.randn(2, CHANNELS, 8, 8, dtype=dtype)
+    if case != "contiguous":
+        x = x.contiguous(memory_format=torch.channels_last)
+    groups = 2 if case == "grouped" else 1
+    weight = torch.randn(CHANNELS, CHANNELS // groups, 1, 1, dtype=dtype, requires_grad=True)
+    with torch.set_grad_enabled(case != "no_grad"), torch.autocast("cpu", enabled=case == "autocast"):
+        y = conv2d(x, weight, groups=groups)
+    assert not isinstance(y.grad_fn, _Conv2d._backward_cls)
+
+
+def test_a_resnets_convolutions_in_front_of_frozen_norms_are_folded():
+    backbone = create_backbone("resnet50", width=16, norm="frozen", weights="deferred")
+    pairs = [
+        m
+        for m in backbone.modules()
+        if isinstance(m, Layers) and any(isinstance(c, FrozenBatchNorm2d) for c in m)
+    ]
+    assert len(pairs) == 1 + 16 + 4  # the stem, 16 branches, 4 projections

@@ -1,0 +1,107 @@
+"""List the backbones: channels of the cut, parameters, cost, weights.
+
+python tools/list_backbones.py
+python tools/list_backbones.py "resnet*" "densenet*" --markdown
+python tools/list_backbones.py resnet101 --size 600 1000 --json
+python tools/list_backbones.py "timm/dla*"
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from backbones import Preprocessing, list_backbones
+from backbones.backbone import nearest
+from backbones.summary import Summary, summarize
+from detector.report import format_table
+
+HEADER = ("name", "C4", "C5", "parameters, M", "trunk, GMAC", "head, GMAC", "weights", "norm", "image")
+NOTE = (
+    "parameters: trunk and head, without a classifier. trunk: an image of {}x{} pixels. head: a region. "
+    "image: what random weights expect, as weights bring their own."
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("patterns", nargs="*", default=["*"], help="names, with * and ? (default: all)")
+    parser.add_argument(
+        "--size", nargs=2, type=int, default=(800, 1216), metavar=("HEIGHT", "WIDTH"), help="of the image"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="a table for a README")
+    form.add_argument("--json", action="store_true", help="exact numbers")
+    args = parser.parse_args()
+    try:
+        if min(args.size) < 32:
+            raise ValueError(f"--size is {args.size[0]} {args.size[1]}; accepted: 32 pixels or more each")
+        names = matching(args.patterns)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    summaries = summarize_all(names, tuple(args.size))
+    if not summaries:
+        return 1
+    if args.json:
+        print(json.dumps([asdict(summary) for summary in summaries], indent=2))
+        return 0
+    rows = [row(summary) for summary in summaries]
+    print(markdown_table(rows) if args.markdown else format_table(rows, HEADER))
+    print("", NOTE.format(*args.size), sep="\n")
+    return 0
+
+
+def matching(patterns: list[str]) -> list[str]:
+    """Names that match any pattern; "timm/dla*" and "torchvision/*" are networks that are cut by tracing."""
+    names: list[str] = []
+    for pattern in patterns:
+        found = list_backbones(pattern)
+        if not found:
+            raise ValueError(f"no backbone is named {pattern!r}; {nearest(pattern, list_backbones())}")
+        names += [name for name in found if name not in names]
+    return names
+
+
+def summarize_all(names: list[str], image_size: tuple[int, int]) -> list[Summary]:
+    """The summaries of all that can be cut; the others' reasons go to standard error, a line each."""
+    summaries = []
+    for name in names:
+        try:
+            summaries.append(summarize(name, image_size))
+        except ValueError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+    return summaries
+
+
+def row(summary: Summary) -> tuple[object, ...]:
+    return (
+        summary.name,
+        summary.c4,
+        summary.c5,
+        round(summary.parameters / 1e6, 2),
+        round(summary.trunk_macs / 1e9, 2),
+        round(summary.head_macs / 1e9, 3),
+        ", ".join(summary.weights) or None,
+        ", ".join(summary.norms) or None,
+        describe(summary.preprocessing),
+    )
+
+
+def describe(preprocessing: Preprocessing) -> str:
+    """Preprocessing for the eye."""
+    if preprocessing == Preprocessing():
+        return "ImageNet"
+    mean, std = (" ".join(f"{v:g}" for v in values) for values in (preprocessing.mean, preprocessing.std))
+    return f"({preprocessing.channel_order} * {preprocessing.scale:g} - ({mean})) / ({std})"
+
+
+def markdown_table(rows: list[tuple[object, ...]]) -> str:
+    lines = [HEADER, ["---"] + ["---:"] * 5 + ["---"] * 3, *rows]
+    return "\n".join("| " + " | ".join("-" if c is None else str(c) for c in line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
