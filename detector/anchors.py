@@ -1,20 +1,72 @@
 """Anchors on the one stride-16 map, and whether they fit it and the images."""
 
+import math
 import warnings
 from collections.abc import Iterable
 
+import torch
+from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 
 STRIDE = 16
 
 
+class MapAnchors(AnchorGenerator):
+    """torchvision's anchors of one map, or Detectron2's: at a fixed stride, unrounded, sizes before ratios.
+
+    `Conventions` describes stride, rounding and order.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[float, ...],
+        aspect_ratios: tuple[float, ...],
+        stride: str,
+        rounding: bool,
+        order: str,
+    ) -> None:
+        super().__init__((sizes,), (aspect_ratios,))
+        self.stride = stride
+        cells = (
+            self.cell_anchors[0] if rounding else _exact_cells(sizes, aspect_ratios)
+        )  # (A, 4), ratio-major
+        if order == "size_major":
+            cells = cells.view(len(aspect_ratios), len(sizes), 4).transpose(0, 1).reshape(-1, 4)
+        self.cell_anchors = [cells]
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """(H * W * A, 4) for each image, in the order (y, x, anchor)."""
+        if self.stride == "grid":
+            return super().forward(image_list, feature_maps)
+        features = feature_maps[0]
+        self.set_cell_anchors(features.dtype, features.device)
+        stride = torch.tensor(STRIDE, device=features.device)
+        anchors = self.grid_anchors([features.shape[-2:]], [[stride, stride]])[0]
+        return [anchors for _ in image_list.image_sizes]
+
+
+def _exact_cells(sizes: tuple[float, ...], aspect_ratios: tuple[float, ...]) -> Tensor:
+    """(A, 4) anchors around the origin, for each ratio each size: width^2 = size^2 / ratio, height = ratio * width."""
+    widths = [(ratio, math.sqrt(size**2 / ratio)) for ratio in aspect_ratios for size in sizes]
+    return torch.tensor([[-w / 2, -ratio * w / 2, w / 2, ratio * w / 2] for ratio, w in widths])
+
+
 def build_anchor_generator(
-    sizes: tuple[float, ...], aspect_ratios: tuple[float, ...], min_size: int, max_size: int
-) -> AnchorGenerator:
+    sizes: tuple[float, ...],
+    aspect_ratios: tuple[float, ...],
+    min_size: int,
+    max_size: int,
+    *,
+    stride: str = "grid",
+    rounding: bool = True,
+    order: str = "ratio_major",
+) -> MapAnchors:
     """One level of len(sizes) x len(aspect_ratios) anchors a position.
 
     sizes: square roots of the areas, pixels of the resized image; aspect_ratios: height / width.
     min_size, max_size: bounds of the short and long side of the resized image, against which the sizes are checked.
+    stride, rounding, order: as `Conventions` describes them.
     """
     sizes, aspect_ratios = _numbers("anchor_sizes", sizes), _numbers("aspect_ratios", aspect_ratios)
     too_large = [s for s in sizes if s**2 > 2 * min_size * max_size]
@@ -36,7 +88,7 @@ def build_anchor_generator(
             "centres are missed. A larger model.min_size makes small objects larger.",
             stacklevel=3,
         )
-    return AnchorGenerator(sizes=(sizes,), aspect_ratios=(aspect_ratios,))
+    return MapAnchors(sizes, aspect_ratios, stride, rounding, order)
 
 
 def _numbers(name: str, values: object) -> tuple[float, ...]:

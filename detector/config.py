@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,11 +19,22 @@ from pydantic import (
 
 from backbones import backbone_options
 
+from .conventions import STOCK_BETA, Conventions
+
 
 class Section(BaseModel):
     """A frozen part of the configuration; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PreprocessingConfig(Section):
+    """What the network expects of an image, `backbones.Preprocessing`: (image * scale - mean) / std."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    scale: float = Field(1.0, gt=0, description="of an image in [0, 1]")
 
 
 class ModelConfig(Section):
@@ -54,6 +66,33 @@ class ModelConfig(Section):
     box_batch_size_per_image: int | None = Field(None, gt=0)
     box_positive_fraction: float | None = Field(None, ge=0, le=1)
     bbox_reg_weights: tuple[float, float, float, float] | None = None
+    class_agnostic_nms: bool = Field(False, description="a detection suppresses those of other classes too")
+    sparse_roi_align: bool = Field(True, description="RoIAlign as a sparse product on a CPU")
+    preprocessing: PreprocessingConfig | None = Field(None, description="None: what the weights say")
+    # From here on: `Conventions`, described there and in docs/conventions.md.
+    roi_align_aligned: bool = False
+    roi_align_sampling_ratio: int = Field(2, ge=0)
+    anchor_stride: Literal["grid", "fixed"] = "grid"
+    anchor_rounding: bool = True
+    anchor_order: Literal["ratio_major", "size_major"] = "ratio_major"
+    size_divisible: int = Field(32, gt=0)
+    resize: Literal["torch", "pil"] = "torch"
+    resize_rounding: Literal["floor", "nearest"] = "floor"
+    rpn_smooth_l1_beta: float = Field(STOCK_BETA, ge=0)
+    box_smooth_l1_beta: float = Field(STOCK_BETA, ge=0)
+    rpn_loss_normalizer: Literal["sampled", "batch_size"] = "sampled"
+    rpn_min_size: float = Field(1e-3, ge=0)
+    box_min_size: float = Field(1e-2, ge=0)
+    rpn_rank_on: Literal["sigmoid", "logits"] = "sigmoid"
+
+    @property
+    def conventions(self) -> Conventions:
+        return Conventions(**{field.name: getattr(self, field.name) for field in fields(Conventions)})
+
+    @property
+    def resizing(self) -> dict[str, Any]:
+        """How images come to the network's size: arguments of the loader's transforms."""
+        return {name: getattr(self, name) for name in ("min_size", "max_size", "resize", "resize_rounding")}
 
     @field_validator("backbone")
     @classmethod
@@ -84,6 +123,11 @@ class ModelConfig(Section):
     def _check_sizes(self) -> "ModelConfig":
         if self.min_size > self.max_size:
             raise ValueError(f"min_size {self.min_size} is larger than max_size {self.max_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_conventions(self) -> "ModelConfig":
+        self.conventions  # noqa: B018 -- it checks them together
         return self
 
 

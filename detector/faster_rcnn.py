@@ -4,20 +4,14 @@ Letters: N images, A anchors an image, R regions, K classes with background, C4 
 """
 
 import inspect
-import math
 from collections.abc import Sequence
+from dataclasses import fields
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import fastrcnn_loss
-from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from backbones import Backbone, Preprocessing, create_backbone
 from backbones.backbone import nearest
@@ -26,103 +20,13 @@ from backbones.weights import DEFERRED
 
 from .anchors import STRIDE, build_anchor_generator
 from .config import ModelConfig
+from .conventions import Conventions
+from .network_input import NetworkTransform
+from .proposals import Float32RPNHead, ProposalNetwork
 from .region_pool import CPU_REGIONS, SharedRegionPool
+from .roi_heads import BoxHeads, Float32Predictor
 
 Targets = list[dict[str, Tensor]]
-
-
-def network_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """(height, width) in pixels at which the network sees an image: short side min_size, long side <= max_size.
-
-    The one place where that is computed, for images that the model resizes and for those that the loader does;
-    the same numbers as torchvision's GeneralizedRCNNTransform.
-    """
-    scale = min(min_size / min(height, width), max_size / max(height, width))
-    return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
-
-
-class NetworkTransform(GeneralizedRCNNTransform):
-    """torchvision's transform with a backbone's preprocessing, that leaves batches of our loader at their size.
-
-    A target that has `original_size` belongs to an image that the loader has already resized.
-    """
-
-    def __init__(
-        self, min_size: int, max_size: int, preprocessing: Preprocessing, size_divisible: int
-    ) -> None:
-        super().__init__(min_size, max_size, [], [], size_divisible=size_divisible)
-        self.set_preprocessing(preprocessing)
-
-    def set_preprocessing(self, preprocessing: Preprocessing) -> None:
-        self.preprocessing = preprocessing
-        self.image_mean, self.image_std = list(preprocessing.mean), list(preprocessing.std)
-
-    def normalize(self, image: Tensor) -> Tensor:
-        if self.preprocessing.channel_order == "bgr":
-            image = image.flip(0)
-        if self.preprocessing.scale != 1:
-            image = image * self.preprocessing.scale
-        return super().normalize(image)
-
-    def resize(
-        self, image: Tensor, target: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        if target is not None and "original_size" in target:
-            return image, target
-        old_size = tuple(image.shape[-2:])
-        new_size = network_size(*old_size, self.min_size[-1], self.max_size)
-        image = F.interpolate(image[None], size=new_size, mode="bilinear", align_corners=False)[0]
-        if target is not None:
-            target["boxes"] = resize_boxes(target["boxes"], old_size, new_size)
-        return image, target
-
-
-class SeededSampler(BalancedPositiveNegativeSampler):
-    """torchvision's sampler of anchors or regions, drawing for each image from a key instead of the global state.
-
-    With `keys` (one tuple of non-negative integers an image) the draw is a function of the key, whichever process
-    or device makes it; without, it is torchvision's.
-    """
-
-    keys: Sequence[tuple[int, ...]] | None = None
-
-    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        if self.keys is None:
-            return super().__call__(matched_idxs)
-        masks = [self._sample(matched, key) for matched, key in zip(matched_idxs, self.keys, strict=True)]
-        return [positive for positive, _ in masks], [negative for _, negative in masks]
-
-    def _sample(self, matched: Tensor, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        positive, negative = torch.where(matched >= 1)[0], torch.where(matched == 0)[0]
-        num_positive = min(len(positive), int(self.batch_size_per_image * self.positive_fraction))
-        num_negative = min(len(negative), self.batch_size_per_image - num_positive)
-        masks = []
-        for indices, count in ((positive, num_positive), (negative, num_negative)):
-            chosen = torch.randperm(len(indices), generator=generator)[:count].to(matched.device)
-            masks.append(torch.zeros_like(matched, dtype=torch.uint8).index_fill_(0, indices[chosen], 1))
-        return masks[0], masks[1]
-
-
-class Float32RPNHead(RPNHead):
-    """torchvision's RPN head whose two outputs are float32 under autocast.
-
-    bfloat16 leaves some 1500 distinct values among 6000 logits, too few to rank proposals by.
-    """
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        hidden = [self.conv(feature) for feature in x]
-        with torch.autocast(hidden[0].device.type, enabled=False):
-            hidden = [h.to(self.cls_logits.weight.dtype) for h in hidden]
-            return [self.cls_logits(h) for h in hidden], [self.bbox_pred(h) for h in hidden]
-
-
-class Float32Predictor(FastRCNNPredictor):
-    """torchvision's box predictor, in float32 under autocast."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.cls_score.weight.dtype))
 
 
 class C4FasterRCNN(FasterRCNN):
@@ -180,12 +84,12 @@ class C4FasterRCNN(FasterRCNN):
         heads = self.roi_heads
         gt_boxes = [t["boxes"].to(p.dtype) for t, p in zip(targets, proposals, strict=True)]
         candidates = heads.add_gt_proposals(proposals, gt_boxes)
-        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, candidates, sizes)))
+        logits, deltas = heads.predict(features, candidates, sizes)
         counts = [len(c) for c in candidates]
         is_proposal = torch.cat(
             [torch.arange(n, device=logits.device) < len(p) for n, p in zip(counts, proposals, strict=True)]
         )
-        boxes, scores, labels = heads.postprocess_detections(
+        boxes, scores, labels, _ = heads.postprocess_detections(
             logits[is_proposal], deltas[is_proposal], proposals, sizes
         )
         detections = [
@@ -204,18 +108,23 @@ class C4FasterRCNN(FasterRCNN):
         )
         labels = [k[s] for k, s in zip(labels, sampled, strict=True)]
         rows = torch.cat([s + sum(counts[:i]) for i, s in enumerate(sampled)])
-        loss_classifier, loss_box = fastrcnn_loss(logits[rows], deltas[rows], labels, wanted)
-        return detections, {"loss_classifier": loss_classifier, "loss_box_reg": loss_box}
+        return detections, heads.losses(logits[rows], deltas[rows], labels, wanted)
 
     @torch.no_grad()
-    def detect(self, images: list[Tensor], *, features: bool = False) -> list[dict[str, Tensor]]:
-        """`self(images)`; with `features`, also the RoI head's vector of each detection, (M, C5), from the same trunk."""
+    def detect(
+        self, images: list[Tensor], *, features: bool = False, class_scores: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """`self(images)`, and what is asked for beside it, from the same pass of the trunk.
+
+        features: the RoI head's vector of each detection's box, (M, C5). class_scores: the probabilities of all
+        classes, (M, K), background first, of the proposal that each detection came from.
+        """
         self._need_eval_mode("detect")
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images)
         maps = {"0": self.backbone(batch.tensors)}
         proposals, _ = self.rpn(batch, maps)
-        detections, _ = self.roi_heads(maps, proposals, batch.image_sizes)
+        detections = self.roi_heads.detect(maps, proposals, batch.image_sizes, class_scores=class_scores)
         if features:
             vectors = self._vectors(maps, [d["boxes"] for d in detections], batch.image_sizes)
             detections = [{**d, "features": v} for d, v in zip(detections, vectors, strict=True)]
@@ -245,6 +154,7 @@ _COMPOSED = {
     *("self", "backbone", "num_classes", "image_mean", "image_std", "rpn_anchor_generator", "rpn_head"),
     *("box_roi_pool", "box_head", "box_predictor", "kwargs"),
 }
+_CONVENTIONS = {field.name for field in fields(Conventions)}
 
 
 def build_faster_rcnn(
@@ -256,7 +166,10 @@ def build_faster_rcnn(
     aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
     min_size: int = 800,
     max_size: int = 1333,
+    preprocessing: Preprocessing | None = None,
+    class_agnostic_nms: bool = False,
     shared_projection: bool = True,
+    sparse_roi_align: bool = True,
     activation_checkpointing: bool = False,
     **options: object,
 ) -> C4FasterRCNN:
@@ -264,15 +177,78 @@ def build_faster_rcnn(
 
     num_classes: K, with background. roi_pool: "align" (He et al. 2017) or "max" (the paper's RoIPool).
     anchor_sizes: pixels of the resized image. min_size, max_size: short side and bound of the long side after
-    resizing. shared_projection: run the 1x1 convolutions that open conv5_x on the shared map (the same result).
+    resizing. preprocessing: what the trunk expects of an image, where that is not what its weights say.
+    class_agnostic_nms: a detection suppresses those of other classes too.
+    shared_projection: run the 1x1 convolutions that open conv5_x on the shared map; sparse_roi_align: RoIAlign as a sparse
+    product on a CPU (both the same result, to rounding).
     activation_checkpointing: recompute activations in the backward pass, less memory for more time.
-    options: torchvision's FasterRCNN's own keyword arguments; an unknown one is an error.
+    options: the fields of `Conventions`, and torchvision's FasterRCNN's own keyword arguments; an unknown one is an error.
     """
-    stock = [p for p in inspect.signature(FasterRCNN.__init__).parameters if p not in _COMPOSED]
+    conventions = Conventions(**{k: v for k, v in options.items() if k in _CONVENTIONS})
+    stock = {k: v for k, v in options.items() if k not in _CONVENTIONS}
+    _check_arguments(stock, num_classes, min_size, max_size)
+    trunk, roi_head = backbone.trunk, backbone.roi_head
+    roi_head.shared_projection = shared_projection
+    trunk.activation_checkpointing = roi_head.activation_checkpointing = activation_checkpointing
+    anchors = build_anchor_generator(
+        anchor_sizes,
+        aspect_ratios,
+        min_size,
+        max_size,
+        stride=conventions.anchor_stride,
+        rounding=conventions.anchor_rounding,
+        order=conventions.anchor_order,
+    )
+    model = C4FasterRCNN(
+        trunk,
+        min_size=min_size,
+        max_size=max_size,
+        rpn_anchor_generator=anchors,
+        rpn_head=Float32RPNHead(trunk.out_channels, anchors.num_anchors_per_location()[0]),
+        box_roi_pool=SharedRegionPool(
+            14,
+            sampling_ratio=conventions.roi_align_sampling_ratio,
+            stride=STRIDE,
+            aligned=conventions.roi_align_aligned,
+            mode=roi_pool,
+            sparse=sparse_roi_align,
+        ),
+        box_head=roi_head,
+        box_predictor=Float32Predictor(roi_head.out_channels, num_classes),
+        **stock,
+    )
+    model.transform = NetworkTransform(
+        min_size,
+        max_size,
+        preprocessing or backbone.preprocessing,
+        conventions.size_divisible,
+        resize=conventions.resize,
+        resize_rounding=conventions.resize_rounding,
+        drop_empty=conventions.box_min_size == 0,
+    )
+    model.rpn = ProposalNetwork(
+        model.rpn,
+        min_size=conventions.rpn_min_size,
+        rank_on=conventions.rpn_rank_on,
+        smooth_l1_beta=conventions.rpn_smooth_l1_beta,
+        loss_normalizer=conventions.rpn_loss_normalizer,
+    )
+    model.roi_heads = BoxHeads(
+        model.roi_heads,
+        min_size=conventions.box_min_size,
+        smooth_l1_beta=conventions.box_smooth_l1_beta,
+        class_agnostic_nms=class_agnostic_nms,
+    )
+    return model
+
+
+def _check_arguments(stock: dict[str, object], num_classes: int, min_size: int, max_size: int) -> None:
+    """Refuse what torchvision would drop in silence or fail on later."""
+    theirs = [p for p in inspect.signature(FasterRCNN.__init__).parameters if p not in _COMPOSED]
     ours = [p for p, v in inspect.signature(build_faster_rcnn).parameters.items() if v.kind is v.KEYWORD_ONLY]
-    for option in options:
-        if option not in stock:
-            accepted = sorted({*stock, *ours})
+    for option in stock:
+        if option not in theirs:
+            accepted = sorted({*theirs, *ours, *_CONVENTIONS})
             raise TypeError(f"build_faster_rcnn has no argument {option!r}; {nearest(option, accepted)}")
     if not isinstance(num_classes, int) or num_classes < 2:
         raise ValueError(
@@ -281,26 +257,6 @@ def build_faster_rcnn(
         )
     if not 0 < min_size <= max_size:
         raise ValueError(f"min_size {min_size} and max_size {max_size}: accepted: 0 < min_size <= max_size")
-    trunk, roi_head = backbone.trunk, backbone.roi_head
-    roi_head.shared_projection = shared_projection
-    trunk.activation_checkpointing = roi_head.activation_checkpointing = activation_checkpointing
-    anchors = build_anchor_generator(anchor_sizes, aspect_ratios, min_size, max_size)
-    model = C4FasterRCNN(
-        trunk,
-        min_size=min_size,
-        max_size=max_size,
-        rpn_anchor_generator=anchors,
-        rpn_head=Float32RPNHead(trunk.out_channels, anchors.num_anchors_per_location()[0]),
-        box_roi_pool=SharedRegionPool(14, sampling_ratio=2, stride=STRIDE, mode=roi_pool),
-        box_head=roi_head,
-        box_predictor=Float32Predictor(roi_head.out_channels, num_classes),
-        **options,
-    )
-    model.transform = NetworkTransform(min_size, max_size, backbone.preprocessing, size_divisible=32)
-    for part in (model.rpn, model.roi_heads):
-        sampler = part.fg_bg_sampler
-        part.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
-    return model
 
 
 def optimize(model: C4FasterRCNN, *, winograd: bool = True) -> C4FasterRCNN:
@@ -337,5 +293,7 @@ def build_model(config: ModelConfig, num_classes: int, *, load_weights: bool = T
         options["weights"] = DEFERRED
     backbone = create_backbone(options.pop("name"), **options)
     settings = config.model_dump(exclude={"backbone"}, exclude_none=True)
+    if config.preprocessing is not None:
+        settings["preprocessing"] = Preprocessing(**settings["preprocessing"])
     model: nn.Module = build_faster_rcnn(backbone, num_classes, **settings)
     return model.to(memory_format=torch.channels_last)

@@ -14,8 +14,10 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .data.images import load_image
 from .faster_rcnn import C4FasterRCNN, compile_model
 from .faster_rcnn import optimize as optimize_model
+from .features import check_boxes
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
+Boxes = Tensor | np.ndarray | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Detections:
     boxes: (M, 4) float32 xyxy, pixels of the image as given; labels: (M,) int64 in 1..K-1; scores: (M,) float32;
     class_names: the detector's foreground names, `class_names[label - 1]`;
     features: (M, C5) float32, the RoI head's vector of each box, where asked for.
+    class_scores: (M, K) float32, the probabilities of all classes, background first, where asked for.
     """
 
     boxes: Tensor
@@ -32,6 +35,7 @@ class Detections:
     scores: Tensor
     class_names: tuple[str, ...]
     features: Tensor | None = None
+    class_scores: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -44,14 +48,8 @@ class Detections:
     def above(self, score_thresh: float) -> "Detections":
         """Those with a score of at least `score_thresh`."""
         kept = self.scores >= score_thresh
-        features = None if self.features is None else self.features[kept]
-        return replace(
-            self,
-            boxes=self.boxes[kept],
-            labels=self.labels[kept],
-            scores=self.scores[kept],
-            features=features,
-        )
+        columns = {name: value[kept] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **columns)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Plain objects for JSON: box xyxy, label, name, score."""
@@ -75,6 +73,7 @@ class Detector:
         self.class_names = tuple(class_names)
         self.device = torch.device(device)
         self._default_thresh: float = self.model.roi_heads.score_thresh
+        self._default_agnostic: bool = self.model.roi_heads.class_agnostic_nms
 
     @classmethod
     def load(
@@ -115,22 +114,37 @@ class Detector:
         *,
         score_thresh: float | None = None,
         features: bool = False,
+        class_scores: bool = False,
+        class_agnostic_nms: bool | None = None,
         channel_order: str = "rgb",
     ) -> Detections:
         """Detect in one picture: a path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) tensor.
 
         score_thresh: the lowest score returned (default: the recipe's, 0.05 unless set). features: also give the RoI head's vector of each box.
+        class_scores: also give the probabilities of all classes. class_agnostic_nms: a detection suppresses those of other
+        classes too (default: as the recipe says).
         channel_order: of an array, "rgb" or OpenCV's "bgr".
         """
         thresh = self._default_thresh if score_thresh is None else score_thresh
         if not 0 <= thresh <= 1:
             raise ValueError(f"score_thresh is {score_thresh!r}; accepted: 0 to 1")
         tensor = to_tensor(image, channel_order).to(self.device)
-        self.model.roi_heads.score_thresh = thresh
-        detected = self.model.detect([tensor], features=features)[0]
-        vectors = detected["features"].cpu() if features else None
-        boxes, labels, scores = (detected[key].cpu() for key in ("boxes", "labels", "scores"))
-        return Detections(boxes, labels, scores, self.class_names, vectors)
+        heads = self.model.roi_heads
+        heads.score_thresh = thresh
+        heads.class_agnostic_nms = (
+            self._default_agnostic if class_agnostic_nms is None else class_agnostic_nms
+        )
+        detected = self.model.detect([tensor], features=features, class_scores=class_scores)[0]
+        return Detections(class_names=self.class_names, **{name: v.cpu() for name, v in detected.items()})
+
+    @torch.inference_mode()
+    def features(self, image: Picture, boxes: Boxes, *, channel_order: str = "rgb") -> Tensor:
+        """The RoI head's vectors, (M, C5) float32, of boxes (M, 4) xyxy in pixels of the picture; the trunk runs once.
+
+        Any number of boxes, also partly outside the picture. `detector(image, features=True)` gives those of detections.
+        """
+        tensor = to_tensor(image, channel_order).to(self.device)
+        return self.model.region_features([tensor], [check_boxes(boxes).to(self.device)])[0].cpu()
 
 
 def default_device() -> torch.device:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
+
+from backbones.gradients import conv2d
 
 from .roi_align import BinWeights, bin_weights, flatten_boxes, pair, sparse_roi_align
 
@@ -33,6 +34,7 @@ class RegionPool(MultiScaleRoIAlign):
         stride: pixels of the image a position of the map.
         aligned: as in `bin_weights`; `mode="max"` has no such form.
         mode: "align" averages bilinear samples (He et al. 2017), "max" is RoIPool (Girshick 2015).
+        sparse: RoIAlign as a sparse product where that is faster, equal to rounding; False: torchvision's kernel.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class RegionPool(MultiScaleRoIAlign):
         stride: int = 16,
         aligned: bool = False,
         mode: str = "align",
+        sparse: bool = True,
     ):
         if not stride > 0:
             raise ValueError(f"stride must be positive, got {stride}")
@@ -51,7 +54,7 @@ class RegionPool(MultiScaleRoIAlign):
         if aligned and mode == "max":
             raise ValueError('aligned=True needs mode="align": RoIPool rounds its boxes to positions')
         super().__init__(["0"], pair(output_size, "output_size"), sampling_ratio)
-        self.stride, self.aligned, self.mode = stride, aligned, mode
+        self.stride, self.aligned, self.mode, self.sparse = stride, aligned, mode, sparse
         self.scales = [1 / stride]
 
     def forward(
@@ -68,7 +71,7 @@ class RegionPool(MultiScaleRoIAlign):
 
     def is_sparse(self, features: Tensor) -> bool:
         """Whether this pool reads such a map by the sparse product."""
-        return self.mode == "align" and _prefers_sparse(features)
+        return self.sparse and self.mode == "align" and _prefers_sparse(features)
 
     def crop(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
         """(N, C, H, W) and N x (R_i, 4) boxes in pixels -> (R, C, P, Q)."""
@@ -130,7 +133,7 @@ class MapRegions:
         self.pool, self.features, self.boxes = pool, features, boxes
         self.max_regions = default if max_regions is None else max_regions
         self.all_regions = len(self) if all_regions is None else all_regions
-        self._projected: dict[int, Tensor] = {}
+        self._projected: dict[int, tuple[Tensor, Tensor]] = {}
         self._weights: dict[int, BinWeights] = {}
         self._crops: dict[int, Tensor] = {}
 
@@ -150,10 +153,10 @@ class MapRegions:
         num_bins = self.all_regions * -(-rows // stride) * -(-columns // stride)
         key = id(weight)
         if self.pool.mode == "max" or num_bins < self._num_positions:
-            return F.conv2d(self.crop(stride), weight)
+            return conv2d(self.crop(stride), weight)
         if key not in self._projected:
-            self._projected[key] = F.conv2d(self.features, weight)
-        return self._crop(self._projected[key], stride)
+            self._projected[key] = weight, conv2d(self.features, weight)  # kept alive, its id stays its own
+        return self._crop(self._projected[key][1], stride)
 
     def split(self) -> Iterator[MapRegions]:
         """Parts of at most `max_regions`, one after another: what a part cropped is free when the next is made."""

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,20 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from backbones import Preprocessing
+from backbones.summary import multiply_accumulates
 
 from .checkpoint import (
     Checkpoint,
+    load_checkpoint,
     load_training_state,
     save_checkpoint,
     save_training_state,
     write_atomically,
     write_json,
 )
-from .config import Config
+from .config import Config, parse_config
 from .data import DetectionDataset, build_dataset
 from .data.loader import EvalBatches, TrainBatches, TransformedDataset, build_loader
 from .data.transforms import EvalTransform, TrainTransform
@@ -39,7 +42,8 @@ from .engine import (
     train_one_epoch,
 )
 from .evaluation import evaluate_coco, evaluate_voc
-from .faster_rcnn import C4FasterRCNN, build_model, network_size, optimize
+from .faster_rcnn import C4FasterRCNN, build_model, optimize
+from .network_input import network_size
 from .report import (
     LOSSES,
     Progress,
@@ -50,6 +54,7 @@ from .report import (
     memory_mb,
     plot_curves,
 )
+from .transfer import start_from
 from .visualize import draw_boxes, tile
 
 STATE = "training_state.pt"
@@ -61,15 +66,22 @@ class Interrupted(Exception):
 
 
 def train(
-    config: Config, output_dir: str | Path, device: torch.device, *, resume: bool = False
+    config: Config,
+    output_dir: str | Path,
+    device: torch.device,
+    *,
+    resume: bool = False,
+    start_from_path: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train as the configuration says; gives the best evaluation's metrics ({} without validation data).
 
     `output_dir` receives best.safetensors, last.safetensors, training_state.pt, config.yaml, metrics.jsonl,
     first_batch.jpg, curves.png. With `resume`, the run continues from training_state.pt where it stopped.
+    `start_from_path` names a checkpoint whose weights the run starts from, as far as they fit; a resumed run has begun.
     """
     output_dir = Path(output_dir)
     state = load_training_state(output_dir / STATE) if resume else None
+    start = None if start_from_path is None or resume else load_checkpoint(start_from_path)
     if not resume and (output_dir / STATE).exists():
         raise ValueError(
             f"{output_dir} holds a run already: continue it with --resume, or give another --output folder"
@@ -88,12 +100,17 @@ def train(
 
     torch.manual_seed(options.seed)
     num_classes = Config.num_classes(train_set.class_names)
-    model = build_model(config.model, num_classes, load_weights=state is None).to(device)
-    sizes = config.model.min_size, config.model.max_size
+    model = build_model(config.model, num_classes, load_weights=state is None and start is None).to(device)
+    if state is not None and "preprocessing" in state:  # it belongs to the weights, wherever they came from
+        model.transform.set_preprocessing(Preprocessing(**state["preprocessing"]))
+    if start is not None:
+        started = start_from(model, config.model, train_set.class_names, start)
+        print(f"start from {start_from_path}", started.describe(), sep="\n", flush=True)
     batches = TrainBatches(
         train_set.aspect_ratios(), options.batch_size, options.seed, config.loader.group_by_aspect_ratio
     )
-    augmented = TransformedDataset(train_set, TrainTransform(*sizes, config.augment), options.seed)
+    transform = TrainTransform(augment=config.augment, **config.model.resizing)
+    augmented = TransformedDataset(train_set, transform, options.seed)
     loader = build_loader(augmented, batches, config.loader.num_workers, pin_memory=device_is_cuda)
     val_loader = None if val_set is None else build_eval_loader(val_set, config, device)
 
@@ -136,6 +153,7 @@ _FREE = ("eval_every", "patience", "log_every")
 
 def check_resumable(saved: dict[str, Any], config: Config) -> None:
     """Refuse to continue with another model or optimisation: the saved schedule and moments belong to theirs."""
+    saved = parse_config(saved, source="the saved run's config").model_dump(mode="json")  # settings since then: defaults
     given = config.model_dump(mode="json")
     changed = [
         f"{section}.{key} was {saved[section].get(key)!r}, now {value!r}"
@@ -176,9 +194,7 @@ def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device
 def build_eval_loader(
     dataset: DetectionDataset, config: Config, device: torch.device
 ) -> torch.utils.data.DataLoader:
-    transformed = TransformedDataset(
-        dataset, EvalTransform(config.model.min_size, config.model.max_size), seed=0
-    )
+    transformed = TransformedDataset(dataset, EvalTransform(**config.model.resizing), seed=0)
     batches = EvalBatches(dataset.aspect_ratios(), config.loader.eval_batch_size)
     return build_loader(transformed, batches, config.loader.num_workers, pin_memory=device.type == "cuda")
 
@@ -326,6 +342,7 @@ def _save(training: Training, config: Config, output_dir: Path, dataset: Detecti
     state = {
         **training.state_dict(),
         "class_names": list(dataset.class_names),
+        "preprocessing": asdict(training.model.transform.preprocessing),
         "config": config.model_dump(mode="json"),
     }
     save_training_state(output_dir / STATE, state)
@@ -363,16 +380,6 @@ def save_first_batch(
     write_atomically(path, lambda temporary: sheet.save(temporary, quality=90))
 
 
-def multiply_accumulates(module: nn.Module, *inputs: torch.Tensor) -> int:
-    """Multiply-accumulates of one forward pass, counted by torch's flop counter (a MAC is two FLOP)."""
-    was_training = module.training
-    module.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    module.train(was_training)
-    return counter.get_total_flops() // 2
-
-
 def describe(
     config: Config,
     model: C4FasterRCNN,
@@ -393,7 +400,7 @@ def describe(
     counts = {"train": train_set.box_counts()} | ({} if val_set is None else {"val": val_set.box_counts()})
     rows = [(name, *(c[name] for c in counts.values())) for name in train_set.class_names]
     lines.append(format_table(rows, header=("class", *counts)))
-    size = (config.model.min_size, config.model.max_size)
+    size = (config.model.min_size, config.model.max_size, config.model.resize_rounding)
     seen = Counter(network_size(int(h), int(w), *size) for h, w in train_set.image_sizes)
     common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in seen.most_common(3))
     more = f" and {len(seen) - 3} other sizes" if len(seen) > 3 else ""

@@ -1,6 +1,7 @@
 """The detector: torchvision's with the same weights, seeded sampling, evaluation in one pass, and the edges."""
 
 import copy
+import dataclasses
 import inspect
 import math
 
@@ -18,7 +19,9 @@ from backbones import Preprocessing, backbone_options, create_backbone, list_bac
 from detector import build_faster_rcnn, build_model
 from detector.anchors import build_anchor_generator
 from detector.config import ModelConfig
-from detector.faster_rcnn import NetworkTransform, SeededSampler, network_size
+from detector.conventions import Conventions
+from detector.network_input import NetworkTransform, network_size
+from detector.sampling import SeededSampler
 
 LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
 SIZES = (16, 32, 64)
@@ -621,12 +624,14 @@ def test_every_model_setting_is_an_argument_of_the_builder():
     accepted = {
         *inspect.signature(build_faster_rcnn).parameters,
         *inspect.signature(FasterRCNN.__init__).parameters,
+        *(field.name for field in dataclasses.fields(Conventions)),
     }
     assert set(ModelConfig.model_fields) <= accepted
     defaults = inspect.signature(build_faster_rcnn).parameters
     config = ModelConfig(backbone={"name": "resnet18"})
     for name in ("roi_pool", "anchor_sizes", "aspect_ratios", "min_size", "max_size"):
         assert getattr(config, name) == defaults[name].default
+    assert config.conventions == Conventions()
 
 
 def test_channels_last_changes_the_layout_and_not_the_result(tiny_backbone):

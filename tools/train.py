@@ -3,6 +3,7 @@
 python tools/train.py configs/shapes.yaml --output runs/shapes
 python tools/train.py configs/voc_resnet101.yaml data.root=/data/VOCdevkit train.batch_size=4 --output runs/voc
 python tools/train.py configs/shapes.yaml --output runs/shapes --resume
+python tools/train.py configs/detectron2_resnet50_c4.yaml --start-from r50_c4.safetensors --output runs/tuned
 """
 
 import argparse
@@ -22,11 +23,17 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.01")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run's files")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR where it stopped")
+    parser.add_argument(
+        "--start-from",
+        metavar="FILE",
+        help="a detector's checkpoint; what fits is kept, classes by their names",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
     args = parser.parse_intermixed_args()
     try:
         config = load_config(args.config, args.overrides)
-        metrics = train(config, args.output, choose_device(args.device), resume=args.resume)
+        device = choose_device(args.device)
+        metrics = train(config, args.output, device, resume=args.resume, start_from_path=args.start_from)
     except Interrupted as stop:
         print(stop)
         return 130

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..config import AugmentConfig
-from ..faster_rcnn import network_size
+from ..network_input import network_size, resize_pil
 
 Key = tuple[int, int, int]  # seed, epoch, image id
 
@@ -26,28 +26,36 @@ def clip_boxes(boxes: np.ndarray, labels: np.ndarray, size: tuple[int, int]) -> 
     return boxes[kept], labels[kept]
 
 
-def resize(image: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Bilinear at pixel centres without antialiasing, as the model resizes images itself."""
+def resize(
+    image: np.ndarray, boxes: np.ndarray, size: tuple[int, int], method: str = "torch"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bilinear at pixel centres as the model resizes images itself: without antialiasing, or PIL's with `method="pil"`."""
     height, width = image.shape[:2]
     if (height, width) == size:
         return image, boxes
     factor = np.array([size[1] / width, size[0] / height] * 2, dtype=np.float32)
+    if method == "pil":
+        return resize_pil(image, size), boxes * factor
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR), boxes * factor
 
 
 class EvalTransform:
-    """Resize to the network's size, and nothing else."""
+    """Resize to the network's size, and nothing else. `Conventions` describes resize and resize_rounding."""
 
-    def __init__(self, min_size: int, max_size: int) -> None:
+    def __init__(
+        self, min_size: int, max_size: int, *, resize: str = "torch", resize_rounding: str = "floor"
+    ) -> None:
         self.min_size = min_size
         self.max_size = max_size
+        self.resize_with = resize
+        self.resize_rounding = resize_rounding
 
     def __call__(self, image: np.ndarray, target: dict, key: Key) -> tuple[torch.Tensor, dict]:
         """`target` has `boxes`, `labels` and `image_id`; the result's also has `original_size` (height, width)."""
         original_size = image.shape[:2]
         boxes, labels = clip_boxes(target["boxes"], target["labels"], original_size)
         rng = np.random.default_rng(key)
-        image, boxes = resize(image, boxes, self.draw_size(original_size, rng))
+        image, boxes = resize(image, boxes, self.draw_size(original_size, rng), self.resize_with)
         image, boxes, labels = self.augment(image, boxes, labels, rng)
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), {
             "boxes": torch.from_numpy(boxes),
@@ -57,7 +65,7 @@ class EvalTransform:
         }
 
     def draw_size(self, original_size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
-        return network_size(*original_size, self.min_size, self.max_size)
+        return network_size(*original_size, self.min_size, self.max_size, self.resize_rounding)
 
     def augment(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, rng: np.random.Generator
@@ -68,14 +76,14 @@ class EvalTransform:
 class TrainTransform(EvalTransform):
     """Resize, with a drawn factor, and augment with albumentations; every draw is a function of the key alone."""
 
-    def __init__(self, min_size: int, max_size: int, augment: AugmentConfig) -> None:
-        super().__init__(min_size, max_size)
+    def __init__(self, min_size: int, max_size: int, augment: AugmentConfig, **resizing: str) -> None:
+        super().__init__(min_size, max_size, **resizing)
         self.scale = augment.scale
         self.compose = build_augmentation(augment)
 
     def draw_size(self, original_size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
         factor = rng.uniform(*self.scale)
-        height, width = network_size(*original_size, self.min_size, self.max_size)
+        height, width = super().draw_size(original_size, rng)
         return max(1, round(height * factor)), max(1, round(width * factor))
 
     def augment(

@@ -1,0 +1,92 @@
+"""Checkpoints of other programs as ours: one small file a source, the file read without running code from it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .class_names import read_class_names
+from .classifier import convert_classifier, is_resnet_classifier
+from .converted import BackboneWeights, Converted, save_converted
+from .detectron2 import convert_detectron2, detectron2_to_ours, is_detectron2, ours_to_detectron2
+from .export import detectron2_settings, export_detectron2, other_conventions, save_detectron2
+from .mmdetection import convert_mmdetection, is_mmdetection
+from .msra import convert_msra, is_msra
+from .read import ForeignFile, read_foreign
+from .refused import reason, refuse
+
+__all__ = [
+    "SOURCES",
+    "BackboneWeights",
+    "Converted",
+    "convert_file",
+    "detectron2_settings",
+    "detectron2_to_ours",
+    "export_detectron2",
+    "guess_source",
+    "other_conventions",
+    "ours_to_detectron2",
+    "read_class_names",
+    "save_converted",
+    "save_detectron2",
+]
+
+SOURCES = ("detectron2", "msra", "mmdetection", "jwyang", "torchvision", "timm")
+
+# Asked in this order; torchvision's and timm's ResNets have the same names.
+_RECOGNISED: dict[str, Callable[[set[str]], bool]] = {
+    "detectron2": is_detectron2,
+    "msra": is_msra,
+    "mmdetection": is_mmdetection,
+    "torchvision": is_resnet_classifier,
+}
+
+
+def guess_source(file: ForeignFile, *, is_classifier: bool = False) -> str:
+    """The program that wrote the file, by the names of its tensors; other classifiers than ResNets say that they are."""
+    names = set(file.tensors)
+    if {"backbone.stage1.conv1.weight", "rpn.head.cls_logits.weight"} <= names:
+        raise ValueError(f"{file.path} is a checkpoint of this program already")
+    why_not = reason(names)
+    if why_not is not None:
+        raise ValueError(f"{file.path}: {why_not}")
+    for source, recognises in _RECOGNISED.items():
+        if recognises(names):
+            return source
+    if is_classifier:
+        return "torchvision"
+    first = ", ".join(list(file.tensors)[:3])
+    raise ValueError(
+        f"{file.path}: its tensors ({first}, ...) are of no program that is known; accepted: --from {', '.join(SOURCES)}"
+    )
+
+
+def convert_file(
+    path: str | Path,
+    source: str | None = None,
+    *,
+    class_names: tuple[str, ...] | None = None,
+    overrides: tuple[str, ...] = (),
+    backbone: str | None = None,
+) -> tuple[str, Converted]:
+    """Read and convert a checkpoint; gives the source too, which is guessed when it is None.
+
+    class_names, overrides: of a detector. backbone: the name of a classifier's network where it is no ResNet.
+    """
+    if source is not None and source not in SOURCES:
+        raise ValueError(f"source is {source!r}; accepted: {', '.join(SOURCES)}")
+    file = read_foreign(path)
+    if source is None:
+        source = guess_source(file, is_classifier=backbone is not None)
+    detectors = {"detectron2": convert_detectron2, "mmdetection": convert_mmdetection}
+    if source in detectors:
+        if backbone:
+            raise ValueError(
+                f"--backbone is for classifiers; {path} is of {source}, whose network is read from it"
+            )
+        return source, detectors[source](file, class_names=class_names, overrides=overrides)
+    if source == "jwyang":
+        refuse(file)
+    if class_names or overrides:
+        raise ValueError(f"{path} is a classifier: it has no class names and settings of a detector")
+    if source == "msra":
+        return source, convert_msra(file)
+    return source, convert_classifier(file, backbone=backbone)

@@ -1,0 +1,32 @@
+"""torchvision's and timm's classifiers: weights for the backbone of ours that is the same network."""
+
+from backbones import create_backbone
+from backbones.resnet import TORCHVISION_NAMES
+from backbones.weights import rename
+
+from .architecture import name_resnet
+from .converted import BackboneWeights, Converted
+from .read import ForeignFile
+
+_LAYERS = ("conv1.", "bn1.", "layer")
+
+
+def is_resnet_classifier(names: set[str]) -> bool:
+    return {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"} <= names
+
+
+def convert_classifier(file: ForeignFile, *, backbone: str | None = None) -> Converted:
+    """`backbone` names the network; a ResNet says itself which it is.
+
+    The preprocessing is that of our backbone of this name, for torchvision's weights ImageNet's mean and deviation.
+    """
+    if backbone is None and not is_resnet_classifier(set(file.tensors)):
+        raise ValueError(f"{file.path} is no ResNet of torchvision or timm: name the network with --backbone")
+    options = {"name": backbone} if backbone else _name(file)
+    network = create_backbone(**options, weights=str(file.path))
+    return Converted(BackboneWeights(network.state_dict(), options, network.preprocessing))
+
+
+def _name(file: ForeignFile) -> dict[str, object]:
+    layers = {name: value for name, value in file.tensors.items() if name.startswith(_LAYERS)}
+    return name_resnet(rename(layers, TORCHVISION_NAMES), str(file.path))

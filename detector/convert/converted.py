@@ -1,0 +1,74 @@
+"""What a conversion gives: a detector's checkpoint, or the weights of a backbone."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from backbones import Preprocessing
+
+from ..checkpoint import Checkpoint, save_checkpoint, write_atomically
+from ..config import Config
+from ..faster_rcnn import build_model
+
+BACKBONE_FORMAT = "fasterrcnn-c4-backbone"
+
+# What Caffe's networks, and after them Detectron2's and MMDetection's "caffe" ones, expect: BGR in 0..255.
+CAFFE = Preprocessing((103.530, 116.280, 123.675), (1.0, 1.0, 1.0), "bgr", 255.0)
+
+
+@dataclass(frozen=True)
+class BackboneWeights:
+    """Weights for `create_backbone(weights=FILE)`, and the name and options of the network that they fit."""
+
+    state_dict: dict[str, Tensor]
+    backbone: dict[str, Any]
+    preprocessing: Preprocessing = Preprocessing()
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The result, and what a person should know of it, a sentence each."""
+
+    result: Checkpoint | BackboneWeights
+    notes: tuple[str, ...] = ()
+
+
+def save_converted(path: str | Path, result: Checkpoint | BackboneWeights) -> None:
+    """A .safetensors file, whole or not at all, whose metadata hold all but the tensors."""
+    if isinstance(result, Checkpoint):
+        return save_checkpoint(path, result)
+    metadata = {
+        "format": BACKBONE_FORMAT,
+        "backbone": json.dumps(result.backbone),
+        "preprocessing": json.dumps(dataclasses.asdict(result.preprocessing)),
+    }
+    tensors = {name: v.detach().cpu().contiguous() for name, v in result.state_dict.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def check_fits(checkpoint: Checkpoint, source: str) -> None:
+    """Refuse weights that are not those of the detector which the config describes, by the first that differ."""
+    with torch.device("meta"):  # names and shapes alone
+        num_classes = Config.num_classes(checkpoint.class_names)
+        wanted = build_model(checkpoint.config.model, num_classes, load_weights=False).state_dict()
+    given = checkpoint.state_dict
+    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in given if name not in wanted]
+    shapes = [
+        f"{name} {tuple(given[name].shape)} for {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    parts = [
+        f"{label} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for label, names in (("missing:", missing), ("unknown:", unknown), ("of another shape:", shapes))
+        if names
+    ]
+    if parts:
+        raise ValueError(f"{source} is another architecture: {'; '.join(parts)}")

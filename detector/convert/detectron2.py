@@ -1,0 +1,193 @@
+"""Detectron2's C4 detectors: its names, its order of classes, and its conventions as our options."""
+
+import re
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones import Preprocessing
+from backbones.weights import NameTable, rename
+
+from ..checkpoint import Checkpoint
+from ..config import Config, parse_config
+from ..conventions import DETECTRON2
+from .architecture import name_resnet
+from .class_names import choose_class_names
+from .converted import CAFFE, Converted, check_fits
+from .read import ForeignFile
+
+# Where Detectron2's C4 models differ from torchvision's detector, as options of the config's model section.
+CONVENTIONS: dict[str, Any] = {
+    **asdict(DETECTRON2),
+    "rpn_pre_nms_top_n_train": 12000,
+    "rpn_pre_nms_top_n_test": 6000,
+    "rpn_post_nms_top_n_train": 2000,
+    "rpn_post_nms_top_n_test": 1000,
+}
+BACKBONE_CONVENTIONS = {"stride_in": "1x1", "norm": "frozen", "frozen_stages": 2}
+
+_TO_OURS: NameTable = (
+    (r"^backbone\.stem\.conv1\.norm\.", "trunk.stage1.bn1."),
+    (r"^backbone\.stem\.conv1\.", "trunk.stage1.conv1."),
+    (r"^backbone\.res2\.", "trunk.stage2.blocks."),
+    (r"^backbone\.res([34])\.", r"trunk.stage\1."),
+    (r"^roi_heads\.res5\.", "roi_head.stage5."),
+    (r"\.shortcut\.norm\.", ".shortcut.bn."),
+    (r"\.shortcut\.weight$", ".shortcut.conv.weight"),
+    (r"\.(\d+)\.conv(\d)\.norm\.", r".\1.branch.bn\2."),
+    (r"\.(\d+)\.conv(\d)\.weight$", r".\1.branch.conv\2.weight"),
+    (r"^proposal_generator\.rpn_head\.conv\.", "rpn.head.conv.0.0."),
+    (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn.head.cls_logits."),
+    (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.head.bbox_pred."),
+)
+_TO_THEIRS: NameTable = (
+    (r"^trunk\.stage1\.bn1\.", "backbone.stem.conv1.norm."),
+    (r"^trunk\.stage1\.conv1\.", "backbone.stem.conv1."),
+    (r"^trunk\.stage2\.blocks\.", "backbone.res2."),
+    (r"^trunk\.stage([34])\.", r"backbone.res\1."),
+    (r"^roi_head\.stage5\.", "roi_heads.res5."),
+    (r"\.shortcut\.bn\.", ".shortcut.norm."),
+    (r"\.shortcut\.conv\.weight$", ".shortcut.weight"),
+    (r"\.branch\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.branch\.conv(\d)\.", r".conv\1."),
+    (r"^rpn\.head\.conv\.0\.0\.", "proposal_generator.rpn_head.conv."),
+    (r"^rpn\.head\.cls_logits\.", "proposal_generator.rpn_head.objectness_logits."),
+    (r"^rpn\.head\.bbox_pred\.", "proposal_generator.rpn_head.anchor_deltas."),
+)
+# A detector holds the backbone's two halves under torchvision's names.
+AS_DETECTOR: NameTable = ((r"^trunk\.", "backbone."), (r"^roi_head\.", "roi_heads.box_head."))
+AS_BACKBONE: NameTable = ((r"^roi_heads\.box_head\.", "roi_head."), (r"^backbone\.", "trunk."))
+
+# Computed from the config, not learned; a counter of batches says nothing to frozen statistics.
+_CONSTANTS = re.compile(r"^pixel_(mean|std)$|anchor_generator\.cell_anchors|num_batches_tracked$")
+_OTHER_HEADS = ("roi_heads.mask_head.", "roi_heads.keypoint_head.")
+PREDICTOR = "roi_heads.box_predictor"
+
+
+def is_detectron2(names: set[str]) -> bool:
+    return any(
+        name.startswith(("backbone.stem.", "backbone.bottom_up.", "proposal_generator.")) for name in names
+    )
+
+
+def detectron2_to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The learned tensors under our detector's names, background moved from the last class to the first.
+
+    The channels of the RPN stay: `anchor_order: size_major` is their order.
+    """
+    learned = {name: value for name, value in state.items() if not _CONSTANTS.search(name)}
+    return background_first(rename(rename(learned, _TO_OURS), AS_DETECTOR))
+
+
+def ours_to_detectron2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `detectron2_to_ours`."""
+    learned = {name: value for name, value in state.items() if not _CONSTANTS.search(name)}
+    return rename(rename(background_last(learned), AS_BACKBONE), _TO_THEIRS)
+
+
+def background_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of the predictor in torchvision's order: background is label 0, and has four rows of deltas, here 0."""
+    moved = dict(state)
+    for kind in ("weight", "bias"):
+        scores, deltas = f"{PREDICTOR}.cls_score.{kind}", f"{PREDICTOR}.bbox_pred.{kind}"
+        if scores in state:
+            moved[scores] = state[scores].roll(1, dims=0)
+        if deltas in state:
+            moved[deltas] = torch.cat([torch.zeros_like(state[deltas][:4]), state[deltas]])
+    return moved
+
+
+def background_last(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `background_first`."""
+    moved = dict(state)
+    for kind in ("weight", "bias"):
+        scores, deltas = f"{PREDICTOR}.cls_score.{kind}", f"{PREDICTOR}.bbox_pred.{kind}"
+        moved[scores], moved[deltas] = state[scores].roll(-1, dims=0), state[deltas][4:]
+    return moved
+
+
+def convert_detectron2(
+    file: ForeignFile, *, class_names: tuple[str, ...] | None = None, overrides: tuple[str, ...] = ()
+) -> Converted:
+    """The detector with the exact mode's options; `overrides` are key=value settings of the config."""
+    other_heads = sorted({head for head in _OTHER_HEADS for name in file.tensors if name.startswith(head)})
+    state = {name: v for name, v in file.tensors.items() if not name.startswith(_OTHER_HEADS)}
+    _refuse_others(state, str(file.path))
+    preprocessing = _preprocessing(state)
+    ours = detectron2_to_ours(state)
+    names = choose_class_names(len(state[f"{PREDICTOR}.cls_score.weight"]) - 1, class_names)
+    checkpoint = build_checkpoint(ours, CONVENTIONS, names, preprocessing, overrides, str(file.path))
+    _check_anchors(state, checkpoint.config, str(file.path))
+    return Converted(checkpoint, tuple(f"left out: {head}*, which boxes do not need" for head in other_heads))
+
+
+def build_checkpoint(
+    state: dict[str, Tensor],
+    conventions: dict[str, Any],
+    class_names: tuple[str, ...],
+    preprocessing: Preprocessing,
+    overrides: tuple[str, ...],
+    source: str,
+) -> Checkpoint:
+    """Our weights with the config that they need, checked to fit each other."""
+    backbone = name_resnet(rename(state, AS_BACKBONE), source) | BACKBONE_CONVENTIONS
+    model = {"backbone": backbone, **conventions, "preprocessing": asdict(preprocessing)}
+    config = parse_config({"model": model}, overrides, source=f"the config for {source}")
+    if config.model.preprocessing is not None:
+        preprocessing = Preprocessing(**config.model.preprocessing.model_dump())
+    checkpoint = Checkpoint(state, config, class_names, preprocessing)
+    check_fits(checkpoint, source)
+    return checkpoint
+
+
+def _refuse_others(state: dict[str, Tensor], source: str) -> None:
+    """Say by name why another of Detectron2's architectures is not taken."""
+    reasons = {
+        "backbone.bottom_up.": "its backbone is a feature pyramid, where a C4 detector ends at res4",
+        "roi_heads.box_head.": "its region head is fully connected, where a C4 detector's is res5",
+        "backbone.res5.": "its res5 belongs to the trunk (DC5), where a C4 detector's is the region head",
+        "head.": "it is a one-stage detector",
+    }
+    for prefix, reason in reasons.items():
+        if any(name.startswith(prefix) for name in state):
+            raise ValueError(f"{source} is no C4 detector of Detectron2: {reason} ({prefix}*)")
+    scores, deltas = (state.get(f"{PREDICTOR}.{name}.weight") for name in ("cls_score", "bbox_pred"))
+    if scores is None or deltas is None:
+        raise ValueError(f"{source} is no C4 detector of Detectron2: it has no {PREDICTOR}")
+    num_classes = len(scores) - 1
+    if len(deltas) != 4 * num_classes:
+        raise ValueError(
+            f"{source}: {num_classes} classes and background need {4 * num_classes} rows of box deltas, four a class; "
+            f"it has {len(deltas)}"
+        )
+
+
+def _preprocessing(state: dict[str, Tensor]) -> Preprocessing:
+    """What the file says of an image's mean and deviation, in BGR unless the mean descends as ImageNet's RGB does."""
+    if "pixel_mean" not in state or "pixel_std" not in state:
+        return CAFFE
+    stored = [state[f"pixel_{name}"].flatten().float().numpy() for name in ("mean", "std")]
+    mean, std = (tuple(float(str(v)) for v in values) for values in stored)  # 103.53, not 103.52999877929688
+    return Preprocessing(mean, std, "rgb" if mean[0] > mean[2] else "bgr", 255.0)
+
+
+def _check_anchors(state: dict[str, Tensor], config: Config, source: str) -> None:
+    """Compare the anchors that old files hold with those of the config: for each size, for each ratio h/w."""
+    stored = [value for name, value in state.items() if "cell_anchors" in name]
+    if not stored:
+        return
+    sizes, ratios = torch.tensor(config.model.anchor_sizes), torch.tensor(config.model.aspect_ratios)
+    widths = (sizes[:, None] / ratios.sqrt()).flatten()
+    heights = (sizes[:, None] * ratios.sqrt()).flatten()
+    wanted = torch.stack([-widths, -heights, widths, heights], dim=1) / 2
+    if (
+        len(stored) != 1
+        or stored[0].shape != wanted.shape
+        or not torch.allclose(stored[0], wanted, atol=1e-3)
+    ):
+        raise ValueError(
+            f"{source} has other anchors than sizes {config.model.anchor_sizes} and ratios "
+            f"{config.model.aspect_ratios}: set model.anchor_sizes=[...] and model.aspect_ratios=[...]"
+        )

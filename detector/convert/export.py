@@ -1,0 +1,89 @@
+"""The way back: a C4 detector of ours under Detectron2's names, and what Detectron2's config must say beside it."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.weights import rename
+
+from ..checkpoint import Checkpoint, write_atomically
+from .architecture import name_resnet
+from .detectron2 import AS_BACKBONE, CONVENTIONS, ours_to_detectron2
+
+AUTHOR = "fasterrcnn-c4"
+
+
+def export_detectron2(checkpoint: Checkpoint, source: str) -> dict[str, Tensor]:
+    """The tensors for Detectron2, the RPN's channels in its order (for each size, for each ratio)."""
+    name_resnet(rename(checkpoint.state_dict, AS_BACKBONE), source)  # Detectron2 builds ResNets
+    state = checkpoint.state_dict
+    if checkpoint.config.model.anchor_order != "size_major":
+        state = _size_major(state, checkpoint)
+    return ours_to_detectron2(state)
+
+
+def _size_major(state: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    model = checkpoint.config.model
+    shape = (len(model.aspect_ratios), len(model.anchor_sizes))
+    order = torch.arange(shape[0] * shape[1]).view(shape).T.flatten()
+    moved = dict(state)
+    for layer, rows in (("cls_logits", 1), ("bbox_pred", 4)):
+        for kind in ("weight", "bias"):
+            name = f"rpn.head.{layer}.{kind}"
+            moved[name] = state[name].unflatten(0, (-1, rows))[order].flatten(0, 1)
+    return moved
+
+
+def save_detectron2(path: str | Path, state: dict[str, Tensor]) -> None:
+    """A .pkl as in Detectron2's model zoo, or a .pth."""
+    path = Path(path)
+    if path.suffix not in (".pkl", ".pth"):
+        raise ValueError(f"{path}: Detectron2 reads .pkl and .pth")
+
+    def write(temporary: Path) -> None:
+        if path.suffix == ".pth":
+            torch.save({"model": state}, temporary)
+            return
+        arrays = {name: value.cpu().contiguous().numpy() for name, value in state.items()}
+        with open(temporary, "wb") as file:
+            pickle.dump({"model": arrays, "__author__": AUTHOR}, file, protocol=2)
+
+    write_atomically(path, write)
+
+
+def detectron2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What Detectron2's config must say for these weights; the rest is its C4 recipes' own."""
+    model, image = checkpoint.config.model, checkpoint.preprocessing
+    to_bytes = 255 / image.scale  # its images are 0..255
+    backbone = name_resnet(rename(checkpoint.state_dict, AS_BACKBONE), "the checkpoint")
+    width = backbone.get("width", 64)
+    is_basic = backbone["name"] in ("resnet18", "resnet34")
+    settings = {
+        "INPUT.FORMAT": image.channel_order.upper(),
+        "INPUT.MIN_SIZE_TEST": model.min_size,
+        "INPUT.MAX_SIZE_TEST": model.max_size,
+        "MODEL.PIXEL_MEAN": [round(v * to_bytes, 4) for v in image.mean],
+        "MODEL.PIXEL_STD": [round(v * to_bytes, 4) for v in image.std],
+        "MODEL.RESNETS.DEPTH": int(backbone["name"].removeprefix("resnet")),
+        "MODEL.RESNETS.STRIDE_IN_1X1": model.backbone.get("stride_in", "3x3") == "1x1",
+        "MODEL.ANCHOR_GENERATOR.SIZES": [list(model.anchor_sizes)],
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [list(model.aspect_ratios)],
+        "MODEL.ROI_HEADS.NUM_CLASSES": len(checkpoint.class_names),
+    }
+    if is_basic or width != 64:
+        settings |= {"MODEL.RESNETS.STEM_OUT_CHANNELS": width, "MODEL.RESNETS.WIDTH_PER_GROUP": width}
+        settings |= {"MODEL.RESNETS.RES2_OUT_CHANNELS": width * (1 if is_basic else 4)}
+    return settings
+
+
+def other_conventions(checkpoint: Checkpoint) -> list[str]:
+    """Options with which the detector was trained and which Detectron2 has otherwise, apart from proposal counts."""
+    model = checkpoint.config.model
+    return [
+        f"{name} {getattr(model, name)!r} (Detectron2: {value!r})"
+        for name, value in CONVENTIONS.items()
+        if getattr(model, name) != value and name != "anchor_order" and not name.endswith(("_train", "_test"))
+    ]

@@ -1,0 +1,132 @@
+"""Pickles read as data: arrays of numbers and plain containers. Nothing that a pickle names is ever called.
+
+A pickle rebuilds an object by calling a function that it names. Here each name that a checkpoint needs stands for a
+class of this file that only writes down what it is given; any other name is refused before it is looked up.
+"""
+
+import math
+import pickle
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+
+class ForbiddenNameError(pickle.UnpicklingError):
+    """A pickle asks for something that is neither an array nor a plain container; `name` is what."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"it asks for {name}")
+        self.name = name
+
+
+class _Dtype:
+    """numpy.dtype(name, align, copy) as a pickle writes it; its state is (version, byte order, ...)."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+    def read(self) -> np.dtype:
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]", str(self.name)) or self.order not in tuple("<>=|"):
+            raise pickle.UnpicklingError(f"an array holds {self.name!r}, no plain numbers")
+        return np.dtype(("" if self.order == "|" else self.order) + self.name)
+
+
+class _Array:
+    """numpy.ndarray; its state is (version, shape, dtype, whether in Fortran's order, bytes)."""
+
+    def __init__(self, *_: Any) -> None:
+        self.state: tuple | None = None
+        self.axes: tuple[int, ...] | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state[-4:]
+
+    def read(self) -> np.ndarray:
+        if self.state is None:
+            raise pickle.UnpicklingError("an array has no content")
+        shape, dtype, is_fortran, data = self.state
+        data = data.encode("latin1") if isinstance(data, str) else data  # Python 2's bytes
+        numbers = dtype.read()
+        if not isinstance(data, (bytes, bytearray)) or len(data) != math.prod(shape) * numbers.itemsize:
+            raise pickle.UnpicklingError(f"an array of shape {shape} does not hold as many numbers")
+        array = np.frombuffer(data, numbers).reshape(shape, order="F" if is_fortran else "C")
+        return (array if self.axes is None else array.transpose(self.axes)).copy()
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _frombuffer(
+    data: bytes, dtype: _Dtype, shape: tuple, order: str = "C", axes: tuple[int, ...] | None = None
+) -> _Array:
+    """As protocol 5 writes arrays; `axes` are of one whose memory is in another order than C's and Fortran's."""
+    array = _Array()
+    array.axes = axes
+    array.state = (shape, dtype, order == "F", data)
+    return array
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> _Array:
+    return _frombuffer(data, dtype, ())
+
+
+def _no_bytes() -> bytes:
+    """bytes() without arguments, as Python 3 writes them in Python 2's protocols."""
+    return b""
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Bytes otherwise, in the same protocols."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+_STANDS_FOR: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+}
+for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
+    _STANDS_FOR[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
+    _STANDS_FOR[f"{_core}.multiarray", "scalar"] = _scalar
+    _STANDS_FOR[f"{_core}.numeric", "_frombuffer"] = _frombuffer
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, text, containers and numpy arrays; a pickle that names anything else is refused."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="latin1")
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _STANDS_FOR[module, name]
+        except KeyError:
+            raise ForbiddenNameError(f"{module}.{name}") from None
+
+
+def load_plain(path: str | Path) -> Any:
+    """The first object of a pickle; the arrays that dictionaries hold are numpy's."""
+    with open(path, "rb") as file:
+        value = PlainUnpickler(file).load()
+    pending, seen = [value], set()
+    while pending:
+        container = pending.pop()
+        if not isinstance(container, dict) or id(container) in seen:
+            continue
+        seen.add(id(container))
+        for key, item in container.items():
+            if isinstance(item, _Array):
+                container[key] = item.read()
+        pending.extend(container.values())
+    return value

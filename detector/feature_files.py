@@ -1,0 +1,116 @@
+"""Region features on disk: an .npz a picture, or the TSV of bottom-up attention. Both continue where a run stopped."""
+
+import base64
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from .checkpoint import write_atomically
+from .features import RegionFeatures
+
+# The columns of bottom-up attention's files (Anderson et al. 2018, arXiv 1707.07998), which have no header.
+TSV_FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
+
+
+class NpzFolder:
+    """An .npz for each picture: boxes, features, scores, labels, class_scores, image_size (height, width), path."""
+
+    def __init__(self, folder: str | Path, images: Sequence[Path]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.names = file_names(images)
+
+    def is_done(self, image: Path) -> bool:
+        """Whether the picture has its file; a file of that name from another picture is an error."""
+        file = self.folder / f"{self.names[image]}.npz"
+        if not file.exists():
+            return False
+        with np.load(file) as stored:
+            if str(stored["path"]) != str(image):
+                raise ValueError(
+                    f"{file} is of {stored['path']}, not of {image}: give another --output folder"
+                )
+        return True
+
+    def write(self, image: Path, regions: RegionFeatures) -> None:
+        arrays = {name: v.numpy() for name, v in vars(regions).items() if isinstance(v, Tensor)}
+        arrays |= {"image_size": np.array(regions.image_size), "path": np.array(str(image))}
+        file = self.folder / f"{self.names[image]}.npz"
+        write_atomically(file, lambda temporary: np.savez(temporary, **arrays))
+
+
+class TsvFile:
+    """A line a picture: id, width, height, number of boxes, and boxes and features as base64 of float32."""
+
+    def __init__(self, path: str | Path, images: Sequence[Path]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.ids = image_ids(images)
+        _drop_torn_line(self.path)
+        self.done = _ids_in(self.path)
+
+    def is_done(self, image: Path) -> bool:
+        return self.ids[image] in self.done
+
+    def write(self, image: Path, regions: RegionFeatures) -> None:
+        height, width = regions.image_size
+        arrays = (regions.boxes.numpy(), regions.features.numpy())
+        texts = [base64.b64encode(np.ascontiguousarray(a, np.float32)).decode("ascii") for a in arrays]
+        row = (self.ids[image], width, height, len(regions.boxes), *texts)
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            file.write("\t".join(map(str, row)) + "\n")
+        self.done.add(self.ids[image])
+
+
+def _drop_torn_line(path: Path, block: int = 1 << 16) -> None:
+    """Cut the file after its last whole line: a stopped run may have left half of one."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - block)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+            end = start
+        file.truncate(0)
+
+
+def _ids_in(path: Path) -> set[str]:
+    if not path.exists():
+        return set()
+    with open(path, encoding="utf-8", newline="") as file:
+        return {line.split("\t", 1)[0] for line in file}
+
+
+def file_names(images: Sequence[Path]) -> dict[Path, str]:
+    """A name for each picture's file: its own without suffix, with its folder's before it where two agree."""
+    stems = Counter(image.stem for image in images)
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for image in images:
+        base = image.stem if stems[image.stem] == 1 else f"{image.resolve().parent.name}_{image.stem}"
+        name, number = base, 1
+        while name in taken:
+            number += 1
+            name = f"{base}_{number}"
+        names[image] = name
+        taken.add(name)
+    return names
+
+
+def image_ids(images: Sequence[Path]) -> dict[Path, str]:
+    """Ids as readers expect them: the number that ends each name, as in COCO's; else, for all, the files' names."""
+    numbers = [re.search(r"(\d+)$", image.stem) for image in images]
+    ids = [str(int(number[1])) for number in numbers if number]
+    if len(ids) == len(images) and len(set(ids)) == len(ids):
+        return dict(zip(images, ids, strict=True))
+    return file_names(images)

@@ -1,0 +1,165 @@
+"""The RoI head's vectors of an image's regions, with boxes, scores and class posteriors.
+
+Letters: N images, M regions of an image, K classes with background, C5 channels of conv5_x (2048 in a ResNet-50).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .faster_rcnn import C4FasterRCNN
+
+REGIONS = ("detections", "proposals")
+ACCEPTED = "[x1, y1, x2, y2] in pixels of the picture with x2 > x1 and y2 > y1"
+
+
+@dataclass(frozen=True)
+class RegionFeatures:
+    """One image's regions.
+
+    boxes: (M, 4) float32 xyxy, pixels of the image as given; features: (M, C5) float32;
+    class_scores: (M, K) float32, the softmax over classes, background first; image_size: (height, width).
+    labels (M,) and scores (M,): of detections their own, of other regions the best foreground class.
+    """
+
+    boxes: Tensor
+    features: Tensor
+    scores: Tensor
+    labels: Tensor
+    class_scores: Tensor
+    image_size: tuple[int, int]
+
+
+@torch.inference_mode()
+def extract_regions(
+    model: C4FasterRCNN,
+    images: list[Tensor],
+    regions: str = "detections",
+    boxes: Sequence[Tensor] | None = None,
+) -> list[RegionFeatures]:
+    """Vectors of the detector's own regions, or of given ones, from one run of the trunk.
+
+    images: N x (3, H, W) in [0, 1]. regions: "detections", or "proposals" of the test settings.
+    boxes: N x (M, 4) xyxy in pixels of the images, in place of `regions`.
+
+    A detection's vector is of its final box, its posterior of the proposal that it was decoded from, as its score.
+    """
+    if regions not in REGIONS:
+        raise ValueError(f"regions is {regions!r}; accepted: {', '.join(REGIONS)}")
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    targets = None if boxes is None else [{"boxes": b} for b in boxes]
+    batch, targets = model.transform(images, targets)
+    maps = {"0": model.backbone(batch.tensors)}
+    if targets is not None:
+        found = [{"boxes": target["boxes"]} for target in targets]
+    else:
+        proposals, _ = model.rpn(batch, maps)
+        found = [{"boxes": b} for b in proposals]
+        if regions == "detections":
+            found = model.roi_heads.detect(maps, proposals, batch.image_sizes, class_scores=True)
+    found = _with_vectors(model, maps, found, batch.image_sizes)
+    if boxes is None:
+        found = model.transform.postprocess(found, batch.image_sizes, sizes)
+    else:
+        found = [{**f, "boxes": b} for f, b in zip(found, boxes, strict=True)]
+    return [
+        RegionFeatures(**{name: value.cpu() for name, value in f.items()}, image_size=size)
+        for f, size in zip(found, sizes, strict=True)
+    ]
+
+
+def _with_vectors(
+    model: C4FasterRCNN,
+    maps: dict[str, Tensor],
+    found: list[dict[str, Tensor]],
+    sizes: list[tuple[int, int]],
+) -> list[dict[str, Tensor]]:
+    """The regions of each image with their vectors, and with posteriors where they have none yet."""
+    heads, boxes = model.roi_heads, [f["boxes"] for f in found]
+    vectors = heads.box_head(heads.box_roi_pool(maps, boxes, sizes))
+    classified = {} if all("class_scores" in f for f in found) else _classify(heads.box_predictor(vectors)[0])
+    counts = [len(b) for b in boxes]
+    added = {"features": vectors, **classified}
+    split = {name: value.split(counts) for name, value in added.items()}
+    return [{**f, **{name: parts[i] for name, parts in split.items()}} for i, f in enumerate(found)]
+
+
+def _classify(logits: Tensor) -> dict[str, Tensor]:
+    """(R, K) logits -> posteriors, and the best foreground class."""
+    posteriors = logits.softmax(dim=-1)
+    scores, labels = posteriors[:, 1:].max(dim=1)
+    return {"class_scores": posteriors, "scores": scores, "labels": labels + 1}
+
+
+def check_boxes(boxes: Any, where: str = "box") -> Tensor:
+    """Boxes as an (M, 4) float32 tensor; the first bad one is named by `where` and its index."""
+    if not isinstance(boxes, (Tensor, np.ndarray)):
+        _check_rows(boxes, where)
+    checked = torch.as_tensor(boxes, dtype=torch.float32)
+    if len(checked) == 0:
+        return checked.reshape(0, 4)
+    if checked.ndim != 2 or checked.shape[1] != 4:
+        raise ValueError(f"boxes are {tuple(checked.shape)}; accepted: (M, 4), each {ACCEPTED}")
+    bad = ~(torch.isfinite(checked).all(dim=1) & (checked[:, 2:] > checked[:, :2]).all(dim=1))
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise ValueError(f"{where} {index} is {checked[index].tolist()}; accepted: {ACCEPTED}")
+    return checked
+
+
+def _check_rows(boxes: Any, where: str) -> None:
+    if not isinstance(boxes, (list, tuple)):
+        raise ValueError(f"{where}: boxes are {str(boxes)[:60]!r}; accepted: a list of {ACCEPTED}")
+    for index, row in enumerate(boxes):
+        is_box = isinstance(row, (list, tuple, np.ndarray)) and len(row) == 4
+        if not is_box or not all(isinstance(v, Real) for v in row):
+            raise ValueError(f"{where} {index} is {str(row)[:60]}; accepted: {ACCEPTED}")
+
+
+def read_boxes(path: str | Path, images: Sequence[Path]) -> dict[Path, Tensor]:
+    """Boxes of each picture from a JSON file.
+
+    The file is {"a.jpg": [[x1, y1, x2, y2], ...], ...}, a picture named by its path as given or by its file's name,
+    or the detections.json that tools/infer.py writes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of boxes {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    listed = {name: check_boxes(b, f"{path}: {name}: box") for name, b in _listed(path, content).items()}
+    names = [image.name for image in images]
+    found = {}
+    for image in images:
+        key = str(image) if str(image) in listed else image.name
+        if key not in listed:
+            raise ValueError(f"{path} has no boxes of {image}")
+        if key == image.name and key != str(image) and names.count(key) > 1:
+            raise ValueError(f"{path}: {key} names several of the pictures; name them by their paths")
+        found[image] = listed[key]
+    return found
+
+
+def _listed(path: Path, content: Any) -> dict[str, Any]:
+    """Boxes by the picture's name, from either form of the file."""
+    if not isinstance(content, dict):
+        raise ValueError(
+            f'{path} holds {type(content).__name__}; accepted: {{"a.jpg": [[x1, y1, x2, y2], ...], ...}}'
+        )
+    if not isinstance(content.get("images"), list):
+        return content
+    try:
+        return {entry["path"]: [found["box"] for found in entry["detections"]] for entry in content["images"]}
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{path}: under 'images', path and detections with their box are expected, as tools/infer.py writes them"
+        ) from None

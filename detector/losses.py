@@ -1,0 +1,32 @@
+"""The four losses of Faster R-CNN, from samples of anchors and of regions.
+
+Letters: S anchors sampled, P positive ones among them, R regions sampled, K classes with background.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def rpn_losses(
+    logits: Tensor, labels: Tensor, deltas: Tensor, wanted: Tensor, normalizer: int, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Objectness and box loss of the sampled anchors, sums over `normalizer`.
+
+    logits, labels: (S,), labels 1.0 or 0.0; deltas, wanted: (P, 4); beta: of smooth L1, 0 for L1.
+    """
+    objectness = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+    box = F.smooth_l1_loss(deltas, wanted, beta=beta, reduction="sum")
+    return objectness / normalizer, box / normalizer
+
+
+def region_losses(
+    logits: Tensor, deltas: Tensor, labels: Tensor, wanted: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Classification and box loss, means over the sampled regions; a box has the deltas of its class alone.
+
+    logits: (R, K); deltas: (R, 4K); labels: (R,), 0 for background; wanted: (R, 4); beta: of smooth L1, 0 for L1.
+    """
+    positive = (labels > 0).nonzero().squeeze(1)
+    of_class = deltas.view(*logits.shape, 4)[positive, labels[positive]]
+    box = F.smooth_l1_loss(of_class, wanted[positive], beta=beta, reduction="sum")
+    return F.cross_entropy(logits, labels), box / labels.numel()

@@ -1,0 +1,122 @@
+"""From pictures of any size to the batch that the network sees, and its boxes back to theirs."""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.ops import clip_boxes_to_image
+
+from backbones import Preprocessing
+
+
+def network_size(
+    height: int, width: int, min_size: int, max_size: int, rounding: str = "floor"
+) -> tuple[int, int]:
+    """(height, width) in pixels at which the network sees an image: short side min_size, long side <= max_size.
+
+    The one place where that is computed, for images that the model resizes and for those that the loader does.
+    rounding: "floor" gives the numbers of torchvision's GeneralizedRCNNTransform, "nearest" those of Detectron2.
+    """
+    if rounding == "nearest":
+        return _nearest_size(height, width, min_size, max_size)
+    scale = min(min_size / min(height, width), max_size / max(height, width))
+    return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+
+
+def _nearest_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+    """In Detectron2's order of operations, which decides where a side is half a pixel from two."""
+    short = min(height, width)
+    scale = min_size / short
+    sides = [float(min_size) if side == short else scale * side for side in (height, width)]
+    if max(sides) > max_size:
+        shrink = max_size / max(sides)
+        sides = [side * shrink for side in sides]
+    height, width = (max(1, int(side + 0.5)) for side in sides)
+    return height, width
+
+
+def resize_pil(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """PIL's bilinear resize of an (H, W, 3) uint8 array to (height, width), which antialiases where it shrinks."""
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+class NetworkTransform(GeneralizedRCNNTransform):
+    """torchvision's transform with a backbone's preprocessing, that leaves batches of our loader at their size.
+
+    A target that has `original_size` belongs to an image that the loader has already resized.
+    `Conventions` describes size_divisible, resize and resize_rounding. drop_empty: clip the final boxes to the original
+    image and drop what is empty then, as Detectron2 does.
+    """
+
+    def __init__(
+        self,
+        min_size: int,
+        max_size: int,
+        preprocessing: Preprocessing,
+        size_divisible: int,
+        *,
+        resize: str = "torch",
+        resize_rounding: str = "floor",
+        drop_empty: bool = False,
+    ) -> None:
+        super().__init__(min_size, max_size, [], [], size_divisible=size_divisible)
+        self.set_preprocessing(preprocessing)
+        self.resize_with, self.resize_rounding = resize, resize_rounding
+        self.drop_empty = drop_empty
+
+    def set_preprocessing(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+        self.image_mean, self.image_std = list(preprocessing.mean), list(preprocessing.std)
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """The preprocessing. torchvision asks for it before it resizes; PIL wants pixels, so it then comes after."""
+        if not image.is_floating_point():
+            raise TypeError(f"an image is {image.dtype}; accepted: floating point in [0, 1]")
+        return image if self.resize_with == "pil" else self._normalize(image)
+
+    def _normalize(self, image: Tensor) -> Tensor:
+        if self.preprocessing.channel_order == "bgr":
+            image = image.flip(0)
+        if self.preprocessing.scale != 1:
+            image = image * self.preprocessing.scale
+        return super().normalize(image)
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        if target is None or "original_size" not in target:
+            old_size = tuple(image.shape[-2:])
+            new_size = network_size(*old_size, self.min_size[-1], self.max_size, self.resize_rounding)
+            image = self._resize_image(image, new_size)
+            if target is not None:
+                target["boxes"] = resize_boxes(target["boxes"], old_size, new_size)
+        return (self._normalize(image) if self.resize_with == "pil" else image), target
+
+    def _resize_image(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.resize_with == "torch":
+            return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+        pixels = image.mul(255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+        resized = torch.from_numpy(resize_pil(pixels, size).copy()).permute(2, 0, 1)
+        return resized.to(image.device, image.dtype) / 255
+
+    def postprocess(
+        self,
+        result: list[dict[str, Tensor]],
+        image_shapes: list[tuple[int, int]],
+        original_image_sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        result = super().postprocess(result, image_shapes, original_image_sizes)
+        if not self.drop_empty or self.training:
+            return result
+        return [_drop_empty(d, size) for d, size in zip(result, original_image_sizes, strict=True)]
+
+
+def _drop_empty(detections: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+    """The detections whose box, clipped to an image of `size`, has an area left."""
+    boxes = clip_boxes_to_image(detections["boxes"], size)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    return {name: values[kept] for name, values in {**detections, "boxes": boxes}.items()}

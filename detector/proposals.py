@@ -1,0 +1,111 @@
+"""The region proposal network: torchvision's, with Detectron2's conventions as options.
+
+Letters: N images, A anchors an image.
+"""
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import clip_boxes_to_image, nms, remove_small_boxes
+
+from backbones.folding import Layers
+
+from .losses import rpn_losses
+from .sampling import SeededSampler
+
+
+class Float32RPNHead(RPNHead):
+    """torchvision's RPN head whose two outputs are float32 under autocast.
+
+    bfloat16 leaves some 1500 distinct values among 6000 logits, too few to rank proposals by.
+    """
+
+    def __init__(self, in_channels: int, num_anchors: int) -> None:
+        super().__init__(in_channels, num_anchors)
+        self.conv = nn.Sequential(*(Layers(*block) for block in self.conv))  # a faster weight gradient
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        hidden = [self.conv(feature) for feature in x]
+        with torch.autocast(hidden[0].device.type, enabled=False):
+            hidden = [h.to(self.cls_logits.weight.dtype) for h in hidden]
+            return [self.cls_logits(h) for h in hidden], [self.bbox_pred(h) for h in hidden]
+
+
+class ProposalNetwork(RegionProposalNetwork):
+    """torchvision's RPN on one map, made from a stock one; `Conventions` describes the options."""
+
+    def __init__(
+        self,
+        stock: RegionProposalNetwork,
+        *,
+        min_size: float,
+        rank_on: str,
+        smooth_l1_beta: float,
+        loss_normalizer: str,
+    ) -> None:
+        matcher, sampler = stock.proposal_matcher, stock.fg_bg_sampler
+        super().__init__(
+            stock.anchor_generator,
+            stock.head,
+            matcher.high_threshold,
+            matcher.low_threshold,
+            sampler.batch_size_per_image,
+            sampler.positive_fraction,
+            stock._pre_nms_top_n,
+            stock._post_nms_top_n,
+            stock.nms_thresh,
+            stock.score_thresh,
+        )
+        self.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
+        self.min_size = (
+            min_size or torch.finfo(torch.float32).tiny
+        )  # of 0, torchvision would keep empty boxes
+        self.rank_on, self.smooth_l1_beta = rank_on, smooth_l1_beta
+        self.loss_normalizer = loss_normalizer
+
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(N, A, 4) decoded boxes and (N * A, 1) logits -> boxes and scores of each image, by descending score.
+
+        Scores are sigmoids, or logits where those rank.
+        """
+        if self.rank_on == "sigmoid":
+            return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
+        logits = objectness.detach().reshape(len(proposals), -1)
+        selected = [self.select(*image) for image in zip(proposals, logits, image_shapes, strict=True)]
+        return [boxes for boxes, _ in selected], [scores for _, scores in selected]
+
+    def select(self, boxes: Tensor, logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The best of (A, 4) boxes by their (A,) logits: top, clip, drop the small and the unlikely, NMS."""
+        logits, order = logits.topk(min(self.pre_nms_top_n(), len(logits)))
+        boxes = clip_boxes_to_image(boxes[order], size)
+        kept = remove_small_boxes(boxes, self.min_size)
+        kept = kept[logits[kept].sigmoid() >= self.score_thresh]
+        boxes, logits = boxes[kept], logits[kept]
+        kept = nms(boxes, logits, self.nms_thresh)[: self.post_nms_top_n()]
+        return boxes[kept], logits[kept]
+
+    def compute_loss(
+        self,
+        objectness: Tensor,
+        pred_bbox_deltas: Tensor,
+        labels: list[Tensor],
+        regression_targets: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of a sample of the (N * A, 1) logits and (N * A, 4) deltas; labels of each image are (A,)."""
+        positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels))
+        sampled = torch.cat([positive, negative])
+        asked_for = self.fg_bg_sampler.batch_size_per_image * len(labels)
+        return rpn_losses(
+            objectness.flatten()[sampled],
+            torch.cat(labels)[sampled],
+            pred_bbox_deltas[positive],
+            torch.cat(regression_targets)[positive],
+            normalizer=asked_for if self.loss_normalizer == "batch_size" else len(sampled),
+            beta=self.smooth_l1_beta,
+        )

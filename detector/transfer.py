@@ -1,0 +1,135 @@
+"""Start a training from another detector's weights: what fits is kept, and what is new is said.
+
+Rows of the predictor are kept by the names of their classes, whatever their order; background has its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .faster_rcnn import C4FasterRCNN
+
+_PREDICTOR = "roi_heads.box_predictor."
+_RPN_OUTPUTS = ("rpn.head.cls_logits.", "rpn.head.bbox_pred.")
+_COUNTER = "num_batches_tracked"  # frozen norms have none
+# Settings that say how to train or what to return, not what the weights expect.
+_FREE = ("backbone", "activation_checkpointing", "shared_projection", "preprocessing", "class_agnostic_nms")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with: names of tensors and of classes, and settings that differ from the weights' own."""
+
+    kept: tuple[str, ...]
+    new: tuple[str, ...]
+    kept_classes: tuple[str, ...]
+    new_classes: tuple[str, ...]
+    other_settings: tuple[str, ...]
+
+    def describe(self) -> str:
+        lines = [f"kept: {len(self.kept)} tensors: " + self._parts(self.kept)]
+        if self.new:
+            lines.append(f"new: {', '.join(self.new)}")
+        kept, new = ", ".join(self.kept_classes) or "none", ", ".join(self.new_classes) or "none"
+        lines += [f"classes kept by name: {kept}", f"new classes: {new}"]
+        if self.other_settings:
+            lines.append("not as the weights were trained: " + "; ".join(self.other_settings))
+        return "\n".join(lines)
+
+    @staticmethod
+    def _parts(names: Sequence[str]) -> str:
+        parts = {"backbone": "trunk", "rpn": "RPN", "roi_heads": "RoI head and predictor"}
+        counts = {label: sum(n.startswith(f"{part}.") for n in names) for part, label in parts.items()}
+        return ", ".join(f"{label} {count}" for label, count in counts.items() if count)
+
+
+def start_from(
+    model: C4FasterRCNN, config: ModelConfig, class_names: Sequence[str], checkpoint: Checkpoint
+) -> Start:
+    """Copy into `model` what fits of a checkpoint, with the preprocessing that its weights expect.
+
+    Trunk and RoI head must fit whole. The RPN's two outputs are kept where the anchors are as many and in the same
+    order, the predictor's rows where a class has the same name.
+    """
+    wanted, given = model.state_dict(), checkpoint.state_dict
+    _refuse_other_network(wanted, given, config, checkpoint.config.model)
+    fitting = {
+        name: given[name]
+        for name in wanted
+        if not name.startswith(_PREDICTOR) and name in given and given[name].shape == wanted[name].shape
+    }
+    if not _same_anchors(config, checkpoint.config.model):
+        fitting = {name: value for name, value in fitting.items() if not name.startswith(_RPN_OUTPUTS)}
+    common = [name for name in class_names if name in checkpoint.class_names]
+    predictor = _predictor_rows(wanted, given, class_names, checkpoint.class_names)
+    model.load_state_dict({**wanted, **fitting, **predictor})
+    model.transform.set_preprocessing(checkpoint.preprocessing)
+    new = tuple(n for n in wanted if n not in fitting and n not in predictor and not n.endswith(_COUNTER))
+    return Start(
+        (*fitting, *predictor),
+        new,
+        tuple(common),
+        tuple(name for name in class_names if name not in common),
+        _other_settings(config, checkpoint.config.model),
+    )
+
+
+def _refuse_other_network(
+    wanted: dict[str, Tensor], given: dict[str, Tensor], config: ModelConfig, theirs: ModelConfig
+) -> None:
+    other = [
+        name
+        for name in wanted
+        if name.startswith(("backbone.", "roi_heads.box_head.")) and not name.endswith(_COUNTER)
+        if name not in given or given[name].shape != wanted[name].shape
+    ]
+    if other:
+        raise ValueError(
+            f"the weights to start from are of {theirs.backbone['name']}, the recipe's backbone is "
+            f"{config.backbone['name']}: {len(other)} tensors differ, first {', '.join(other[:3])}"
+        )
+
+
+def _same_anchors(one: ModelConfig, other: ModelConfig) -> bool:
+    return (
+        one.anchor_order == other.anchor_order
+        and one.aspect_ratios == other.aspect_ratios
+        and len(one.anchor_sizes) == len(other.anchor_sizes)
+    )
+
+
+def _predictor_rows(
+    wanted: dict[str, Tensor], given: dict[str, Tensor], class_names: Sequence[str], theirs: Sequence[str]
+) -> dict[str, Tensor]:
+    """The predictor with the rows of background and of the classes that both have; the others as initialised."""
+    pairs = [(0, 0)] + [
+        (label, 1 + list(theirs).index(name)) for label, name in enumerate(class_names, 1) if name in theirs
+    ]
+    to, source = (torch.tensor(labels) for labels in zip(*pairs, strict=True))
+    filled = {}
+    for layer, rows in (("cls_score", 1), ("bbox_pred", 4)):
+        for kind in ("weight", "bias"):
+            name = f"{_PREDICTOR}{layer}.{kind}"
+            target = wanted[name].clone()
+            by_class = given[name].to(target.device).unflatten(0, (-1, rows))
+            target.unflatten(0, (-1, rows))[to] = by_class[source]
+            filled[name] = target
+    return filled
+
+
+def _other_settings(config: ModelConfig, theirs: ModelConfig) -> tuple[str, ...]:
+    """Settings that the weights were trained with and the recipe has otherwise, backbone's options among them."""
+    ours, before = config.model_dump(), theirs.model_dump()
+    differing = {
+        name: (value, before[name])
+        for name, value in ours.items()
+        if name not in _FREE and not name.endswith(("_train", "_test")) and value != before[name]
+    }
+    stride = tuple(m.backbone.get("stride_in", "3x3") for m in (config, theirs))
+    if stride[0] != stride[1]:
+        differing["backbone.stride_in"] = stride
+    return tuple(f"{name} is {new!r}, was {old!r}" for name, (new, old) in differing.items())

@@ -1,0 +1,46 @@
+"""What the README shows is run here as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from backbones import backbone as registry
+from backbones import backbone_options, list_backbones
+from detector import build_faster_rcnn
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def own_backbone(monkeypatch):
+    """The README's example of a new backbone, run; its name is forgotten afterwards."""
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "register_backbone" in block
+    )
+    assert sum(bool(line.strip()) for line in code.splitlines()) < 15
+    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
+    names: dict = {}
+    exec(code, names)
+    return names["backbone"]
+
+
+def test_a_new_backbone_takes_under_fifteen_lines(own_backbone):
+    assert own_backbone.trunk(torch.zeros(1, 3, 70, 100)).shape == (1, 64, 5, 7)
+    assert own_backbone.roi_head(torch.zeros(2, 64, 14, 14)).shape == (2, 128)
+    assert "small_net" in list_backbones() and list(backbone_options("small_net")) == ["width"]
+
+
+def test_a_new_backbone_trains_and_detects(own_backbone):
+    model = build_faster_rcnn(own_backbone, num_classes=3, anchor_sizes=(16, 32), min_size=64, max_size=96)
+    targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}]
+    losses = model(images := [torch.rand(3, 64, 96)], targets)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in own_backbone.parameters())
+    assert set(model.eval()(images)[0]) == {"boxes", "labels", "scores"}
+
+
+def test_the_readmes_table_names_every_backbone():
+    rows = re.findall(r"^\| (\w+) \| \d+ \| \d+ \|", README, re.M)
+    assert rows == list_backbones()

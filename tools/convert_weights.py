@@ -1,0 +1,105 @@
+"""Convert a checkpoint of another program, or one of ours to Detectron2's names.
+
+python tools/convert_weights.py model_final_f97cb7.pkl --output r50_c4.safetensors
+python tools/convert_weights.py R-50.pkl --from msra --output r50_msra.safetensors
+python tools/convert_weights.py own.pth model.min_size=600 --class-names names.txt --output own.safetensors
+python tools/convert_weights.py best.safetensors --to detectron2 --output best.pkl
+
+Sources: detectron2 (C4 detectors, .pkl and .pth), msra (ImageNet R-50.pkl, R-101.pkl), mmdetection (caffe C4 .pth),
+torchvision and timm (classifiers); jwyang is refused with the reasons. The source is guessed from the tensors' names.
+Files are read without running code from them. A detector becomes a checkpoint for infer.py, evaluate.py and train.py
+--start-from; a classifier becomes weights of a backbone: model.backbone={name: ..., weights: FILE}.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from detector.checkpoint import Checkpoint, load_checkpoint
+from detector.convert import (
+    SOURCES,
+    BackboneWeights,
+    convert_file,
+    detectron2_settings,
+    export_detectron2,
+    other_conventions,
+    read_class_names,
+    save_converted,
+    save_detectron2,
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", metavar="FILE", help="the checkpoint to convert")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings of the detector, as model.min_size=600"
+    )
+    parser.add_argument("--from", dest="source", choices=SOURCES, help="what wrote FILE (default: guessed)")
+    parser.add_argument("--to", choices=("detectron2",), help="FILE is ours: write it under these names")
+    parser.add_argument("--output", required=True, metavar="OUT", help=".safetensors; with --to .pkl or .pth")
+    parser.add_argument(
+        "--class-names", metavar="FILE", help="one a line or a JSON list (default: COCO's 80, VOC's 20)"
+    )
+    parser.add_argument("--backbone", metavar="NAME", help="the network of a classifier that is no ResNet")
+    args = parser.parse_intermixed_args()
+    try:
+        export(args) if args.to else convert(args)
+    except (ValueError, OSError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def convert(args: argparse.Namespace) -> None:
+    if Path(args.output).suffix != ".safetensors":
+        raise ValueError(f"--output {args.output}: a name that ends in .safetensors is needed")
+    names = None if args.class_names is None else read_class_names(args.class_names)
+    source, converted = convert_file(
+        args.file,
+        args.source,
+        class_names=names,
+        overrides=tuple(args.overrides),
+        backbone=args.backbone,
+    )
+    save_converted(args.output, converted.result)
+    print(f"{args.file}: {source}" + ("" if args.source else " (by the names of its tensors)"))
+    for note in converted.notes:
+        print(note)
+    print(describe(converted.result, args.output))
+
+
+def export(args: argparse.Namespace) -> None:
+    if args.source or args.overrides or args.class_names or args.backbone:
+        raise ValueError("--to takes a checkpoint of ours and --output alone")
+    checkpoint = load_checkpoint(args.file)
+    state = export_detectron2(checkpoint, args.file)
+    save_detectron2(args.output, state)
+    print(f"{args.output}: {len(state)} tensors, for a C4 config of Detectron2 with")
+    for name, value in detectron2_settings(checkpoint).items():
+        print(f"  {name} {value}")
+    differing = other_conventions(checkpoint)
+    if differing:
+        print(f"its numbers there will differ, since it was trained with {', '.join(differing)}")
+
+
+def describe(result: Checkpoint | BackboneWeights, output: str) -> str:
+    image = result.preprocessing
+    lines = [
+        f"{len(result.state_dict)} tensors; the network expects {image.channel_order.upper()} in 0..{image.scale:g}, "
+        f"mean {image.mean}, std {image.std}"
+    ]
+    if isinstance(result, BackboneWeights):
+        options = ", ".join(f"{k}: {v}" for k, v in {**result.backbone, "weights": output}.items())
+        return "\n".join([*lines, f"backbone: {{{options}}}"])
+    names = result.class_names
+    shown = ", ".join(names[:5]) + (f", ... {names[-1]}" if len(names) > 5 else "")
+    backbone = ", ".join(f"{k}: {v}" for k, v in result.config.model.backbone.items())
+    lines += [f"backbone: {{{backbone}}}", f"{len(names)} classes: {shown}"]
+    return "\n".join([*lines, f"python tools/infer.py --weights {output} PICTURES --output DIR"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
