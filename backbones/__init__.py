@@ -45,8 +45,8 @@ from .cifar import cifar_resnet  # noqa: E402
 from .densenet import densenet, densenet121, densenet161, densenet169, densenet201  # noqa: E402
 from .inception import bn_inception, inception, se_bn_inception  # noqa: E402
 from .libraries import timm_backbone, torchvision_backbone  # noqa: E402, F401
-from .split import cut  # noqa: E402
 from .resnet import resnet, resnet18, resnet34, resnet50, resnet101, resnet152  # noqa: E402
+from .split import cut  # noqa: E402
 
 __all__ = [
     "Backbone",

@@ -114,9 +114,7 @@ class BoxHeads(RoIHeads):
         boxes = clip_boxes_to_image(boxes, size)[:, 1:].reshape(-1, 4)
         scores = scores[:, 1:].reshape(-1)
         kept = torch.where(scores > self.score_thresh)[0]
-        if (
-            self.min_size > 0
-        ):  # else empty ones leave last, as in Detectron2: see NetworkTransform.postprocess
+        if self.min_size > 0:  # else empty ones leave last: NetworkTransform.postprocess
             kept = kept[remove_small_boxes(boxes[kept], self.min_size)]
         boxes, scores = boxes[kept], scores[kept]
         labels, rows = kept % num_foreground + 1, kept // num_foreground

@@ -153,7 +153,8 @@ _FREE = ("eval_every", "patience", "log_every")
 
 def check_resumable(saved: dict[str, Any], config: Config) -> None:
     """Refuse to continue with another model or optimisation: the saved schedule and moments belong to theirs."""
-    saved = parse_config(saved, source="the saved run's config").model_dump(mode="json")  # settings since then: defaults
+    # A setting that is newer than the saved run had its default.
+    saved = parse_config(saved, source="the saved run's config").model_dump(mode="json")
     given = config.model_dump(mode="json")
     changed = [
         f"{section}.{key} was {saved[section].get(key)!r}, now {value!r}"

@@ -1,6 +1,5 @@
 """Backbones: equal to torchvision's networks, cut where the contract says, and careful with weights."""
 
-import math
 import os
 import pickle
 
@@ -126,75 +125,7 @@ def test_channels_of_the_cut_are_the_papers(name):
     assert (backbone.trunk.out_channels, backbone.roi_head.out_channels) == CHANNELS[name]
 
 
-# ---- the contract, for every backbone
-
-
-@pytest.mark.parametrize("name", list_backbones())
-def test_every_registered_backbone_is_a_backbone_of_its_name(name):
-    backbone = small(name)
-    assert isinstance(backbone, Backbone) and backbone.name == name
-    assert isinstance(backbone.trunk, Trunk) and isinstance(backbone.roi_head, RoIHead)
-    assert backbone.preprocessing == Preprocessing()
-
-
-@pytest.mark.parametrize("name", list_backbones())
-def test_the_trunk_gives_a_map_of_stride_16_at_any_size(name):
-    backbone = small(name).eval()
-    for height, width in ((64, 96), (33, 65), (50, 47), (1, 17)):
-        with torch.no_grad():
-            features = backbone.trunk(torch.rand(2, 3, height, width))
-        expected = (2, backbone.trunk.out_channels, math.ceil(height / 16), math.ceil(width / 16))
-        assert tuple(features.shape) == expected
-
-
-@pytest.mark.parametrize("name", list_backbones())
-def test_the_head_takes_14x14_regions_reads_them_at_7x7_and_gives_vectors(name):
-    head = small(name).roi_head.eval()
-    channels = small(name).trunk.out_channels
-    with torch.no_grad():
-        assert tuple(head.stage5(torch.rand(3, channels, 14, 14)).shape) == (3, head.out_channels, 7, 7)
-        assert tuple(head(torch.rand(3, channels, 14, 14)).shape) == (3, head.out_channels)
-
-
-@pytest.mark.parametrize("name", list_backbones())
-def test_no_region_at_all_passes_the_head(name):
-    backbone = small(name).eval()
-    regions = torch.rand(0, backbone.trunk.out_channels, 14, 14, requires_grad=True)
-    vectors = backbone.roi_head(regions)
-    assert tuple(vectors.shape) == (0, backbone.roi_head.out_channels)
-    vectors.sum().backward()
-    assert regions.grad.shape == regions.shape
-
-
-@pytest.mark.parametrize("name", list_backbones())
-def test_every_parameter_receives_a_gradient(name):
-    backbone = small(name).train()
-    backbone(torch.rand(2, 3, 65, 65)).square().sum().backward()
-    without = [n for n, p in backbone.named_parameters() if p.grad is None or not p.grad.any()]
-    assert without == []
-    assert all(p.grad.isfinite().all() for p in backbone.parameters())
-
-
-@pytest.mark.parametrize("name", list_backbones())
-def test_evaluation_is_deterministic_and_independent_of_the_batch(name):
-    backbone = randomize_norms(small(name)).eval()
-    images = torch.rand(3, 3, 48, 48)
-    with torch.no_grad():
-        first, second, alone = backbone(images), backbone(images), backbone(images[1:2])
-    assert torch.equal(first, second)
-    torch.testing.assert_close(alone, first[1:2], rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", list_backbones())
-def test_a_state_dict_carries_the_whole_network(name):
-    first, second = randomize_norms(small(name)).eval(), small(name).eval()
-    second.load_state_dict(first.state_dict())
-    images = torch.rand(1, 3, 40, 56)
-    with torch.no_grad():
-        assert torch.equal(first(images), second(images))
-
-
-# ---- freezing
+# ---- freezing (what every backbone keeps is in test_backbone_contract.py)
 
 
 def stages_of(backbone: Backbone) -> list[nn.Module]:
@@ -227,11 +158,6 @@ def assert_frozen(backbone: Backbone, num_frozen: int) -> None:
 def test_frozen_stages_keep_weights_and_statistics_under_train(num_frozen):
     backbone = small("resnet18", frozen_stages=num_frozen)
     assert_frozen(backbone, num_frozen)
-
-
-@pytest.mark.parametrize("name", list_backbones())
-def test_every_backbone_can_freeze_its_first_two_stages(name):
-    assert_frozen(small(name, frozen_stages=2), 2)
 
 
 def test_freezing_survives_where_trunk_and_head_are_taken_apart():
