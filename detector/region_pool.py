@@ -158,13 +158,14 @@ class MapRegions:
             self._projected[key] = weight, conv2d(self.features, weight)  # kept alive, its id stays its own
         return self._crop(self._projected[key][1], stride)
 
-    def split(self) -> Iterator[MapRegions]:
+    def split(self, max_regions: int | None = None) -> Iterator[MapRegions]:
         """Parts of at most `max_regions`, one after another: what a part cropped is free when the next is made."""
-        if len(self) <= self.max_regions:
+        most = max_regions or self.max_regions
+        if len(self) <= most:
             yield self
             return
         for image, boxes in enumerate(self.boxes):
-            for chunk in boxes.split(self.max_regions):
+            for chunk in boxes.split(most):
                 alone = [b[:0] for b in self.boxes]
                 alone[image] = chunk
                 part = MapRegions(self.pool, self.features, alone, self.max_regions, all_regions=len(self))

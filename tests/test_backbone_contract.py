@@ -255,7 +255,7 @@ class Watched:
     def of(self, features: Tensor) -> "Watched":
         return Watched(features)
 
-    def split(self) -> "Iterable[Watched]":
+    def split(self, max_regions: int | None = None) -> "Iterable[Watched]":
         return (self,)
 
 

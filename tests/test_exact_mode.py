@@ -319,10 +319,8 @@ class FirstK:
     """A sample of the lowest indices of positives and negatives."""
 
     def __init__(self, sampler) -> None:
-        self.batch_size_per_image, self.positive_fraction = (
-            sampler.batch_size_per_image,
-            sampler.positive_fraction,
-        )
+        self.batch_size_per_image = sampler.batch_size_per_image
+        self.positive_fraction = sampler.positive_fraction
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         masks = []
@@ -330,12 +328,8 @@ class FirstK:
             most = int(self.batch_size_per_image * self.positive_fraction)
             positive = torch.where(matched >= 1)[0][:most]
             negative = torch.where(matched == 0)[0][: self.batch_size_per_image - len(positive)]
-            masks.append(
-                [
-                    torch.zeros_like(matched, dtype=torch.uint8).index_fill_(0, i, 1)
-                    for i in (positive, negative)
-                ]
-            )
+            none = torch.zeros_like(matched, dtype=torch.uint8)
+            masks.append((none.index_fill(0, positive, 1), none.index_fill(0, negative, 1)))
         return [p for p, _ in masks], [n for _, n in masks]
 
 
@@ -383,11 +377,8 @@ def test_anchors_and_regions_of_a_step_are_matched_and_sampled_to_the_last_one(t
 @pytest.mark.parametrize(
     ("mode", "steps", "overrides"),
     [
-        (
-            "first_k",
-            1,
-            PLAIN[:1],
-        ),  # torchvision's RoIAlign takes a quarter of the time, and the sparse one is equal to rounding
+        # torchvision's RoIAlign would take a quarter of the time; the sparse one is equal to rounding
+        ("first_k", 1, PLAIN[:1]),
         pytest.param("first_k", 3, PLAIN, marks=pytest.mark.slow),
         pytest.param("randperm_seed1234", 1, PLAIN, marks=pytest.mark.slow),
     ],
@@ -412,12 +403,12 @@ def test_steps_of_training_equal_the_file(theirs, arrays, recorded, mode, steps,
         optimizer.zero_grad()
         sum(losses.values()).backward()
         for name, value in expected["losses"].items():
-            assert losses[LOSSES[name]].item() == pytest.approx(value, rel=1e-5 * 30**step), (step, name)
+            assert losses[LOSSES[name]].item() == pytest.approx(value, rel=1e-5 * 10**step), (step, name)
         wanted = expected["grad_norms"]
         gradients = gradients_by_name(model)
         assert set(gradients) == set(wanted) == set(recorded["trainable"])
         errors = sorted(abs(gradients[n].norm().item() / value - 1) for n, value in wanted.items())
-        assert errors[-len(errors) // 10] <= 1e-4 * 30**step and errors[-1] <= 1e-3 * 30**step, (step, errors)
+        assert errors[-len(errors) // 10] <= 1e-4 * 10**step and errors[-1] <= 1e-3 * 10**step, (step, errors)
         optimizer.step()
         parameters = ours_to_detectron2(dict(model.named_parameters()))
         for name, value in expected["param_norms_after_step"].items():

@@ -34,7 +34,7 @@ class _Uncounted:
         self.macs_per_position += weight.numel()
         return torch.zeros(1, len(weight), -(-CROPS // stride), -(-CROPS // stride))
 
-    def split(self) -> Iterable["_Uncounted"]:
+    def split(self, max_regions: int | None = None) -> Iterable["_Uncounted"]:
         return (self,)
 
 
