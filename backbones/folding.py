@@ -25,6 +25,13 @@ class Layers(nn.Sequential):
         return x
 
 
+def set_folding(module: nn.Module, fold_norms: bool) -> None:
+    """Turn the folding of frozen norms on or off in every sequence of `module`."""
+    for layers in module.modules():
+        if isinstance(layers, Layers):
+            layers.fold_norms = fold_norms
+
+
 def steps(owner: nn.Sequential, layers: list[nn.Module]) -> Iterator[Callable[[Tensor], Tensor]]:
     """The calls that run `layers`, all or the last ones of `owner`, as their owner would."""
     if not (isinstance(owner, Layers) and torch.is_grad_enabled()):

@@ -64,7 +64,10 @@ class Checkpoint:
     def build(self) -> C4FasterRCNN:
         """The detector with these weights, in evaluation mode."""
         model = build_model(self.config.model, Config.num_classes(self.class_names), load_weights=False)
-        model.transform.set_preprocessing(self.preprocessing)
+        if (
+            self.config.model.preprocessing is None
+        ):  # else the model has what the config says, overridden or not
+            model.transform.set_preprocessing(self.preprocessing)
         wanted, given = model.state_dict(), self.state_dict
         wrong = [k for k in wanted if k not in given or given[k].shape != wanted[k].shape]
         wrong += [k for k in given if k not in wanted]

@@ -68,6 +68,9 @@ class ModelConfig(Section):
     bbox_reg_weights: tuple[float, float, float, float] | None = None
     class_agnostic_nms: bool = Field(False, description="a detection suppresses those of other classes too")
     sparse_roi_align: bool = Field(True, description="RoIAlign as a sparse product on a CPU")
+    fold_norms: bool = Field(
+        True, description="frozen norms as part of their convolutions while gradients are taken"
+    )
     preprocessing: PreprocessingConfig | None = Field(None, description="None: what the weights say")
     # From here on: `Conventions`, described there and in docs/conventions.md.
     roi_align_aligned: bool = False

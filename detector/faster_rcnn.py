@@ -15,6 +15,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from backbones import Backbone, Preprocessing, create_backbone
 from backbones.backbone import nearest
+from backbones.folding import set_folding
 from backbones.fuse import fuse, use_winograd
 from backbones.weights import DEFERRED
 
@@ -170,6 +171,7 @@ def build_faster_rcnn(
     class_agnostic_nms: bool = False,
     shared_projection: bool = True,
     sparse_roi_align: bool = True,
+    fold_norms: bool = True,
     activation_checkpointing: bool = False,
     **options: object,
 ) -> C4FasterRCNN:
@@ -180,7 +182,7 @@ def build_faster_rcnn(
     resizing. preprocessing: what the trunk expects of an image, where that is not what its weights say.
     class_agnostic_nms: a detection suppresses those of other classes too.
     shared_projection: run the 1x1 convolutions that open conv5_x on the shared map; sparse_roi_align: RoIAlign as a sparse
-    product on a CPU (both the same result, to rounding).
+    product on a CPU; fold_norms: frozen norms as part of their convolutions in training (all the same, to rounding).
     activation_checkpointing: recompute activations in the backward pass, less memory for more time.
     options: the fields of `Conventions`, and torchvision's FasterRCNN's own keyword arguments; an unknown one is an error.
     """
@@ -189,6 +191,8 @@ def build_faster_rcnn(
     _check_arguments(stock, num_classes, min_size, max_size)
     trunk, roi_head = backbone.trunk, backbone.roi_head
     roi_head.shared_projection = shared_projection
+    for part in (trunk, roi_head):
+        set_folding(part, fold_norms)
     trunk.activation_checkpointing = roi_head.activation_checkpointing = activation_checkpointing
     anchors = build_anchor_generator(
         anchor_sizes,

@@ -17,7 +17,14 @@ _PREDICTOR = "roi_heads.box_predictor."
 _RPN_OUTPUTS = ("rpn.head.cls_logits.", "rpn.head.bbox_pred.")
 _COUNTER = "num_batches_tracked"  # frozen norms have none
 # Settings that say how to train or what to return, not what the weights expect.
-_FREE = ("backbone", "activation_checkpointing", "shared_projection", "preprocessing", "class_agnostic_nms")
+_FREE = (
+    "backbone",
+    "activation_checkpointing",
+    "shared_projection",
+    "fold_norms",
+    "preprocessing",
+    "class_agnostic_nms",
+)
 
 
 @dataclass(frozen=True)

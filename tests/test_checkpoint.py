@@ -52,6 +52,12 @@ def test_the_built_model_is_the_saved_one_with_its_preprocessing(checkpoint, tmp
         assert torch.equal(wanted, got)
 
 
+def test_an_override_of_the_preprocessing_is_heard(checkpoint):
+    override = "model.preprocessing={mean: [1, 2, 3], std: [4, 5, 6], channel_order: bgr, scale: 255}"
+    model = checkpoint.with_overrides([override]).build()
+    assert model.transform.preprocessing == Preprocessing((1.0, 2.0, 3.0), (4.0, 5.0, 6.0), "bgr", 255.0)
+
+
 @pytest.mark.parametrize("before", [b"the old file", None])
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, before):
     path = tmp_path / "file.bin"

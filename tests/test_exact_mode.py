@@ -27,7 +27,7 @@ from detector.faster_rcnn import C4FasterRCNN, optimize
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 NETWORK, ORIGINAL = (320, 400), (256, 320)
-PLAIN = ("model.shared_projection=false", "model.sparse_roi_align=false")
+PLAIN = ("model.shared_projection=false", "model.sparse_roi_align=false", "model.fold_norms=false")
 LOSSES = {
     "loss_cls": "loss_classifier",
     "loss_box_reg": "loss_box_reg",

@@ -184,7 +184,9 @@ def test_winograd_stays_off_where_it_is_not_faster(monkeypatch):
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_activation_checkpointing_changes_neither_gradients_nor_statistics(norm, shared, monkeypatch):
-    monkeypatch.setattr("backbones.backbone.CHECKPOINTED_REGIONS", 2)  # several parts, where no statistics are drawn
+    monkeypatch.setattr(
+        "backbones.backbone.CHECKPOINTED_REGIONS", 2
+    )  # several parts, where no statistics are drawn
     outcomes = []
     torch.manual_seed(0)
     plain = create_backbone("resnet50", width=8, norm=norm).double()
