@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "test": ["pytest>=8", "faster-coco-eval>=1.6"],
+    "test": ["pytest>=8", "faster-coco-eval>=1.6", "timm>=1.0"],
     "fast": ["faster-coco-eval>=1.6"],
     "tensorboard": ["tensorboard>=2.15"],
     "timm": ["timm>=1.0"],

@@ -3,7 +3,6 @@
 import sys
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -17,6 +16,8 @@ from backbones.residual import ORDERS, BlockOptions, ResidualBlock, basic, bottl
 from backbones.resnet import TORCHVISION_NAMES, CaffePool
 from backbones.shortcuts import GATED, SHORTCUTS
 from backbones.weights import load_into, published_weights, rename
+
+timm = pytest.importorskip("timm")
 
 # millions of parameters with the classifier of 1000 classes, as torchvision's and timm's documentation prints them
 PUBLISHED_MILLIONS = {
