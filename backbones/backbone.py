@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 NUM_TRUNK_STAGES = 4
 NUM_STAGES = 5
+CROP = 14  # bins of a region along each axis, as the head takes it
 # Regions whose activations are held at once where they are recomputed. Each part projects the map anew: 24 GMAC of the
 # 1,600 of a ResNet-101's step on 512 regions.
 CHECKPOINTED_REGIONS = 128
@@ -38,6 +39,8 @@ class Preprocessing:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):  # lists, as JSON has them, are tuples here
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order is {self.channel_order!r}; accepted: 'rgb', 'bgr'")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0 or self.scale <= 0:
@@ -242,6 +245,11 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.roi_head(self.trunk(images))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _BUILDERS: dict[str, Callable[..., Backbone]] = {}

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from .backbone import Regions
+from .layers import is_projection, project
 
 
 class Block(nn.Module):
@@ -78,10 +79,8 @@ class Block(nn.Module):
         return type(fx.GraphModule(self, graph)).forward
 
 
-def project(conv: nn.Conv2d, regions: Regions) -> Tensor:
-    """conv(regions.crop()) on the shared map; a bias comes after the crop, since bins outside the map are 0."""
-    features = regions.conv1x1(conv.weight, conv.stride[0])
-    return features if conv.bias is None else features + conv.bias[:, None, None]
+def _run_projection(conv: nn.Conv2d, regions: Regions) -> Tensor:
+    return project(regions, conv.weight, conv.bias, conv.stride[0])
 
 
 def _projections(graph: fx.Graph, owner: nn.Module) -> list[fx.Node]:
@@ -91,14 +90,7 @@ def _projections(graph: fx.Graph, owner: nn.Module) -> list[fx.Node]:
 
 
 def _is_1x1(node: fx.Node, owner: nn.Module) -> bool:
-    layer = owner.get_submodule(node.target) if node.op == "call_module" else None
-    return (
-        type(layer) is nn.Conv2d
-        and layer.kernel_size == (1, 1)
-        and layer.padding in ((0, 0), "valid")
-        and layer.groups == 1
-        and layer.stride[0] == layer.stride[1]
-    )
+    return node.op == "call_module" and is_projection(owner.get_submodule(node.target))
 
 
 def _entry(graph: fx.Graph, owner: nn.Module) -> fx.Graph:
@@ -110,7 +102,7 @@ def _entry(graph: fx.Graph, owner: nn.Module) -> fx.Graph:
     for node in projections:
         with graph.inserting_before(node):
             conv = graph.get_attr(node.target)
-            node.replace_all_uses_with(graph.call_function(project, (conv, regions)))
+            node.replace_all_uses_with(graph.call_function(_run_projection, (conv, regions)))
         graph.erase_node(node)
     if others:
         with graph.inserting_after(regions):

@@ -60,32 +60,40 @@ def norm_layer(norm: str, weights: object) -> Callable[[int], nn.Module]:
     return NORMS[norm]
 
 
-def opens_with_projection(layers: nn.Module) -> bool:
-    """Whether `layers` is a sequence that begins with an ungrouped 1x1 convolution, which RoIAlign commutes with."""
-    first = layers[0] if isinstance(layers, nn.Sequential) and len(layers) else None
+def is_projection(layer: nn.Module | None) -> bool:
+    """Whether a layer is an ungrouped 1x1 convolution without padding, which RoIAlign commutes with."""
     return (
-        isinstance(first, nn.Conv2d)
-        and first.kernel_size == (1, 1)
-        and first.padding == (0, 0)
-        and first.groups == 1
-        and first.stride[0] == first.stride[1]
+        type(layer) is nn.Conv2d
+        and layer.kernel_size == (1, 1)
+        and layer.padding in ((0, 0), "valid")
+        and layer.groups == 1
+        and layer.stride[0] == layer.stride[1]
     )
 
 
-def enter(layers: nn.Module, regions: Regions) -> Tensor:
-    """layers(regions.crop()), an opening 1x1 convolution run on the shared map.
+def opens_with_projection(layers: nn.Module) -> bool:
+    """Whether `layers` is a sequence that begins with a 1x1 convolution, which RoIAlign commutes with."""
+    return isinstance(layers, nn.Sequential) and len(layers) > 0 and is_projection(layers[0])
 
-    A bias (of a folded norm) comes after the crop: bins outside the map are 0, so it does not commute.
+
+def project(regions: Regions, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """A 1x1 convolution of regions.crop(), run on the shared map.
+
+    Its bias comes after the crop: bins outside the map are 0, so it does not commute.
     """
+    features = regions.conv1x1(weight, stride)
+    return features if bias is None else features + bias[:, None, None]
+
+
+def enter(layers: nn.Module, regions: Regions) -> Tensor:
+    """layers(regions.crop()), an opening 1x1 convolution run on the shared map."""
     if not opens_with_projection(layers):
         return layers(regions.crop())
     first, *others = layers
     weight, bias = first.weight, first.bias
     if others and folds(layers, first, others[0]):
         weight, bias = fold(first, others.pop(0))
-    features = regions.conv1x1(weight, first.stride[0])
-    if bias is not None:
-        features = features + bias[:, None, None]
+    features = project(regions, weight, bias, first.stride[0])
     for step in steps(layers, others):
         features = step(features)
     return features

@@ -6,13 +6,22 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models import get_model, get_model_weights, list_models
+from torchvision.models import get_model, list_models
 from torchvision.ops import FrozenBatchNorm2d
 
 from .backbone import NUM_TRUNK_STAGES, Backbone, Preprocessing, nearest, register_library
 from .layers import norm_layer
 from .split import cut, layer_path
-from .weights import DEFERRED, load_into, published_weights, read_state_dict
+from .weights import (
+    DEFERRED,
+    load_into,
+    published_weights,
+    read_state_dict,
+    timm_network,
+    timm_tags,
+    torchvision_entry,
+    torchvision_preprocessing,
+)
 
 CUT_NORMS = ("batch", "frozen")
 
@@ -40,9 +49,8 @@ def torchvision_backbone(
     def build(tag: str | None) -> tuple[nn.Module, Preprocessing]:
         if tag is None:
             return get_model(name, weights=None), Preprocessing()
-        entry = getattr(get_model_weights(name), tag.replace("imagenet_", "IMAGENET1K_").upper())
-        transforms = entry.transforms()
-        return get_model(name, weights=entry), Preprocessing(tuple(transforms.mean), tuple(transforms.std))
+        entry = torchvision_entry(name, tag)
+        return get_model(name, weights=entry), torchvision_preprocessing(entry)
 
     options = CutOptions(f"torchvision/{name}", weights, norm, frozen_stages)
     return cut_classifier(build, published_weights(name), options)
@@ -53,15 +61,11 @@ def timm_backbone(
     name: str, *, weights: str | None = None, norm: str = "batch", frozen_stages: int = 0
 ) -> Backbone:
     """A timm classifier; weights "a1_in1k" is its tag of that name. Without a tag, its mean and std are the default's."""
-    import timm
 
     def build(tag: str | None) -> tuple[nn.Module, Preprocessing]:
-        network = timm.create_model(name if tag is None else f"{name}.{tag}", pretrained=tag is not None)
-        published = network.pretrained_cfg
-        return network, Preprocessing(tuple(published["mean"]), tuple(published["std"]))
+        return timm_network(name if tag is None else f"{name}.{tag}", pretrained=tag is not None)
 
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
-    return cut_classifier(build, tags, CutOptions(f"timm/{name}", weights, norm, frozen_stages))
+    return cut_classifier(build, timm_tags(name), CutOptions(f"timm/{name}", weights, norm, frozen_stages))
 
 
 @dataclass(frozen=True)

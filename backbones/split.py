@@ -12,14 +12,13 @@ from itertools import pairwise
 import torch
 from torch import fx, nn
 
-from .backbone import NUM_TRUNK_STAGES, Backbone, Preprocessing, RoIHead, Trunk
+from .backbone import CROP, NUM_TRUNK_STAGES, Backbone, Preprocessing, RoIHead, Trunk, first_line
 from .graph_block import Block, is_batch_norm
 from .tracing import MapSizes, data_flow, node_paths, output_node, subgraph, trace, waists, writes_into
 
 Sizes = dict[fx.Node, tuple[int, ...]]
 Paths = dict[fx.Node, tuple[str, ...]]
 STRIDES = (2, 4, 8, 16, 32)
-CROP = 14
 # Pixels: rows and columns differ, so that no map (N, H, W, C) passes for (N, C, H, W); a trace that holds at the first
 # size only is refused by the second. Detectors pad to multiples of 32.
 IMAGE, OTHER_IMAGE = (128, 192), (96, 160)
@@ -65,7 +64,7 @@ def _cut(network: nn.Module, name: str, preprocessing: Preprocessing | None) -> 
     try:
         graphs = trace(network)
     except Exception as error:
-        raise _Refusal(f"torch.fx cannot trace it ({_first_line(error)})") from error
+        raise _Refusal(f"torch.fx cannot trace it ({first_line(error)})") from error
     sizes = _map_sizes(network, graphs[False])
     stages = _plan(_find_waists(network, graphs[False], sizes), network, graphs[False])
     _check_rest(network, graphs[False], sizes, stages[-1][-1])
@@ -75,10 +74,6 @@ def _cut(network: nn.Module, name: str, preprocessing: Preprocessing | None) -> 
     backbone = Backbone(name, trunk, RoIHead(modules[-1], stages[-1][-1].channels), preprocessing)
     _check_sizes(backbone)
     return backbone.train(network.training)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _zeros(module: nn.Module, *size: int) -> torch.Tensor:
@@ -143,7 +138,7 @@ def _map_sizes(network: nn.Module, graph: fx.Graph) -> Sizes:
         return MapSizes(network.eval(), graph=graph).of(images)
     except Exception as error:
         height, width = IMAGE
-        reason = _first_line(_error_of(network, images) or error)
+        reason = first_line(_error_of(network, images) or error)
         raise _Refusal(f"it does not take images of any size, {height}x{width} for one ({reason})") from error
     finally:
         network.train(was_training)
@@ -289,6 +284,6 @@ def _expect(module: nn.Module, size: tuple[int, ...], wanted: tuple[int, ...], w
     try:
         given = tuple(module(_zeros(module, *size)).shape)
     except Exception as error:
-        raise _Refusal(f"{what} does not take {size} ({_first_line(error)})") from error
+        raise _Refusal(f"{what} does not take {size} ({first_line(error)})") from error
     if given != wanted:
         raise _Refusal(f"{what} makes {given} of {size}, wanted {wanted}")

@@ -6,12 +6,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .backbone import Preprocessing, backbone_options, create_backbone
+from .backbone import CROP, Preprocessing, backbone_options, create_backbone
 from .layers import NORMS
 from .libraries import CUT_NORMS
-from .weights import published_weights
-
-CROP = 14
+from .weights import published_weights, timm_tags
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,7 @@ def summarize(name: str, image_size: tuple[int, int] = (800, 1216)) -> Summary:
 
 def _weights(name: str) -> tuple[str, ...]:
     library, _, network = name.rpartition("/")
-    if library != "timm":
-        return tuple(published_weights(network))
-    import timm
-
-    return tuple(full.partition(".")[2] for full in timm.list_pretrained(f"{network}.*"))
+    return tuple(timm_tags(network) if library == "timm" else published_weights(network))
 
 
 def _norms(name: str) -> tuple[str, ...]:

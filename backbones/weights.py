@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum, get_model_weights
 
-from .backbone import Backbone, Preprocessing
+from .backbone import Backbone, Preprocessing, first_line
 
 DEFERRED = "deferred"
 NameTable = tuple[tuple[str, str], ...]
@@ -36,10 +37,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is not a file of plain tensors (it may hold code, which is never run): {_first_line(error)}"
+            f"{path} is not a file of plain tensors (it may hold code, which is never run): {first_line(error)}"
         ) from error
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as weights: {_first_line(error)}") from error
+        raise ValueError(f"{path} cannot be read as weights: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -54,14 +55,7 @@ def _stored_preprocessing(path: str | Path) -> Preprocessing | None:
         return None
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("preprocessing")
-    if text is None:
-        return None
-    values = json.loads(text)
-    return Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None if text is None else Preprocessing(**json.loads(text))
 
 
 def rename(state: dict[str, Tensor], names: NameTable) -> dict[str, Tensor]:
@@ -74,19 +68,17 @@ def rename(state: dict[str, Tensor], names: NameTable) -> dict[str, Tensor]:
     return renamed
 
 
-def _from_torchvision(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessing]:
-    """The state dict of torchvision's enum entry ("imagenet_v1" -> IMAGENET1K_V1), and what it expects of an image."""
-    from torchvision.models import get_model_weights
+def torchvision_entry(name: str, weights: str) -> WeightsEnum:
+    """torchvision's enum entry of that name: "imagenet_v1" -> IMAGENET1K_V1."""
+    return get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
 
-    entry = get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
+
+def torchvision_preprocessing(entry: WeightsEnum) -> Preprocessing:
     transforms = entry.transforms()
-    preprocessing = Preprocessing(tuple(transforms.mean), tuple(transforms.std))
-    return entry.get_state_dict(progress=True, check_hash=True), preprocessing
+    return Preprocessing(transforms.mean, transforms.std)
 
 
 def _torchvision_names(name: str) -> list[str]:
-    from torchvision.models import get_model_weights
-
     try:
         entries = get_model_weights(name).__members__
     except ValueError:
@@ -101,26 +93,27 @@ def _timm_architecture(name: str) -> str | None:
     return None
 
 
-def _from_timm(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessing]:
-    """The state dict that timm gives under that tag ("timm/in1k"), and what it expects of an image."""
+def timm_network(full_name: str, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+    """timm's network of that name (its tag included), and what it expects of an image."""
     import timm
 
-    full_name = f"{_timm_architecture(name)}.{weights.removeprefix('timm/')}"
-    network = timm.create_model(full_name, pretrained=True)
-    config = network.pretrained_cfg
-    return network.state_dict(), Preprocessing(tuple(config["mean"]), tuple(config["std"]))
+    network = timm.create_model(full_name, pretrained=pretrained)
+    return network, Preprocessing(network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+
+
+def timm_tags(architecture: str) -> list[str]:
+    """The tags under which timm publishes weights of an architecture; needs timm."""
+    import timm
+
+    return [full_name.partition(".")[2] for full_name in timm.list_pretrained(f"{architecture}.*")]
 
 
 def _timm_names(name: str) -> list[str]:
-    """timm's tags for a backbone; none where timm is not installed."""
+    """`timm/TAG` for a backbone; none where timm is not installed."""
     architecture = _timm_architecture(name)
-    if architecture is None:
+    if architecture is None or importlib.util.find_spec("timm") is None:
         return []
-    try:
-        import timm
-    except ImportError:
-        return []
-    return ["timm/" + n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
+    return [f"timm/{tag}" for tag in timm_tags(architecture)]
 
 
 def published_weights(name: str) -> list[str]:
@@ -147,7 +140,12 @@ def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessin
     if weights not in names:
         accepted = ", ".join(names) or "none are published"
         raise ValueError(f"{name} has no weights {weights!r}; accepted: {accepted}, or a file")
-    return _from_timm(name, weights) if from_timm else _from_torchvision(name, weights)
+    if from_timm:
+        full_name = f"{_timm_architecture(name)}.{weights.removeprefix('timm/')}"
+        network, preprocessing = timm_network(full_name, pretrained=True)
+        return network.state_dict(), preprocessing
+    entry = torchvision_entry(name, weights)
+    return entry.get_state_dict(progress=True, check_hash=True), torchvision_preprocessing(entry)
 
 
 def load_weights(backbone: Backbone, weights: str | Path | None, published: NameTable) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backbones import Preprocessing
+from backbones.backbone import first_line
 
 from .config import Config, parse_config
 from .faster_rcnn import C4FasterRCNN, build_model
@@ -114,14 +115,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path} holds tensors but no detector: a checkpoint of tools/train.py is needed")
     if int(metadata["version"]) > VERSION:
         raise ValueError(f"{path} is of version {metadata['version']}; this program reads up to {VERSION}")
-    preprocessing = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["preprocessing"]).items()
-    }
     return Checkpoint(
         tensors,
         parse_config(json.loads(metadata["config"]), source=f"the config in {path}"),
         tuple(json.loads(metadata["class_names"])),
-        Preprocessing(**preprocessing),
+        Preprocessing(**json.loads(metadata["preprocessing"])),
         json.loads(metadata["metrics"]),
     )
 
@@ -137,5 +135,4 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as a training state: {first}") from error
+        raise ValueError(f"{path} cannot be read as a training state: {first_line(error)}") from error

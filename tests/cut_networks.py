@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from networks import randomize_norms
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -34,25 +35,13 @@ BOXES = [
 ]
 
 
-@torch.no_grad()
-def randomize_norms(network: nn.Module) -> nn.Module:
-    """Statistics and factors as training leaves them, so that no branch starts at zero."""
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d) and layer.affine:
-            layer.weight.uniform_(0.5, 1.0)
-            layer.bias.uniform_(-0.2, 0.2)
-            layer.running_mean.uniform_(-0.2, 0.2)
-            layer.running_var.uniform_(0.8, 1.5)
-    return network
-
-
 @functools.lru_cache(maxsize=len(FEW))
 def uncut_and_cut(name: str) -> tuple[nn.Module, Backbone]:
     """A library's network with random weights, and what is made of it; both share parameters: do not change them."""
     library, _, network_name = name.partition("/")
     torch.manual_seed(0)
     create = timm.create_model if library == "timm" else torchvision.models.get_model
-    network = randomize_norms(create(network_name)).eval()
+    network = randomize_norms(create(network_name), weight=(0.5, 1.0)).eval()
     return network, cut(network, name)
 
 

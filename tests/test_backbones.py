@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torchvision
+from networks import randomize_norms
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -42,18 +43,6 @@ def small(name: str, **options) -> Backbone:
         options = {"width": 8} | options
     torch.manual_seed(0)
     return create_backbone(name, **options)
-
-
-@torch.no_grad()
-def randomize_norms(network: nn.Module) -> nn.Module:
-    """Statistics and factors as training leaves them: none of them 0 or 1."""
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.weight.uniform_(0.3, 0.7)
-            layer.bias.uniform_(-0.2, 0.2)
-            layer.running_mean.uniform_(-0.2, 0.2)
-            layer.running_var.uniform_(0.8, 1.5)
-    return network
 
 
 def torchvision_network(name: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import randomize_norms
 from torch import nn
 
 from backbones import Backbone, create_backbone
@@ -16,18 +17,6 @@ NAMES = {depth: TIMM_BASIC_NAMES if depth < 50 else TIMM_NAMES for depth in (18,
 PUBLISHED_MILLIONS = {18: "11.69", 34: "21.80", 50: "25.549", 101: "44.541", 152: "60.185"}
 
 
-@torch.no_grad()
-def randomize_norms(network: nn.Module) -> nn.Module:
-    """Statistics and factors as training leaves them, some factors negative."""
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.weight.uniform_(-0.3, 0.7)
-            layer.bias.uniform_(-0.2, 0.2)
-            layer.running_mean.uniform_(-0.2, 0.2)
-            layer.running_var.uniform_(0.8, 1.5)
-    return network
-
-
 def small(depth: int = 18, **options) -> Backbone:
     torch.manual_seed(0)
     return create_backbone(f"preact_resnet{depth}", width=8, **options)
@@ -38,7 +27,11 @@ def small(depth: int = 18, **options) -> Backbone:
 )
 def test_pooled_features_equal_timms_in_float64(depth):
     torch.manual_seed(1)
-    theirs = randomize_norms(timm.create_model(f"resnetv2_{depth}", num_classes=0)).double().eval()
+    theirs = (
+        randomize_norms(timm.create_model(f"resnetv2_{depth}", num_classes=0), weight=(-0.3, 0.7))
+        .double()
+        .eval()
+    )
     ours = create_backbone(f"preact_resnet{depth}").double().eval()
     load_into(ours, theirs.state_dict(), NAMES[depth], source="timm's network")
     images = torch.rand(2, 3, 75, 101, dtype=torch.float64)
@@ -63,7 +56,7 @@ def test_names_shapes_and_parameters_are_timms_and_the_published_ones(depth):
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_the_cut_stands_behind_the_norm_and_relu_that_open_conv5_1(depth):
-    backbone = randomize_norms(small(depth)).eval()
+    backbone = randomize_norms(small(depth), weight=(-0.3, 0.7)).eval()
     images = torch.rand(1, 3, 70, 90)
     with torch.no_grad():
         features = backbone.trunk(images)
@@ -77,7 +70,7 @@ def test_the_cut_stands_behind_the_norm_and_relu_that_open_conv5_1(depth):
 @pytest.mark.parametrize("depth", [18, 50])
 def test_with_all_branches_zero_the_network_is_the_identity_between_strides(depth):
     """So is its gradient: of `x_L = x_l + sum F` what is left is x_l (He et al. 2016, equations 4 and 5)."""
-    backbone = randomize_norms(small(depth)).train()
+    backbone = randomize_norms(small(depth), weight=(-0.3, 0.7)).train()
     last = "conv2" if depth == 18 else "conv3"
     for name, parameter in backbone.named_parameters():
         if name.endswith(f"branch.{last}.weight"):

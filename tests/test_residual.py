@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from networks import randomize_norms
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -38,18 +39,6 @@ def count(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
-@torch.no_grad()
-def randomize_norms(network: nn.Module) -> nn.Module:
-    """Statistics and factors as training leaves them, some factors negative."""
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.weight.uniform_(-0.3, 0.7)
-            layer.bias.uniform_(-0.2, 0.2)
-            layer.running_mean.uniform_(-0.2, 0.2)
-            layer.running_var.uniform_(0.8, 1.5)
-    return network
-
-
 def library_network(name: str) -> nn.Module:
     """torchvision's network, or timm's under our name of it, with random weights."""
     torch.manual_seed(1)
@@ -73,7 +62,7 @@ def library_network(name: str) -> nn.Module:
     ],
 )
 def test_pooled_features_equal_the_librarys_in_float64(name):
-    theirs = randomize_norms(library_network(name)).double().eval()
+    theirs = randomize_norms(library_network(name), weight=(-0.3, 0.7)).double().eval()
     ours = create_backbone(name).double().eval()
     load_into(ours, theirs.state_dict(), TORCHVISION_NAMES, source="the library's network")
     setattr(theirs, "last_linear" if name.startswith("se") else "fc", nn.Identity())
@@ -145,7 +134,7 @@ def unit(in_channels: int = 8, width: int = 8, stride: int = 1, convs=basic, **o
     torch.manual_seed(0)
     drop = options.pop("drop", 0.0)
     return randomize_norms(
-        residual_block(BlockOptions(convs, **options), in_channels, width, stride, drop)
+        residual_block(BlockOptions(convs, **options), in_channels, width, stride, drop), weight=(-0.3, 0.7)
     ).double()
 
 
@@ -178,8 +167,8 @@ def test_a_unit_is_figure_4s_in_values_and_gradients(order, training):
 def test_a_units_opening_may_stand_before_it_for_both_paths(order, convs):
     torch.manual_seed(0)
     options = BlockOptions(convs, order=order)
-    block = randomize_norms(residual_block(options, 8, 8, 2, opened=True)).double().eval()
-    whole = randomize_norms(residual_block(options, 8, 8, 2)).double().eval()
+    block = randomize_norms(residual_block(options, 8, 8, 2, opened=True), weight=(-0.3, 0.7)).double().eval()
+    whole = randomize_norms(residual_block(options, 8, 8, 2), weight=(-0.3, 0.7)).double().eval()
     block.load_state_dict({k: v for k, v in whole.state_dict().items() if k in block.state_dict()})
     norm = whole.branch.bn1 if order == "full_preactivation" else nn.Identity()
     x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
@@ -335,7 +324,7 @@ def test_soft_thresholding_is_torchs_softshrink(threshold):
 def test_shrinkage_is_soft_thresholding_by_a_share_of_the_mean(channel_shared, norm):
     torch.manual_seed(0)
     x = 5 * torch.randn(6, 16, 5, 5) * torch.rand(6, 16, 1, 1)
-    layer = randomize_norms(Shrinkage(16, norm, channel_shared))
+    layer = randomize_norms(Shrinkage(16, norm, channel_shared), weight=(-0.3, 0.7))
     means = x.abs().mean((1, 2, 3)) if channel_shared else x.abs().mean((2, 3))
     thresholds = layer.thresholds(x).flatten(1)
     assert thresholds.shape == ((6, 1) if channel_shared else (6, 16))
@@ -348,7 +337,7 @@ def test_shrinkage_is_soft_thresholding_by_a_share_of_the_mean(channel_shared, n
 
 
 def test_the_thresholds_are_the_published_formula():
-    layer = randomize_norms(Shrinkage(8, "batch", channel_shared=False)).eval()
+    layer = randomize_norms(Shrinkage(8, "batch", channel_shared=False), weight=(-0.3, 0.7)).eval()
     fc1, norm, fc2 = layer.share.fc1, layer.share.bn, layer.share.fc2
     x = torch.randn(3, 8, 4, 6)
     mean = x.abs().mean((2, 3))
@@ -360,7 +349,7 @@ def test_the_thresholds_are_the_published_formula():
 
 @pytest.mark.parametrize("num_regions", [0, 1])
 def test_a_lone_vector_in_training_takes_the_running_statistics_and_leaves_them(num_regions):
-    layer = randomize_norms(Shrinkage(8, "batch", channel_shared=False))
+    layer = randomize_norms(Shrinkage(8, "batch", channel_shared=False), weight=(-0.3, 0.7))
     before = layer.share.bn.running_mean.clone()
     x = torch.randn(num_regions, 8, 7, 7)
     assert torch.equal(layer.train()(x), layer.eval()(x))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from networks import randomize_norms
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -43,20 +44,11 @@ IDS = [" ".join([name, *map(str, options.values())]) for name, options, _ in HEA
 every_head = pytest.mark.parametrize(("name", "options"), [head[:2] for head in HEADS], ids=IDS)
 
 
-def randomize_norms(module: nn.Module) -> nn.Module:
-    """Statistics as training leaves them, so that a fold that forgets one shows."""
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.uniform_(layer.bias, -0.5, 0.5)
-            nn.init.uniform_(layer.running_mean, -0.5, 0.5)
-            nn.init.uniform_(layer.running_var, 0.5, 2.0)
-    return module
-
-
 def narrow(name: str, **options) -> Backbone:
     torch.manual_seed(0)
-    return randomize_norms(create_backbone(name, width=16, **options))
+    return randomize_norms(
+        create_backbone(name, width=16, **options), weight=(0.5, 1.5), shift=(-0.5, 0.5), variance=(0.5, 2.0)
+    )
 
 
 def shared_map(backbone: Backbone, dtype: torch.dtype = torch.float32) -> Tensor:

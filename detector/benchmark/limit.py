@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from backbones import create_backbone
+from backbones.backbone import CROP
 from backbones.summary import multiply_accumulates
 
-from .models import CROPS, stock_detector
+from .models import stock_detector
 from .settings import DTYPES, Settings, Size
 from .timing import Seconds, Stopwatch, Times
 
@@ -28,11 +29,11 @@ class _Uncounted:
         self.channels, self.macs_per_position = channels, 0
 
     def crop(self, stride: int = 1) -> Tensor:
-        return torch.zeros(1, self.channels, -(-CROPS // stride), -(-CROPS // stride))
+        return torch.zeros(1, self.channels, -(-CROP // stride), -(-CROP // stride))
 
     def conv1x1(self, weight: Tensor, stride: int) -> Tensor:
         self.macs_per_position += weight.numel()
-        return torch.zeros(1, len(weight), -(-CROPS // stride), -(-CROPS // stride))
+        return torch.zeros(1, len(weight), -(-CROP // stride), -(-CROP // stride))
 
     def split(self, max_regions: int | None = None) -> Iterable["_Uncounted"]:
         return (self,)
@@ -55,7 +56,7 @@ def count_macs(settings: Settings, size: Size) -> dict[str, int]:
         counts = {
             "trunk": multiply_accumulates(stock.backbone, image),
             "rpn": multiply_accumulates(stock.rpn.head, [features]),
-            "head": multiply_accumulates(stock.roi_heads.box_head, torch.zeros(1, channels, CROPS, CROPS)),
+            "head": multiply_accumulates(stock.roi_heads.box_head, torch.zeros(1, channels, CROP, CROP)),
         }
         head, region = create_backbone(settings.backbone).roi_head.eval(), _Uncounted(channels)
         counts["projected_head"] = multiply_accumulates(head, region)

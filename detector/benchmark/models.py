@@ -18,6 +18,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from backbones import create_backbone
+from backbones.backbone import CROP
 from backbones.resnet import TORCHVISION_NAMES
 from backbones.weights import DEFERRED, load_into
 
@@ -25,7 +26,6 @@ from ..faster_rcnn import build_faster_rcnn, optimize
 from .settings import Settings, Size
 
 INFERENCE_FORMS = ("stock", "stock_channels_last", "ours", "ours_direct", "ours_optimized")
-CROPS = 14
 
 
 def random_weights(name: str) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ def stock_detector(
     return FasterRCNN(
         trunk,
         rpn_anchor_generator=AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
-        box_roi_pool=MultiScaleRoIAlign(["0"], CROPS, 2),
+        box_roi_pool=MultiScaleRoIAlign(["0"], CROP, 2),
         box_head=nn.Sequential(network.layer4, network.avgpool, nn.Flatten(1)),
         box_predictor=FastRCNNPredictor(network.out_channels, settings.num_classes),
         **options,

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import asdict
+from itertools import count
 from typing import Any
 
 import torch
@@ -28,34 +29,36 @@ CONVENTIONS: dict[str, Any] = {
 }
 BACKBONE_CONVENTIONS = {"stride_in": "1x1", "norm": "frozen", "frozen_stages": 2}
 
-_TO_OURS: NameTable = (
-    (r"^backbone\.stem\.conv1\.norm\.", "trunk.stage1.bn1."),
-    (r"^backbone\.stem\.conv1\.", "trunk.stage1.conv1."),
-    (r"^backbone\.res2\.", "trunk.stage2.blocks."),
-    (r"^backbone\.res([34])\.", r"trunk.stage\1."),
-    (r"^roi_heads\.res5\.", "roi_head.stage5."),
-    (r"\.shortcut\.norm\.", ".shortcut.bn."),
-    (r"\.shortcut\.weight$", ".shortcut.conv.weight"),
-    (r"\.(\d+)\.conv(\d)\.norm\.", r".\1.branch.bn\2."),
-    (r"\.(\d+)\.conv(\d)\.weight$", r".\1.branch.conv\2.weight"),
-    (r"^proposal_generator\.rpn_head\.conv\.", "rpn.head.conv.0.0."),
-    (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn.head.cls_logits."),
-    (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.head.bbox_pred."),
+# Detectron2's names and ours, in the order of renaming; `#` stands for a number, ^ and $ for the ends of a name.
+_NAMES = (
+    ("^backbone.stem.conv1.norm.", "^trunk.stage1.bn1."),
+    ("^backbone.stem.conv1.", "^trunk.stage1.conv1."),
+    ("^backbone.res2.", "^trunk.stage2.blocks."),
+    ("^backbone.res3.", "^trunk.stage3."),
+    ("^backbone.res4.", "^trunk.stage4."),
+    ("^roi_heads.res5.", "^roi_head.stage5."),
+    (".shortcut.norm.", ".shortcut.bn."),
+    (".shortcut.weight$", ".shortcut.conv.weight$"),
+    (".#.conv#.norm.", ".#.branch.bn#."),
+    (".#.conv#.weight$", ".#.branch.conv#.weight$"),
+    ("^proposal_generator.rpn_head.conv.", "^rpn.head.conv.0.0."),
+    ("^proposal_generator.rpn_head.objectness_logits.", "^rpn.head.cls_logits."),
+    ("^proposal_generator.rpn_head.anchor_deltas.", "^rpn.head.bbox_pred."),
 )
-_TO_THEIRS: NameTable = (
-    (r"^trunk\.stage1\.bn1\.", "backbone.stem.conv1.norm."),
-    (r"^trunk\.stage1\.conv1\.", "backbone.stem.conv1."),
-    (r"^trunk\.stage2\.blocks\.", "backbone.res2."),
-    (r"^trunk\.stage([34])\.", r"backbone.res\1."),
-    (r"^roi_head\.stage5\.", "roi_heads.res5."),
-    (r"\.shortcut\.bn\.", ".shortcut.norm."),
-    (r"\.shortcut\.conv\.weight$", ".shortcut.weight"),
-    (r"\.branch\.bn(\d)\.", r".conv\1.norm."),
-    (r"\.branch\.conv(\d)\.", r".conv\1."),
-    (r"^rpn\.head\.conv\.0\.0\.", "proposal_generator.rpn_head.conv."),
-    (r"^rpn\.head\.cls_logits\.", "proposal_generator.rpn_head.objectness_logits."),
-    (r"^rpn\.head\.bbox_pred\.", "proposal_generator.rpn_head.anchor_deltas."),
-)
+
+
+def _pattern(name: str) -> str:
+    return name.replace(".", r"\.").replace("#", r"(\d+)")
+
+
+def _replacement(name: str) -> str:
+    """The name with its n-th number taken from the pattern's n-th."""
+    numbers = count(1)
+    return re.sub("#", lambda _: rf"\{next(numbers)}", name.strip("^$"))
+
+
+_TO_OURS: NameTable = tuple((_pattern(theirs), _replacement(ours)) for theirs, ours in _NAMES)
+_TO_THEIRS: NameTable = tuple((_pattern(ours), _replacement(theirs)) for theirs, ours in _NAMES)
 # A detector holds the backbone's two halves under torchvision's names.
 AS_DETECTOR: NameTable = ((r"^trunk\.", "backbone."), (r"^roi_head\.", "roi_heads.box_head."))
 AS_BACKBONE: NameTable = ((r"^roi_heads\.box_head\.", "roi_head."), (r"^backbone\.", "trunk."))

@@ -1,0 +1,21 @@
+"""What tests make of networks before they compare them."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def randomize_norms(
+    network: nn.Module,
+    weight: tuple[float, float] = (0.3, 0.7),
+    shift: tuple[float, float] = (-0.2, 0.2),
+    variance: tuple[float, float] = (0.8, 1.5),
+) -> nn.Module:
+    """Factors, biases and means, and variances drawn from these ranges: none of them 0 or 1, as training leaves them."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.affine:
+            layer.weight.uniform_(*weight)
+            layer.bias.uniform_(*shift)
+            layer.running_mean.uniform_(*shift)
+            layer.running_var.uniform_(*variance)
+    return network
