@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchvision.models import get_model, list_models
-from torchvision.ops import FrozenBatchNorm2d
 
 from .backbone import NUM_TRUNK_STAGES, Backbone, Preprocessing, nearest, register_library
-from .layers import norm_layer
+from .layers import FrozenBatchNorm, norm_layer
 from .split import cut, layer_path
 from .weights import (
     DEFERRED,
     load_into,
     published_weights,
     read_state_dict,
+    stored_preprocessing,
     timm_network,
     timm_tags,
     torchvision_entry,
@@ -120,12 +120,13 @@ def _tag(options: CutOptions, published: list[str]) -> str | None:
 
 
 def _load_file(backbone: Backbone, path: str, uncut: set[str]) -> None:
-    """Load a state dict in our layout or in that of the uncut network, whose keys are `uncut`."""
+    """Load a file in our layout or in that of the uncut network, whose keys are `uncut`."""
     state = read_state_dict(path)
     ours = {layer_path(key): key for key in backbone.state_dict()}
     dropped = uncut - set(ours)
     state = {ours.get(key, key): value for key, value in state.items() if key not in dropped}
     load_into(backbone, state, (), source=str(path))
+    backbone.preprocessing = stored_preprocessing(path) or backbone.preprocessing
 
 
 def _freeze(backbone: Backbone, num_stages: int) -> Backbone:
@@ -160,7 +161,7 @@ def frozen_norm(norm: nn.BatchNorm2d) -> nn.Module:
         from timm.layers import freeze_batch_norm_2d
 
         return freeze_batch_norm_2d(norm)
-    frozen = FrozenBatchNorm2d(norm.num_features, norm.eps).to(norm.running_mean)
+    frozen = FrozenBatchNorm(norm.num_features, norm.eps).to(norm.running_mean)
     frozen.load_state_dict(
         {k: v for k, v in norm.state_dict().items() if k in frozen.state_dict()}, strict=False
     )

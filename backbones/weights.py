@@ -49,7 +49,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def _stored_preprocessing(path: str | Path) -> Preprocessing | None:
+def stored_preprocessing(path: str | Path) -> Preprocessing | None:
     """What a .safetensors file of tools/convert_weights.py says beside the weights that they expect of an image."""
     if Path(path).suffix != ".safetensors":
         return None
@@ -156,7 +156,7 @@ def load_weights(backbone: Backbone, weights: str | Path | None, published: Name
         state, backbone.preprocessing = _published(backbone.name, str(weights))
     else:
         state = read_state_dict(weights)
-        backbone.preprocessing = _stored_preprocessing(weights) or backbone.preprocessing
+        backbone.preprocessing = stored_preprocessing(weights) or backbone.preprocessing
     load_into(backbone, state, published, source=str(weights))
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -267,6 +268,17 @@ def did_you_mean(key: str, accepted: list[str]) -> str:
     """The end of a sentence about an unknown key."""
     close = difflib.get_close_matches(key, accepted, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"accepted: {', '.join(accepted)}"
+
+
+def split_overrides(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Arguments that set a key of the recipe (section.key=value, and no file of that name), and the others."""
+    overrides: list[str] = []
+    others: list[str] = []
+    for argument in arguments:
+        section = argument.partition("=")[0].partition(".")[0]
+        is_override = "=" in argument and section in Config.model_fields and not Path(argument).exists()
+        (overrides if is_override else others).append(argument)
+    return overrides, others
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from .checkpoint import write_atomically
 from .features import RegionFeatures
+from .files import write_atomically
 
 # The columns of bottom-up attention's files (Anderson et al. 2018, arXiv 1707.07998), which have no header.
 TSV_FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")

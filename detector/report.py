@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .files import write_atomically
+
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
 
 
@@ -61,9 +63,8 @@ class RunLog:
         self.close()
 
     def _rewrite(self, lines: list[dict]) -> None:
-        temporary = self.path.with_name(self.path.name + ".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, self.path)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def _write_events(self, kind: str, step: int, line: Mapping[str, Any]) -> None:
         if self._tensorboard and self._writer is None:
@@ -261,10 +262,7 @@ def plot_curves(log_path: str | Path, png_path: str | Path) -> None:
         axes.set_title(title)
         axes.grid(alpha=0.3)
     rows[-1].set_xlabel("step")
-    png_path = Path(png_path)
-    temporary = png_path.with_name(png_path.name + ".part")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, png_path)
+    write_atomically(png_path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def _plot_losses(axes: Any, train: list[dict], val: list[dict]) -> None:

@@ -19,15 +19,7 @@ from PIL import Image
 from backbones import Preprocessing
 from backbones.summary import multiply_accumulates
 
-from .checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    load_training_state,
-    save_checkpoint,
-    save_training_state,
-    write_atomically,
-    write_json,
-)
+from .checkpoint import Checkpoint, load_checkpoint, load_training_state, save_checkpoint, save_training_state
 from .config import Config, parse_config
 from .data import DetectionDataset, build_dataset
 from .data.loader import EvalBatches, TrainBatches, TransformedDataset, build_loader
@@ -43,6 +35,7 @@ from .engine import (
 )
 from .evaluation import evaluate_coco, evaluate_voc
 from .faster_rcnn import C4FasterRCNN, build_model, optimize
+from .files import write_atomically, write_json
 from .network_input import network_size
 from .report import (
     LOSSES,

@@ -15,10 +15,9 @@ from detector.checkpoint import (
     load_training_state,
     save_checkpoint,
     save_training_state,
-    write_atomically,
-    write_json,
 )
 from detector.faster_rcnn import build_model
+from detector.files import write_atomically, write_json
 
 NAMES = ("circle", "cross", "triangle", "star")
 CAFFE = Preprocessing((102.98, 115.95, 122.77), (1.0, 1.0, 1.0), "bgr", 255.0)

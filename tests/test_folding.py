@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from backbones import create_backbone
+from backbones import create_backbone, gradients
 from backbones.folding import Layers
 from backbones.gradients import _Conv2d, conv2d
 
@@ -83,6 +83,28 @@ def test_the_weight_gradient_is_that_of_torch(kernel, stride, size):
         torch.autograd.grad(y, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding", "dilation"),
+    [((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (2, 2)), ((1, 7), (0, 3), (1, 1)), ((5, 3), (2, 3), (1, 3))],
+)
+def test_the_weight_gradient_by_shifts_of_a_map_is_that_of_torch(kernel, padding, dilation, monkeypatch):
+    asked = []
+    by_shifts = gradients._weight_grad_by_shifts
+    monkeypatch.setattr(
+        gradients, "_weight_grad_by_shifts", lambda *args: asked.append(1) or by_shifts(*args)
+    )
+    torch.manual_seed(0)
+    x = torch.randn(3, 32, 17, 19).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(24, 32, *kernel).contiguous(memory_format=torch.channels_last).requires_grad_()
+    geometry = (None, (1, 1), padding, dilation)
+    y, wanted = conv2d(x, weight, *geometry), F.conv2d(x, weight, *geometry)
+    assert y.shape[2:] == x.shape[2:]
+    grad = torch.randn_like(y)
+    (ours,), (theirs,) = torch.autograd.grad(y, weight, grad), torch.autograd.grad(wanted, weight, grad)
+    assert asked and ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["float64", "grouped", "contiguous", "no_grad", "autocast"])

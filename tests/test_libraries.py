@@ -2,16 +2,19 @@
 
 import copy
 import importlib.util
+import json
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 from cut_networks import CUT, ROOT, TABLE, timm, uncut_and_cut
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import backbones.libraries
-from backbones import backbone_options, create_backbone, list_backbones
+from backbones import Preprocessing, backbone_options, create_backbone, list_backbones
 from backbones.fuse import fuse
 from backbones.split import layer_path
 from detector.config import parse_config
@@ -85,6 +88,14 @@ def test_files_in_our_layout_and_in_the_librarys_give_the_same_network(name, tmp
         for file in ("theirs.pth", "ours.pth"):
             loaded = create_backbone(name, weights=str(tmp_path / file)).eval()
             assert torch.equal(loaded(images), expected)
+
+
+def test_a_files_stored_preprocessing_comes_with_its_weights(tmp_path):
+    _, backbone = uncut_and_cut("torchvision/resnet18")
+    caffe = Preprocessing((102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0), "bgr", 255.0)
+    file = tmp_path / "caffe.safetensors"
+    save_file(backbone.state_dict(), file, {"preprocessing": json.dumps(asdict(caffe))})
+    assert create_backbone("torchvision/resnet18", weights=str(file)).preprocessing == caffe
 
 
 def test_the_keys_are_the_librarys_behind_the_stage_and_the_number_of_the_block():

@@ -32,8 +32,8 @@ from detector.benchmark import (
     plot_growth,
     plot_parts,
 )
-from detector.checkpoint import write_json
 from detector.config import load_config
+from detector.files import write_json
 from detector.report import format_table
 
 PARTS = ("transform", "trunk", "rpn", "roi_align", "head", "predictor", "postprocessing")
@@ -77,6 +77,7 @@ def add_inference(commands: Any) -> None:
         action="store_true",
         help="our optimised form with plain 3x3 too (in bf16 it is so)",
     )
+    parser.add_argument("--compile", action="store_true", help="our optimised form through torch.compile too")
     add_stock_arguments(parser)
 
 
@@ -201,6 +202,7 @@ def measure_inference(args: argparse.Namespace) -> None:
         "ours",
         *(["ours_direct"] if args.without_winograd else []),
         "ours_optimized",
+        *(["ours_compiled"] if args.compile else []),
     ]
     if not has_detectron2(args.backbone):
         print("Detectron2 is not installed, or has no such network: not measured")

@@ -9,10 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from detector.checkpoint import load_checkpoint, write_json
+from detector.checkpoint import load_checkpoint
 from detector.config import load_config
 from detector.data import build_dataset
 from detector.evaluation import format_coco, format_voc, load_results
+from detector.files import write_json
 from detector.inference import choose_device
 from detector.run import run_evaluation, score
 

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from detector import Detector
-from detector.checkpoint import Checkpoint, load_checkpoint, write_json
-from detector.config import Config
+from detector.checkpoint import Checkpoint, load_checkpoint
+from detector.config import split_overrides
 from detector.data import list_images, load_image
 from detector.feature_files import NpzFolder, TsvFile
 from detector.features import REGIONS, extract_regions, read_boxes
+from detector.files import write_json
 from detector.inference import choose_device, to_tensor
 from detector.report import Progress
 
@@ -77,8 +78,8 @@ def extract(args: argparse.Namespace) -> int:
     """Every readable picture is done; unreadable ones are named at the end, with exit status 1."""
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; accepted: 1 or more")
-    overrides = [p for p in args.paths if is_override(p)]
-    images = list_images([p for p in args.paths if p not in overrides])
+    overrides, pictures = split_overrides(args.paths)
+    images = list_images(pictures)
     checkpoint = load_checkpoint(args.weights).with_overrides(overrides)
     boxes = None if args.boxes is None else read_boxes(args.boxes, images)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -172,12 +173,6 @@ def local_device() -> str | None:
     """Of torchrun's processes on one machine, each its own GPU."""
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
-
-
-def is_override(argument: str) -> bool:
-    """Whether an argument sets a key of the recipe: section.key=value, and no file of that name."""
-    section = argument.partition("=")[0].partition(".")[0]
-    return "=" in argument and section in Config.model_fields and not Path(argument).exists()
 
 
 if __name__ == "__main__":

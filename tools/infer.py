@@ -12,9 +12,10 @@ from pathlib import Path
 from PIL import Image
 
 from detector import Detector
-from detector.checkpoint import load_checkpoint, write_atomically, write_json
-from detector.config import Config
+from detector.checkpoint import load_checkpoint
+from detector.config import split_overrides
 from detector.data import list_images, load_image
+from detector.files import write_atomically, write_json
 from detector.inference import choose_device
 from detector.report import Progress
 from detector.visualize import draw_boxes
@@ -46,8 +47,8 @@ def main() -> int:
 
 def infer(args: argparse.Namespace) -> int:
     """Every readable picture is done; unreadable ones are named at the end, with exit status 1."""
-    overrides = [p for p in args.paths if is_override(p)]
-    paths = list_images([p for p in args.paths if p not in overrides])
+    overrides, pictures = split_overrides(args.paths)
+    paths = list_images(pictures)
     checkpoint = load_checkpoint(args.weights).with_overrides(overrides)
     detector = Detector.from_checkpoint(checkpoint, choose_device(args.device))
     drawings = drawing_paths(paths, Path(args.output))
@@ -88,12 +89,6 @@ def infer(args: argparse.Namespace) -> int:
     for message in unreadable:
         print(f"skipped: {message}", file=sys.stderr)
     return 1 if unreadable else 0
-
-
-def is_override(argument: str) -> bool:
-    """Whether an argument sets a key of the recipe: section.key=value, and no file of that name."""
-    section = argument.partition("=")[0].partition(".")[0]
-    return "=" in argument and section in Config.model_fields and not Path(argument).exists()
 
 
 def drawing_paths(paths: list[Path], output: Path) -> dict[Path, Path]:

@@ -93,10 +93,11 @@ def inference_call(
 
 def inference_parts(model: FasterRCNN) -> Parts:
     """The parts of a detector of torchvision's shape; our head crops its maps itself, by `MapRegions`."""
-    heads = model.roi_heads
+    heads, trunk = model.roi_heads, model.backbone
     return [
         (model.transform, "forward", "transform"),
-        (model.backbone, "forward", "trunk"),
+        # from outside of what is compiled: a clock within would break it in two
+        (trunk, "forward" if trunk._compiled_call_impl is None else "_compiled_call_impl", "trunk"),
         (model.rpn, "forward", "rpn"),
         (heads.box_roi_pool, "forward", "roi_align"),
         (MapRegions, "_crop", "roi_align"),

@@ -22,10 +22,10 @@ from backbones.backbone import CROP
 from backbones.resnet import TORCHVISION_NAMES
 from backbones.weights import DEFERRED, load_into
 
-from ..faster_rcnn import build_faster_rcnn, optimize
+from ..faster_rcnn import build_faster_rcnn, compile_model, optimize
 from .settings import Settings, Size
 
-INFERENCE_FORMS = ("stock", "stock_channels_last", "ours", "ours_direct", "ours_optimized")
+INFERENCE_FORMS = ("stock", "stock_channels_last", "ours", "ours_direct", "ours_optimized", "ours_compiled")
 
 
 def random_weights(name: str) -> dict[str, Tensor]:
@@ -63,8 +63,10 @@ def build_form(
         model = _our_detector(settings, weights, training, form == "ours_checkpointed", **options)
     _seed_outputs(model)
     model = model.to(settings.device).train(training)
-    if form in ("ours_direct", "ours_optimized"):
-        model = optimize(model, winograd=form == "ours_optimized" and settings.dtype == "float32")
+    if form in ("ours_direct", "ours_optimized", "ours_compiled"):
+        model = optimize(model, winograd=form != "ours_direct" and settings.dtype == "float32")
+    if form == "ours_compiled":
+        compile_model(model)
     return model if form == "stock" else model.to(memory_format=torch.channels_last)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 from ..report import format_table
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from backbones.weights import rename
 
-from ..checkpoint import Checkpoint, write_atomically
+from ..checkpoint import Checkpoint
+from ..files import write_atomically
 from .architecture import name_resnet
 from .detectron2 import AS_BACKBONE, CONVENTIONS, ours_to_detectron2
 
