@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _MAP_POSITIONS = 256  # outputs of an image from which a map is a map, and not the crop of a region
-_WIDE = 32  # channels from which a matrix product of them is fast
+# Channels from which products of a map's, and of a crop's, beat oneDNN (the border makes a 7x7 crop a third larger).
+_WIDE, _WIDE_CROP = 32, 512
 
 
 def conv2d(
@@ -41,9 +42,9 @@ def _is_slow(x: Tensor, weight: Tensor, groups: int) -> bool:
 class _Conv2d(torch.autograd.Function):
     """conv2d of a channels-last map.
 
-    oneDNN's weight gradient in that layout runs at 0.6-0.7 of the machine's matrix rate for 1x1 convolutions and
-    0.3-0.6 for 3x3 ones on a whole map (two cores, AVX2). A matrix product reaches 0.9-1.0 for the former, nine of
-    them 0.7-0.9 for the latter, and the contiguous layout 0.5 for those of stride 2, copies counted.
+    oneDNN's weight gradient in that layout runs at 0.6-0.7 of the machine's matrix rate for 1x1 convolutions, and at
+    0.3-0.6 for 3x3 ones on a whole map (two cores, AVX2). A matrix product reaches 0.9-1.0 for the former, nine of them
+    0.6-0.9 for the latter, their copies counted.
     """
 
     @staticmethod
@@ -71,30 +72,44 @@ def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, stride, padding, dilat
         seen = x[:, :, :: stride[0], :: stride[1]]
         product = _rows(grad).t() @ _rows(seen)
         return product.view_as(weight)
-    if grad.shape[2] * grad.shape[3] > _MAP_POSITIONS:
-        if grad.shape[2:] == x.shape[2:] and stride == (1, 1) and x.shape[1] >= _WIDE:
-            return _weight_grad_by_shifts(grad, x, weight, padding, dilation)
-        grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    out_size = tuple(-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
+    is_map = grad.shape[2] * grad.shape[3] > _MAP_POSITIONS
+    if grad.shape[2:] == out_size and x.shape[1] >= (_WIDE if is_map else _WIDE_CROP):
+        return _weight_grad_by_shifts(grad, x, weight, stride, padding, dilation)
     return _backward(grad, x, weight, stride, padding, dilation, (False, True, False))[1]
 
 
-def _weight_grad_by_shifts(grad: Tensor, x: Tensor, weight: Tensor, padding, dilation) -> Tensor:
+def _weight_grad_by_shifts(grad: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
     """A matrix product for each place of the kernel, over all positions of the maps at once.
 
-    With a border of zeros behind each row and each image, which serves the next one too, a shift of the map is a shift
-    of its rows (positions, C): a view.
+    Under a place of the kernel, output r sees row r + q of phase a, which is every s-th row from row a on. With a border
+    of zeros behind each row and each image of a phase, which serves the next one too, its shift by q is one of its
+    flat rows (positions, C): a view.
     """
-    (num_images, in_channels, height, width), (down, right) = x.shape, padding
+    (height, width), kernel = grad.shape[2:], weight.shape[2:]
+    across, along = (
+        [divmod(place * d - p, s) for place in range(k)]
+        for k, s, p, d in zip(kernel, stride, padding, dilation, strict=True)
+    )
+    down, right = (max(abs(q) for q, _ in places) for places in (across, along))
     rows, columns = height + down, width + right
-    positions, border = num_images * rows * columns, down * columns + right
-    padded = x.new_zeros(positions + 2 * border, in_channels)
-    wanted = grad.new_zeros(positions, grad.shape[1])
-    for flat, features in ((padded[border : border + positions], x), (wanted, grad)):
-        flat.view(num_images, rows, columns, -1)[:, :height, :width] = features.permute(0, 2, 3, 1)
-    product = weight.new_empty(weight.shape[0], *weight.shape[2:], in_channels)
-    for i, j in itertools.product(range(weight.shape[2]), range(weight.shape[3])):
-        start = i * dilation[0] * columns + j * dilation[1]
-        torch.mm(wanted.t(), padded[start : start + positions], out=product[:, i, j])
+    positions, border = len(x) * rows * columns, down * columns + right
+
+    def flatten(features: Tensor) -> Tensor:
+        flat = features.new_zeros(positions + 2 * border, features.shape[1])
+        bordered = flat[border : border + positions].view(len(x), rows, columns, -1)
+        bordered[:, : features.shape[2], : features.shape[3]] = features.permute(0, 2, 3, 1)
+        return flat
+
+    phases = {
+        (a, b): flatten(x[:, :, a :: stride[0], b :: stride[1]])
+        for a, b in itertools.product({a for _, a in across}, {b for _, b in along})
+    }
+    wanted = flatten(grad)[border : border + positions].t()
+    product = weight.new_empty(weight.shape[0], *kernel, weight.shape[1])
+    for (i, (q, a)), (j, (r, b)) in itertools.product(enumerate(across), enumerate(along)):
+        start = border + q * columns + r
+        torch.mm(wanted, phases[a, b][start : start + positions], out=product[:, i, j])
     return product.permute(0, 3, 1, 2)
 
 
