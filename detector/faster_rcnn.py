@@ -10,8 +10,6 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from backbones import Backbone, Preprocessing, create_backbone
 from backbones.backbone import nearest
@@ -55,61 +53,9 @@ class C4FasterRCNN(FasterRCNN):
         ]
         batch, targets = self.transform(images, targets)
         features = {"0": self.backbone(batch.tensors)}
-        proposals, losses = self._evaluate_rpn(batch, features, targets)
-        detections, roi_losses = self._evaluate_regions(features, proposals, batch.image_sizes, targets)
+        proposals, losses = self.rpn.evaluate(batch, features, targets)
+        detections, roi_losses = self.roi_heads.evaluate(features, proposals, batch.image_sizes, targets)
         return losses | roi_losses, self.transform.postprocess(detections, batch.image_sizes, original_sizes)
-
-    def _evaluate_rpn(
-        self, batch: ImageList, features: dict[str, Tensor], targets: Targets
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Test proposals, and the RPN's losses that torchvision computes in training mode only."""
-        rpn, maps = self.rpn, list(features.values())
-        objectness, deltas = rpn.head(maps)
-        anchors = rpn.anchor_generator(batch, maps)
-        objectness, deltas = concat_box_prediction_layers(objectness, deltas)  # (N*A, 1), (N*A, 4)
-        decoded = rpn.box_coder.decode(deltas, anchors).view(len(anchors), -1, 4)  # (N, A, 4)
-        proposals, _ = rpn.filter_proposals(decoded, objectness, batch.image_sizes, [len(anchors[0])])
-        labels, matched = rpn.assign_targets_to_anchors(anchors, targets)
-        wanted = rpn.box_coder.encode(matched, anchors)
-        loss_objectness, loss_box = rpn.compute_loss(objectness, deltas, labels, wanted)
-        return proposals, {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_box}
-
-    def _evaluate_regions(
-        self,
-        features: dict[str, Tensor],
-        proposals: list[Tensor],
-        sizes: list[tuple[int, int]],
-        targets: Targets,
-    ) -> tuple[Targets, dict[str, Tensor]]:
-        """Detections of the proposals, and the RoI losses of a sample of them and the ground truth."""
-        heads = self.roi_heads
-        gt_boxes = [t["boxes"].to(p.dtype) for t, p in zip(targets, proposals, strict=True)]
-        candidates = heads.add_gt_proposals(proposals, gt_boxes)
-        logits, deltas = heads.predict(features, candidates, sizes)
-        counts = [len(c) for c in candidates]
-        is_proposal = torch.cat(
-            [torch.arange(n, device=logits.device) < len(p) for n, p in zip(counts, proposals, strict=True)]
-        )
-        boxes, scores, labels, _ = heads.postprocess_detections(
-            logits[is_proposal], deltas[is_proposal], proposals, sizes
-        )
-        detections = [
-            {"boxes": b, "labels": k, "scores": s} for b, k, s in zip(boxes, labels, scores, strict=True)
-        ]
-        matched, labels = heads.assign_targets_to_proposals(
-            candidates, gt_boxes, [t["labels"] for t in targets]
-        )
-        sampled = heads.subsample(labels)
-        matched_boxes = [
-            (gt if len(gt) else gt.new_zeros(1, 4))[m[s]]
-            for gt, m, s in zip(gt_boxes, matched, sampled, strict=True)
-        ]
-        wanted = heads.box_coder.encode(
-            matched_boxes, [c[s] for c, s in zip(candidates, sampled, strict=True)]
-        )
-        labels = [k[s] for k, s in zip(labels, sampled, strict=True)]
-        rows = torch.cat([s + sum(counts[:i]) for i, s in enumerate(sampled)])
-        return detections, heads.losses(logits[rows], deltas[rows], labels, wanted)
 
     @torch.no_grad()
     def detect(

@@ -5,7 +5,8 @@ Letters: N images, A anchors an image.
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, nms, remove_small_boxes
 
 from backbones.folding import Layers
@@ -62,6 +63,21 @@ class ProposalNetwork(RegionProposalNetwork):
         )  # of 0, torchvision would keep empty boxes
         self.rank_on, self.smooth_l1_beta = rank_on, smooth_l1_beta
         self.loss_normalizer = loss_normalizer
+
+    def evaluate(
+        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Test proposals, and the losses that torchvision computes in training mode only."""
+        maps = list(features.values())
+        objectness, deltas = self.head(maps)
+        anchors = self.anchor_generator(images, maps)
+        objectness, deltas = concat_box_prediction_layers(objectness, deltas)  # (N*A, 1), (N*A, 4)
+        decoded = self.box_coder.decode(deltas, anchors).view(len(anchors), -1, 4)  # (N, A, 4)
+        proposals, _ = self.filter_proposals(decoded, objectness, images.image_sizes, [len(anchors[0])])
+        labels, matched = self.assign_targets_to_anchors(anchors, targets)
+        wanted = self.box_coder.encode(matched, anchors)
+        loss_objectness, loss_box = self.compute_loss(objectness, deltas, labels, wanted)
+        return proposals, {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_box}
 
     def filter_proposals(
         self,

@@ -98,6 +98,42 @@ class BoxHeads(RoIHeads):
                 detection["class_scores"] = F.softmax(own[rows], -1)
         return detections
 
+    def evaluate(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: Sizes,
+        targets: list[dict[str, Tensor]],
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Detections of the proposals, and the losses of a sample of them and the ground truth."""
+        gt_boxes = [t["boxes"].to(p.dtype) for t, p in zip(targets, proposals, strict=True)]
+        candidates = self.add_gt_proposals(proposals, gt_boxes)
+        logits, deltas = self.predict(features, candidates, image_shapes)
+        counts = [len(c) for c in candidates]
+        is_proposal = torch.cat(
+            [torch.arange(n, device=logits.device) < len(p) for n, p in zip(counts, proposals, strict=True)]
+        )
+        boxes, scores, labels, _ = self.postprocess_detections(
+            logits[is_proposal], deltas[is_proposal], proposals, image_shapes
+        )
+        detections = [
+            {"boxes": b, "labels": k, "scores": s} for b, k, s in zip(boxes, labels, scores, strict=True)
+        ]
+        matched, labels = self.assign_targets_to_proposals(
+            candidates, gt_boxes, [t["labels"] for t in targets]
+        )
+        sampled = self.subsample(labels)
+        matched_boxes = [
+            (gt if len(gt) else gt.new_zeros(1, 4))[m[s]]
+            for gt, m, s in zip(gt_boxes, matched, sampled, strict=True)
+        ]
+        wanted = self.box_coder.encode(
+            matched_boxes, [c[s] for c, s in zip(candidates, sampled, strict=True)]
+        )
+        labels = [k[s] for k, s in zip(labels, sampled, strict=True)]
+        rows = torch.cat([s + sum(counts[:i]) for i, s in enumerate(sampled)])
+        return detections, self.losses(logits[rows], deltas[rows], labels, wanted)
+
     def postprocess_detections(
         self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: Sizes
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
