@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, Preprocessing, Regions, RoIHead, Trunk, init_weights, register_backbone
 from .branch_ends import squeeze_excitation
-from .layers import enter, norm_layer
-from .resnet import CaffePool
+from .layers import CaffePool, enter, norm_layer
 from .weights import DEFERRED, is_published, load_weights, read_state_dict
 
 Norm = Callable[[int], nn.Module]

@@ -60,6 +60,23 @@ def norm_layer(norm: str, weights: object) -> Callable[[int], nn.Module]:
     return NORMS[norm]
 
 
+class CaffePool(nn.MaxPool2d):
+    """Max pooling 3x3 / 2 whose windows begin at the first position and run over the last: Caffe's.
+
+    A map of odd size has one window more than Caffe's, over its last row or column, so that the trunk's map keeps
+    ceil(H/16) x ceil(W/16); sizes that a detector pads to multiples of 32 never meet one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(3, stride=2, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height % 2 or width % 2:
+            x = nn.functional.pad(x, (0, width % 2, 0, height % 2))  # after a ReLU zeros are never the larger
+        return super().forward(x)
+
+
 def is_projection(layer: nn.Module | None) -> bool:
     """Whether a layer is an ungrouped 1x1 convolution without padding, which RoIAlign commutes with."""
     return (

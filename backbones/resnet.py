@@ -4,8 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .backbone import (
     Backbone,
@@ -18,7 +17,7 @@ from .backbone import (
 )
 from .branch_ends import linear_rule
 from .folding import Layers
-from .layers import norm_layer
+from .layers import CaffePool, norm_layer
 from .residual import FULL_PREACTIVATION, ORIGINAL, BlockOptions, basic, bottleneck, opening, residual_stage
 from .weights import NameTable, is_published, load_weights
 
@@ -45,23 +44,6 @@ LAYOUTS = {
     101: (bottleneck, (3, 4, 23, 3)),
     152: (bottleneck, (3, 8, 36, 3)),
 }
-
-
-class CaffePool(nn.MaxPool2d):
-    """Max pooling 3x3 / 2 whose windows begin at the first position and run over the last: Caffe's.
-
-    A map of odd size has one window more than Caffe's, over its last row or column, so that the trunk's map keeps
-    ceil(H/16) x ceil(W/16); sizes that a detector pads to multiples of 32 never meet one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(3, stride=2, ceil_mode=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        if height % 2 or width % 2:
-            x = F.pad(x, (0, width % 2, 0, height % 2))  # after a ReLU zeros are never the larger
-        return super().forward(x)
 
 
 STEM_POOLS: dict[str, Callable[[], nn.Module]] = {

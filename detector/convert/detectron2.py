@@ -159,6 +159,11 @@ def _refuse_others(state: dict[str, Tensor], source: str) -> None:
     scores, deltas = (state.get(f"{PREDICTOR}.{name}.weight") for name in ("cls_score", "bbox_pred"))
     if scores is None or deltas is None:
         raise ValueError(f"{source} is no C4 detector of Detectron2: it has no {PREDICTOR}")
+    check_delta_rows(scores, deltas, source)
+
+
+def check_delta_rows(scores: Tensor, deltas: Tensor, source: str) -> None:
+    """Refuse a predictor whose boxes are not of each class; `scores` and `deltas` are the weights of its two layers."""
     num_classes = len(scores) - 1
     if len(deltas) != 4 * num_classes:
         raise ValueError(

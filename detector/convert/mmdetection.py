@@ -11,7 +11,14 @@ from backbones.weights import NameTable, rename
 
 from .class_names import choose_class_names
 from .converted import CAFFE, Converted
-from .detectron2 import AS_DETECTOR, CONVENTIONS, PREDICTOR, background_first, build_checkpoint
+from .detectron2 import (
+    AS_DETECTOR,
+    CONVENTIONS,
+    PREDICTOR,
+    background_first,
+    build_checkpoint,
+    check_delta_rows,
+)
 from .read import ForeignFile
 
 _OWN = ("anchor_order", "resize", "rpn_loss_normalizer", "size_divisible")
@@ -81,9 +88,4 @@ def _refuse_others(file: ForeignFile) -> None:
     layers = [file.tensors.get(f"roi_head.bbox_head.fc_{name}.weight") for name in ("cls", "reg")]
     if any(layer is None for layer in layers):
         raise ValueError(f"{file.path} has no box head roi_head.bbox_head.fc_cls and fc_reg")
-    num_classes = len(layers[0]) - 1
-    if len(layers[1]) != 4 * num_classes:
-        raise ValueError(
-            f"{file.path}: {num_classes} classes and background need {4 * num_classes} rows of box deltas, four a class; "
-            f"it has {len(layers[1])}"
-        )
+    check_delta_rows(*layers, str(file.path))
