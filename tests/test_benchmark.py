@@ -80,7 +80,7 @@ def test_inference_writes_times_parts_ratios_and_the_distance_to_the_limit(run_b
 def test_the_compiled_form_is_timed_by_its_parts_too(run_benchmark):
     arguments = (*SMALL, "--sizes", "64x96", "--proposals", "20", "--skip-stock", "--compile")
     status, measured, _, err = run_benchmark("inference", *arguments)
-    assert (status, err) == (0, "")
+    assert status == 0, err  # torch's compiler may say of itself what it misses
     times = measured["cases"][0]["times"]
     assert set(times["ours_compiled"]) == set(times["ours_optimized"])
     assert times["ours_compiled"]["trunk"]["median"] > 0
