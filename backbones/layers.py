@@ -1,4 +1,4 @@
-"""Convolutions and norms that the families share."""
+"""Convolutions, norms and a pool that the families share, and the 1x1 convolutions that open a head on the shared map."""
 
 import math
 from collections.abc import Callable

@@ -20,6 +20,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import box_iou
 
+from backbones.folding import set_folding
 from detector import build_model, load_config
 from detector.convert.detectron2 import detectron2_to_ours, ours_to_detectron2
 from detector.data.transforms import EvalTransform
@@ -86,9 +87,7 @@ def build(state: dict[str, Tensor], *overrides: str, depth: int = 50) -> C4Faste
     config = load_config(recipe, ["model.min_size=320", *overrides])
     model = build_model(config.model, 81, load_weights=False)
     model.load_state_dict(detectron2_to_ours(state))
-    for layer in model.modules():
-        if hasattr(layer, "fold_norms"):
-            layer.fold_norms = False
+    set_folding(model, False)
     return model.to(memory_format=torch.contiguous_format).eval()
 
 
