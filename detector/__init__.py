@@ -2,8 +2,18 @@
 
 import backbones  # noqa: F401  first: it says so where torchvision's operators do not fit the installed torch
 
+from .build import build_model
 from .config import Config, load_config
-from .faster_rcnn import build_faster_rcnn, build_model
 from .inference import Detections, Detector
+from .model.conventions import Conventions
+from .model.faster_rcnn import build_faster_rcnn
 
-__all__ = ["Config", "Detections", "Detector", "build_faster_rcnn", "build_model", "load_config"]
+__all__ = [
+    "Config",
+    "Conventions",
+    "Detections",
+    "Detector",
+    "build_faster_rcnn",
+    "build_model",
+    "load_config",
+]

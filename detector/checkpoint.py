@@ -19,12 +19,17 @@ from torch import Tensor
 from backbones import Preprocessing
 from backbones.backbone import first_line
 
+from .build import build_model
 from .config import Config, parse_config
-from .faster_rcnn import C4FasterRCNN, build_model
 from .files import write_atomically
+from .model.conventions import Conventions
+from .model.faster_rcnn import C4FasterRCNN
 
 FORMAT = "fasterrcnn-c4"
-VERSION = 1
+VERSION = 2
+
+# Version 1 had these in `model`.
+_SPEED = ("shared_projection", "sparse_roi_align", "fold_norms", "activation_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,8 @@ class Checkpoint:
     def build(self) -> C4FasterRCNN:
         """The detector with these weights, in evaluation mode."""
         model = build_model(self.config.model, Config.num_classes(self.class_names), load_weights=False)
-        if (
-            self.config.model.preprocessing is None
-        ):  # else the model has what the config says, overridden or not
+        # Otherwise the model has what the config says, overridden or not.
+        if self.config.model.preprocessing is None:
             model.transform.set_preprocessing(self.preprocessing)
         wanted, given = model.state_dict(), self.state_dict
         wrong = [k for k in wanted if k not in given or given[k].shape != wanted[k].shape]
@@ -60,6 +64,19 @@ class Checkpoint:
             )
         model.load_state_dict(given)
         return model.eval()
+
+
+def parse_stored_config(values: dict[str, Any], version: int, source: str) -> Config:
+    """The configuration that a file of this version holds.
+
+    In version 1, settings of speed and conventions stood in `model`, and None meant the default.
+    """
+    if version < 2:
+        model = {key: value for key, value in values["model"].items() if value is not None}
+        speed = {key: model.pop(key) for key in _SPEED if key in model}
+        conventions = {key: model.pop(key) for key in Conventions.model_fields if key in model}
+        values = {**values, "model": {**model, "conventions": conventions}, "speed": speed}
+    return parse_config(values, source=source)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -99,7 +116,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path} is of version {metadata['version']}; this program reads up to {VERSION}")
     return Checkpoint(
         tensors,
-        parse_config(json.loads(metadata["config"]), source=f"the config in {path}"),
+        parse_stored_config(
+            json.loads(metadata["config"]), int(metadata["version"]), f"the config in {path}"
+        ),
         tuple(json.loads(metadata["class_names"])),
         Preprocessing(**json.loads(metadata["preprocessing"])),
         json.loads(metadata["metrics"]),
@@ -107,6 +126,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def save_training_state(path: str | Path, state: dict[str, Any]) -> None:
+    state = {**state, "version": VERSION}
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 

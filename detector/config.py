@@ -3,14 +3,12 @@
 import difflib
 import inspect
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
@@ -20,83 +18,31 @@ from pydantic import (
 
 from backbones import backbone_options
 
-from .conventions import STOCK_BETA, Conventions
+from .model.faster_rcnn import build_faster_rcnn
+from .model.speed import Speed
+from .settings import Section, sentence
 
 
-class Section(BaseModel):
-    """A frozen part of the configuration; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class PreprocessingConfig(Section):
-    """What the network expects of an image, `backbones.Preprocessing`: (image * scale - mean) / std."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    channel_order: Literal["rgb", "bgr"] = "rgb"
-    scale: float = Field(1.0, gt=0, description="of an image in [0, 1]")
-
-
-class ModelConfig(Section):
-    """Arguments of `build_faster_rcnn`; None leaves torchvision's default."""
+class ModelConfig(build_faster_rcnn.settings):
+    """What the detector is: the backbone, and the arguments of `build_faster_rcnn`, which declares them."""
 
     backbone: dict[str, Any] = Field(description="name, and the options of that backbone")
-    roi_pool: Literal["align", "max"] = "align"
-    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
-    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    min_size: int = Field(800, gt=0)
-    max_size: int = Field(1333, gt=0)
-    shared_projection: bool = Field(True, description="conv5_x's opening 1x1 convolutions on the shared map")
-    activation_checkpointing: bool = Field(False, description="less memory in training, for more time")
-    rpn_pre_nms_top_n_train: int | None = Field(None, gt=0)
-    rpn_pre_nms_top_n_test: int | None = Field(None, gt=0)
-    rpn_post_nms_top_n_train: int | None = Field(None, gt=0)
-    rpn_post_nms_top_n_test: int | None = Field(None, gt=0)
-    rpn_nms_thresh: float | None = Field(None, ge=0, le=1)
-    rpn_fg_iou_thresh: float | None = Field(None, ge=0, le=1)
-    rpn_bg_iou_thresh: float | None = Field(None, ge=0, le=1)
-    rpn_batch_size_per_image: int | None = Field(None, gt=0)
-    rpn_positive_fraction: float | None = Field(None, ge=0, le=1)
-    rpn_score_thresh: float | None = Field(None, ge=0, le=1)
-    box_score_thresh: float | None = Field(None, ge=0, le=1)
-    box_nms_thresh: float | None = Field(None, ge=0, le=1)
-    box_detections_per_img: int | None = Field(None, gt=0)
-    box_fg_iou_thresh: float | None = Field(None, ge=0, le=1)
-    box_bg_iou_thresh: float | None = Field(None, ge=0, le=1)
-    box_batch_size_per_image: int | None = Field(None, gt=0)
-    box_positive_fraction: float | None = Field(None, ge=0, le=1)
-    bbox_reg_weights: tuple[float, float, float, float] | None = None
-    class_agnostic_nms: bool = Field(False, description="a detection suppresses those of other classes too")
-    sparse_roi_align: bool = Field(True, description="RoIAlign as a sparse product on a CPU")
-    fold_norms: bool = Field(
-        True, description="frozen norms as part of their convolutions while gradients are taken"
-    )
-    preprocessing: PreprocessingConfig | None = Field(None, description="None: what the weights say")
-    # From here on: `Conventions`, described there and in docs/conventions.md.
-    roi_align_aligned: bool = False
-    roi_align_sampling_ratio: int = Field(2, ge=0)
-    anchor_stride: Literal["grid", "fixed"] = "grid"
-    anchor_rounding: bool = True
-    anchor_order: Literal["ratio_major", "size_major"] = "ratio_major"
-    size_divisible: int = Field(32, gt=0)
-    resize: Literal["torch", "pil"] = "torch"
-    resize_rounding: Literal["floor", "nearest"] = "floor"
-    rpn_smooth_l1_beta: float = Field(STOCK_BETA, ge=0)
-    box_smooth_l1_beta: float = Field(STOCK_BETA, ge=0)
-    rpn_loss_normalizer: Literal["sampled", "batch_size"] = "sampled"
-    rpn_min_size: float = Field(1e-3, ge=0)
-    box_min_size: float = Field(1e-2, ge=0)
-    rpn_rank_on: Literal["sigmoid", "logits"] = "sigmoid"
-
-    @property
-    def conventions(self) -> Conventions:
-        return Conventions(**{field.name: getattr(self, field.name) for field in fields(Conventions)})
 
     @property
     def resizing(self) -> dict[str, Any]:
         """How images come to the network's size: arguments of the loader's transforms."""
-        return {name: getattr(self, name) for name in ("min_size", "max_size", "resize", "resize_rounding")}
+        chosen = self.conventions
+        return {
+            "min_size": self.min_size,
+            "max_size": self.max_size,
+            "resize": chosen.resize,
+            "resize_rounding": chosen.resize_rounding,
+        }
+
+    @field_validator("backbone", mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("backbone")
     @classmethod
@@ -127,11 +73,6 @@ class ModelConfig(Section):
     def _check_sizes(self) -> "ModelConfig":
         if self.min_size > self.max_size:
             raise ValueError(f"min_size {self.min_size} is larger than max_size {self.max_size}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_conventions(self) -> "ModelConfig":
-        self.conventions  # noqa: B018 -- it checks them together
         return self
 
 
@@ -253,6 +194,7 @@ class Config(Section):
     """A complete recipe."""
 
     model: ModelConfig
+    speed: Speed = Speed()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
@@ -331,6 +273,9 @@ def _override(values: Any, override: str) -> Any:
                 )
             index = int(parts[0])
             return [*node[:index], put(node[index], parts[1:]), *node[index + 1 :]]
+        if isinstance(node, str) and key.startswith(("model.backbone.", "model.conventions.")):
+            # A name alone is short for {name: ...}.
+            node = {"name": node}
         if node is not None and not isinstance(node, dict):
             raise ValueError(f"override {override!r}: there is nothing below {node!r}")
         node = node or {}
@@ -345,11 +290,7 @@ def _sentence(error: dict[str, Any], values: dict[str, Any]) -> str:
     where = ".".join(names) or "config"
     if error["type"] == "extra_forbidden":
         return f"unknown key {where}; {did_you_mean(names[-1], _fields_beside(error['loc'], values))}"
-    if error["type"] == "missing":
-        return f"{where} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    shown = "" if error["type"] == "value_error" else f" is {error['input']!r}"
-    return f"{where}{shown}: {message}"
+    return sentence(error)
 
 
 def _fields_beside(location: tuple[Any, ...], values: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, M
 from torch.optim.swa_utils import AveragedModel
 
 from .data.loader import Batch
-from .faster_rcnn import C4FasterRCNN
+from .model.faster_rcnn import C4FasterRCNN
 from .report import LOSSES
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}

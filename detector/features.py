@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .faster_rcnn import C4FasterRCNN
+from .model.faster_rcnn import C4FasterRCNN
 
 REGIONS = ("detections", "proposals")
 ACCEPTED = "[x1, y1, x2, y2] in pixels of the picture with x2 > x1 and y2 > y1"
@@ -49,53 +49,37 @@ def extract_regions(
     images: N x (3, H, W) in [0, 1]. regions: "detections", or "proposals" of the test settings.
     boxes: N x (M, 4) xyxy in pixels of the images, in place of `regions`.
 
-    A detection's vector is of its final box, its posterior of the proposal that it was decoded from, as its score.
+    `features` are pooled from the final boxes; `class_scores` of a detection come from its proposal, as its score does.
     """
     if regions not in REGIONS:
         raise ValueError(f"regions is {regions!r}; accepted: {', '.join(REGIONS)}")
-    sizes = [tuple(image.shape[-2:]) for image in images]
-    targets = None if boxes is None else [{"boxes": b} for b in boxes]
-    batch, targets = model.transform(images, targets)
-    maps = {"0": model.backbone(batch.tensors)}
-    if targets is not None:
-        found = [{"boxes": target["boxes"]} for target in targets]
+    if boxes is not None:
+        encoded = model.encode(images, [{"boxes": b} for b in boxes])
+        found = [{"boxes": target["boxes"]} for target in encoded.targets]
     else:
-        proposals, _ = model.rpn(batch, maps)
+        encoded = model.encode(images)
+        proposals = model.propose(encoded).boxes
         found = [{"boxes": b} for b in proposals]
         if regions == "detections":
-            found = model.roi_heads.detect(maps, proposals, batch.image_sizes, class_scores=True)
-    found = _with_vectors(model, maps, found, batch.image_sizes)
+            found = model.roi_heads.detect(model.classify(encoded, proposals), class_scores=True)
+    final = model.classify(encoded, [f["boxes"] for f in found])
+    columns = zip(found, final.by_image("vectors"), final.by_image("logits"), strict=True)
+    found = [{**_best_class(logits), **f, "features": vectors} for f, vectors, logits in columns]
     if boxes is None:
-        found = model.transform.postprocess(found, batch.image_sizes, sizes)
+        found = model.restore(found, encoded)
     else:
         found = [{**f, "boxes": b} for f, b in zip(found, boxes, strict=True)]
     return [
         RegionFeatures(**{name: value.cpu() for name, value in f.items()}, image_size=size)
-        for f, size in zip(found, sizes, strict=True)
+        for f, size in zip(found, encoded.original_sizes, strict=True)
     ]
 
 
-def _with_vectors(
-    model: C4FasterRCNN,
-    maps: dict[str, Tensor],
-    found: list[dict[str, Tensor]],
-    sizes: list[tuple[int, int]],
-) -> list[dict[str, Tensor]]:
-    """The regions of each image with their vectors, and with posteriors where they have none yet."""
-    heads, boxes = model.roi_heads, [f["boxes"] for f in found]
-    vectors = heads.box_head(heads.box_roi_pool(maps, boxes, sizes))
-    classified = {} if all("class_scores" in f for f in found) else _classify(heads.box_predictor(vectors)[0])
-    counts = [len(b) for b in boxes]
-    added = {"features": vectors, **classified}
-    split = {name: value.split(counts) for name, value in added.items()}
-    return [{**f, **{name: parts[i] for name, parts in split.items()}} for i, f in enumerate(found)]
-
-
-def _classify(logits: Tensor) -> dict[str, Tensor]:
-    """(R, K) logits -> posteriors, and the best foreground class."""
-    posteriors = logits.softmax(dim=-1)
-    scores, labels = posteriors[:, 1:].max(dim=1)
-    return {"class_scores": posteriors, "scores": scores, "labels": labels + 1}
+def _best_class(logits: Tensor) -> dict[str, Tensor]:
+    """(M, K) logits -> class_scores (M, K), and scores (M,) and labels (M,) of the best foreground class."""
+    class_scores = logits.softmax(dim=-1)
+    scores, labels = class_scores[:, 1:].max(dim=1)
+    return {"class_scores": class_scores, "scores": scores, "labels": labels + 1}
 
 
 def check_boxes(boxes: Any, where: str = "box") -> Tensor:

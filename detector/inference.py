@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .data.images import load_image
-from .faster_rcnn import C4FasterRCNN, compile_model
-from .faster_rcnn import optimize as optimize_model
 from .features import check_boxes
+from .model.faster_rcnn import C4FasterRCNN
+from .model.speed import apply_speed, compile_model
+from .model.speed import optimize as optimize_model
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Boxes = Tensor | np.ndarray | Sequence[Sequence[float]]
@@ -72,8 +73,6 @@ class Detector:
         self.model = model.eval().to(device)
         self.class_names = tuple(class_names)
         self.device = torch.device(device)
-        self._default_thresh: float = self.model.roi_heads.score_thresh
-        self._default_agnostic: bool = self.model.roi_heads.class_agnostic_nms
 
     @classmethod
     def load(
@@ -100,7 +99,7 @@ class Detector:
         optimize: bool = True,
         compile: bool = False,
     ) -> "Detector":
-        model = checkpoint.build().to(choose_device(device))
+        model = apply_speed(checkpoint.build(), checkpoint.config.speed).to(choose_device(device))
         if optimize:
             model = optimize_model(model)
         if compile:
@@ -125,17 +124,18 @@ class Detector:
         classes too (default: as the recipe says).
         channel_order: of an array, "rgb" or OpenCV's "bgr".
         """
-        thresh = self._default_thresh if score_thresh is None else score_thresh
-        if not 0 <= thresh <= 1:
+        if score_thresh is not None and not 0 <= score_thresh <= 1:
             raise ValueError(f"score_thresh is {score_thresh!r}; accepted: 0 to 1")
         tensor = to_tensor(image, channel_order).to(self.device)
-        heads = self.model.roi_heads
-        heads.score_thresh = thresh
-        heads.class_agnostic_nms = (
-            self._default_agnostic if class_agnostic_nms is None else class_agnostic_nms
-        )
-        detected = self.model.detect([tensor], features=features, class_scores=class_scores)[0]
-        return Detections(class_names=self.class_names, **{name: v.cpu() for name, v in detected.items()})
+        found = self.model.detect(
+            [tensor],
+            vectors=features,
+            class_scores=class_scores,
+            score_thresh=score_thresh,
+            class_agnostic_nms=class_agnostic_nms,
+        )[0]
+        found = {name: value.cpu() for name, value in found.items()}
+        return Detections(class_names=self.class_names, features=found.pop("vectors", None), **found)
 
     @torch.inference_mode()
     def features(self, image: Picture, boxes: Boxes, *, channel_order: str = "rgb") -> Tensor:
@@ -144,7 +144,7 @@ class Detector:
         Any number of boxes, also partly outside the picture. `detector(image, features=True)` gives those of detections.
         """
         tensor = to_tensor(image, channel_order).to(self.device)
-        return self.model.region_features([tensor], [check_boxes(boxes).to(self.device)])[0].cpu()
+        return self.model.region_vectors([tensor], [check_boxes(boxes).to(self.device)])[0].cpu()
 
 
 def default_device() -> torch.device:

@@ -19,8 +19,16 @@ from PIL import Image
 from backbones import Preprocessing
 from backbones.summary import multiply_accumulates
 
-from .checkpoint import Checkpoint, load_checkpoint, load_training_state, save_checkpoint, save_training_state
-from .config import Config, parse_config
+from .build import build_model
+from .checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_training_state,
+    parse_stored_config,
+    save_checkpoint,
+    save_training_state,
+)
+from .config import Config
 from .data import DetectionDataset, build_dataset
 from .data.loader import EvalBatches, TrainBatches, TransformedDataset, build_loader
 from .data.transforms import EvalTransform, TrainTransform
@@ -34,9 +42,10 @@ from .engine import (
     train_one_epoch,
 )
 from .evaluation import evaluate_coco, evaluate_voc
-from .faster_rcnn import C4FasterRCNN, build_model, optimize
 from .files import write_atomically, write_json
-from .network_input import network_size
+from .model.faster_rcnn import C4FasterRCNN
+from .model.network_input import network_size
+from .model.speed import apply_speed, optimize
 from .report import (
     LOSSES,
     Progress,
@@ -94,6 +103,7 @@ def train(
     torch.manual_seed(options.seed)
     num_classes = Config.num_classes(train_set.class_names)
     model = build_model(config.model, num_classes, load_weights=state is None and start is None).to(device)
+    apply_speed(model, config.speed)
     if state is not None and "preprocessing" in state:  # it belongs to the weights, wherever they came from
         model.transform.set_preprocessing(Preprocessing(**state["preprocessing"]))
     if start is not None:
@@ -109,7 +119,8 @@ def train(
 
     training = build_training(config, model, num_batches=len(batches), device=device)
     if state is not None:
-        check_resumable(state["config"], config)
+        version = state.get("version", 1)
+        check_resumable(parse_stored_config(state["config"], version, "the saved run's config"), config)
         training.load_state_dict(state)
     print(describe(config, model, train_set, val_set, device), flush=True)
 
@@ -144,10 +155,9 @@ def train(
 _FREE = ("eval_every", "patience", "log_every")
 
 
-def check_resumable(saved: dict[str, Any], config: Config) -> None:
+def check_resumable(saved: Config, config: Config) -> None:
     """Refuse to continue with another model or optimisation: the saved schedule and moments belong to theirs."""
-    # A setting that is newer than the saved run had its default.
-    saved = parse_config(saved, source="the saved run's config").model_dump(mode="json")
+    saved = saved.model_dump(mode="json")
     given = config.model_dump(mode="json")
     changed = [
         f"{section}.{key} was {saved[section].get(key)!r}, now {value!r}"
@@ -394,7 +404,7 @@ def describe(
     counts = {"train": train_set.box_counts()} | ({} if val_set is None else {"val": val_set.box_counts()})
     rows = [(name, *(c[name] for c in counts.values())) for name in train_set.class_names]
     lines.append(format_table(rows, header=("class", *counts)))
-    size = (config.model.min_size, config.model.max_size, config.model.resize_rounding)
+    size = (config.model.min_size, config.model.max_size, config.model.conventions.resize_rounding)
     seen = Counter(network_size(int(h), int(w), *size) for h, w in train_set.image_sizes)
     common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in seen.most_common(3))
     more = f" and {len(seen) - 3} other sizes" if len(seen) > 3 else ""

@@ -11,20 +11,13 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .config import ModelConfig
-from .faster_rcnn import C4FasterRCNN
+from .model.faster_rcnn import C4FasterRCNN
 
 _PREDICTOR = "roi_heads.box_predictor."
 _RPN_OUTPUTS = ("rpn.head.cls_logits.", "rpn.head.bbox_pred.")
 _COUNTER = "num_batches_tracked"  # frozen norms have none
-# Settings that say how to train or what to return, not what the weights expect.
-_FREE = (
-    "backbone",
-    "activation_checkpointing",
-    "shared_projection",
-    "fold_norms",
-    "preprocessing",
-    "class_agnostic_nms",
-)
+# These settings say what to return, or are compared apart.
+_FREE = ("backbone", "preprocessing", "class_agnostic_nms", "conventions")
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ def _refuse_other_network(
 
 def _same_anchors(one: ModelConfig, other: ModelConfig) -> bool:
     return (
-        one.anchor_order == other.anchor_order
+        one.conventions.anchor_order == other.conventions.anchor_order
         and one.aspect_ratios == other.aspect_ratios
         and len(one.anchor_sizes) == len(other.anchor_sizes)
     )
@@ -130,7 +123,7 @@ def _predictor_rows(
 
 def _other_settings(config: ModelConfig, theirs: ModelConfig) -> tuple[str, ...]:
     """Settings that the weights were trained with and the recipe has otherwise, backbone's options among them."""
-    ours, before = config.model_dump(), theirs.model_dump()
+    ours, before = (m.model_dump() | m.conventions.model_dump() for m in (config, theirs))
     differing = {
         name: (value, before[name])
         for name, value in ours.items()

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from detector.model.conventions import Conventions
+
 
 @torch.no_grad()
 def randomize_norms(
@@ -19,3 +21,9 @@ def randomize_norms(
             layer.running_mean.uniform_(*shift)
             layer.running_var.uniform_(*variance)
     return network
+
+
+def settings(**options) -> dict:
+    """Arguments of `build_faster_rcnn`, the fields of `Conventions` among them gathered into one."""
+    conventions = {name: options.pop(name) for name in list(options) if name in Conventions.model_fields}
+    return {**options, "conventions": conventions}

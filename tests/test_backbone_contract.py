@@ -23,8 +23,8 @@ from backbones import (
     list_backbones,
 )
 from backbones.fuse import fuse, use_winograd
-from detector.faster_rcnn import build_faster_rcnn
-from detector.region_pool import RegionPool, SharedRegionPool
+from detector.model.faster_rcnn import build_faster_rcnn
+from detector.model.region_pool import RegionPool, SharedRegionPool
 
 DEEP = re.compile(r"101|152|161|169|201|wide")
 NAMES = [

@@ -112,19 +112,19 @@ def test_an_unknown_key_at_any_level_is_refused_with_a_suggestion(recipe, overri
         ("train.epochs=0", r"train\.epochs is 0: .*greater than 0"),
         ("train.lr=fast", r"train\.lr is 'fast': .*number"),
         ("train.lr=.inf", r"train\.lr is inf: .*finite"),
-        ("train.optimizer=adam", r"train\.optimizer is 'adam': .*'sgd' or 'adamw'"),
-        ("train.amp=fp8", r"train\.amp is 'fp8': .*'none', 'bf16' or 'fp16'"),
+        ("train.optimizer=adam", r"train\.optimizer is 'adam'; .*accepted: sgd, adamw"),
+        ("train.amp=fp8", r"train\.amp is 'fp8'; .*accepted: none, bf16, fp16"),
         ("data.strict=maybe", r"data\.strict is 'maybe': .*boolean"),
         ("data.train=pictures", r"data\.train is 'pictures': .*list"),
         ("data.train.format=cocoa", r"data\.train\.0.*'cocoa'.*'coco', 'voc', 'shapes'"),
         ("data.train={format: coco, images: a}", r"data\.train\.0\.coco\.annotations is missing"),
         ("model.backbone.width=wide", r"model\.backbone: option width is 'wide': .*integer"),
         ("model.backbone.weights=5", r"model\.backbone: option weights is 5: .*string"),
-        ("model.backbone=resnet18", r"model\.backbone is 'resnet18': .*dictionary"),
+        ("model.backbone=18", r"model\.backbone is 18: .*dictionary"),
         ("model.backbone={width: 8}", r"model\.backbone: backbone needs a name; got \{'width': 8\}"),
         ("model.min_size=100", "min_size 100 is larger than max_size 96"),
         ("model.box_nms_thresh=1.5", r"model\.box_nms_thresh is 1\.5: .*less than or equal to 1"),
-        ("model.roi_pool=mean", r"model\.roi_pool is 'mean': .*'align' or 'max'"),
+        ("model.roi_pool=mean", r"model\.roi_pool is 'mean'; .*accepted: align, max"),
         ("model=null", r"model is None: .*ModelConfig"),
         ("augment.scale=[2, 1]", r"augment\.scale: scale is \(2\.0, 1\.0\); accepted: two positive numbers"),
         ("augment.scale=[1, 1, 1]", r"augment\.scale"),
@@ -197,7 +197,8 @@ def test_a_file_without_sections_is_refused(tmp_path, content, kind):
     path = tmp_path / "flat.yaml"
     path.write_text(content)
     with pytest.raises(
-        ValueError, match=rf"flat\.yaml holds {kind}; accepted: sections model, data, augment, train, loader"
+        ValueError,
+        match=rf"flat\.yaml holds {kind}; accepted: sections model, speed, data, augment, train, loader",
     ):
         load_config(path)
 

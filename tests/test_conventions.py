@@ -1,12 +1,12 @@
 """The named conventions: what each changes, torchvision's as the defaults, Detectron2's in its recipes and in the docs."""
 
 import re
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from networks import settings
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import box_iou
@@ -14,11 +14,11 @@ from torchvision.ops import box_iou
 from backbones import Preprocessing
 from detector import build_faster_rcnn, build_model, load_config
 from detector.config import ModelConfig, parse_config
-from detector.conventions import DETECTRON2, Conventions
 from detector.data.transforms import EvalTransform
-from detector.losses import region_losses
-from detector.network_input import NetworkTransform, network_size, resize_pil
-from detector.sampling import SeededSampler
+from detector.model.conventions import DETECTRON2, Conventions
+from detector.model.losses import region_losses
+from detector.model.network_input import NetworkTransform, network_size, resize_pil
+from detector.model.sampling import SeededSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("detectron2_*.yaml"))
@@ -29,7 +29,7 @@ BACKBONE = {"name": "resnet18", "width": 8}
 def build(backbone, **options):
     """A detector of four classes whose scores differ."""
     torch.manual_seed(2)
-    model = build_faster_rcnn(backbone, 5, **{**SETTINGS, **options}).eval()
+    model = build_faster_rcnn(backbone, 5, **settings(**{**SETTINGS, **options})).eval()
     with torch.no_grad():
         model.rpn.head.cls_logits.weight.normal_(std=0.3)
         model.rpn.head.bbox_pred.weight.normal_(std=0.05)
@@ -65,7 +65,7 @@ def test_by_default_proposals_and_detections_are_torchvisions_to_the_last_bit(ti
         features = {"0": ours.backbone(batch.tensors)}
         found, expected = ours.rpn(batch, features)[0], theirs.rpn(batch, features)[0]
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        found = ours.roi_heads(features, found, batch.image_sizes)[0]
+        found = ours.roi_heads.detect(ours.roi_heads(features["0"], found, batch.image_sizes))
         expected = theirs.roi_heads(features, expected, batch.image_sizes)[0]
     assert sum(len(d["boxes"]) for d in expected) > 20
     for a, b in zip(found, expected, strict=True):
@@ -86,7 +86,10 @@ def test_by_default_losses_are_torchvisions_to_the_last_bit(tiny_backbone):
     logits, deltas = torch.randn(90, 5, generator=random), torch.randn(90, 20, generator=random)
     labels, wanted = torch.randint(0, 5, (90,), generator=random), torch.randn(90, 4, generator=random)
     expected = fastrcnn_loss(logits, deltas, [labels], [wanted])
-    assert region_losses(logits, deltas, labels, wanted, ours.roi_heads.smooth_l1_beta) == expected
+    assert (
+        region_losses(logits, deltas, labels, wanted, ours.roi_heads.conventions.box_smooth_l1_beta)
+        == expected
+    )
 
 
 # ---- what the options change
@@ -168,14 +171,14 @@ def test_class_scores_are_the_posterior_behind_each_score_from_one_pass_of_the_t
     images = [noise(64, 96), noise(100, 150, seed=1)]
     plain = model(images)
     model.backbone.register_forward_hook(lambda *args: passes.append(1))
-    found = model.detect(images, features=True, class_scores=True)
+    found = model.detect(images, vectors=True, class_scores=True)
     assert len(passes) == 1
     for detection, expected in zip(found, plain, strict=True):
         scores = detection["class_scores"]
         assert torch.equal(detection["boxes"], expected["boxes"]) and len(scores) > 5
         assert torch.equal(scores.gather(1, detection["labels"][:, None])[:, 0], detection["scores"])
         torch.testing.assert_close(scores.sum(dim=1), torch.ones(len(scores)))
-        assert scores.shape[1] == 5 and detection["features"].shape == (len(scores), 32)
+        assert scores.shape[1] == 5 and detection["vectors"].shape == (len(scores), 32)
         assert set(expected) == {"boxes", "labels", "scores"}
 
 
@@ -185,7 +188,7 @@ def test_class_scores_of_no_detection_are_no_rows(tiny_backbone):
 
 
 def test_the_conventions_of_detectron2_train_and_detect(tiny_backbone):
-    model = build(tiny_backbone, **asdict(DETECTRON2), preprocessing=Preprocessing(scale=255.0))
+    model = build(tiny_backbone, conventions="detectron2", preprocessing=Preprocessing(scale=255.0))
     image, target = noise(64, 90), {"boxes": torch.tensor([[4.0, 4, 40, 50]]), "labels": torch.tensor([2])}
     losses = model.train()([image], [dict(target)])
     sum(losses.values()).backward()
@@ -200,7 +203,7 @@ def test_the_conventions_of_detectron2_train_and_detect(tiny_backbone):
 
 def test_pil_resizes_before_the_normalisation_and_the_loader_resizes_the_same(tiny_backbone):
     preprocessing = Preprocessing((100.0, 110.0, 120.0), (1.0,) * 3, "bgr", 255.0)
-    transform = NetworkTransform(48, 96, preprocessing, 1, resize="pil", resize_rounding="nearest")
+    transform = NetworkTransform(48, 96, preprocessing, DETECTRON2)
     pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
     expected = resize_pil(pixels, (48, 69)).astype(np.float32)[:, :, ::-1] - np.float32([100, 110, 120])
     image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
@@ -215,7 +218,7 @@ def test_pil_resizes_before_the_normalisation_and_the_loader_resizes_the_same(ti
 
 @pytest.mark.parametrize("resize", ["torch", "pil"])
 def test_bytes_are_refused_and_not_taken_for_numbers_in_0_to_1(resize):
-    transform = NetworkTransform(48, 96, Preprocessing(scale=255.0), 32, resize=resize)
+    transform = NetworkTransform(48, 96, Preprocessing(scale=255.0), Conventions(resize=resize))
     with pytest.raises(TypeError, match=r"an image is torch\.uint8; accepted: floating point in \[0, 1\]"):
         transform([torch.zeros(3, 48, 64, dtype=torch.uint8)])
 
@@ -239,39 +242,33 @@ def test_half_a_pixel_is_rounded_up_or_down():
         ({"resize_rounding": "up"}, "resize_rounding is 'up'; accepted: floor, nearest"),
         ({"rpn_loss_normalizer": 256}, "rpn_loss_normalizer is 256; accepted: sampled, batch_size"),
         ({"rpn_rank_on": "logit"}, "rpn_rank_on is 'logit'; did you mean 'logits'"),
-        ({"rpn_min_size": -1}, "rpn_min_size is -1; accepted: 0 or more"),
-        ({"size_divisible": 0}, "size_divisible is 0; accepted: 1 or more"),
-        ({"size_divisible": 1}, "size_divisible is 1 and anchor_stride 'grid'.*a multiple of 16, or anchor_stride 'fixed'"),
+        ({"rpn_min_size": -1}, "rpn_min_size is -1: Input should be greater than or equal to 0"),
+        ({"size_divisible": 0}, "size_divisible is 0: Input should be greater than or equal to 1"),
+        ({"size_divisible": 1}, "size_divisible is 1 and anchor_stride is 'grid'.*a multiple of 16, or anchor_stride 'fixed'"),
         ({"roi_align_aligned": True, "roi_pool": "max"}, 'aligned=True needs mode="align"'),
     ],
 )  # fmt: skip
 def test_an_impossible_convention_is_refused_by_name(tiny_backbone, options, message):
     with pytest.raises(ValueError, match=message):
-        build_faster_rcnn(tiny_backbone, 3, **options)
+        build_faster_rcnn(tiny_backbone, 3, **settings(**options))
 
 
 def test_a_config_refuses_conventions_that_do_not_go_together():
-    with pytest.raises(ValueError, match="size_divisible is 1 and anchor_stride 'grid'"):
-        parse_config({"model": {"backbone": BACKBONE, "size_divisible": 1}})
+    with pytest.raises(ValueError, match="size_divisible is 1 and anchor_stride is 'grid'"):
+        parse_config({"model": {"backbone": BACKBONE, "conventions": {"size_divisible": 1}}})
 
 
 def test_the_config_has_every_convention_and_builds_them():
-    config = ModelConfig(backbone=BACKBONE, **asdict(DETECTRON2), class_agnostic_nms=True,
+    config = ModelConfig(backbone=BACKBONE, conventions="detectron2", class_agnostic_nms=True,
         preprocessing={"mean": [1, 2, 3], "std": [4, 5, 6], "channel_order": "bgr", "scale": 255})  # fmt: skip
     assert config.conventions == DETECTRON2
     model = build_model(config, 3)
     assert model.transform.preprocessing == Preprocessing((1.0, 2.0, 3.0), (4.0, 5.0, 6.0), "bgr", 255.0)
     pool = model.roi_heads.box_roi_pool
     assert (pool.aligned, pool.sampling_ratio, pool.stride) == (True, 0, 16)
-    assert (model.rpn.rank_on, model.rpn.loss_normalizer, model.rpn.smooth_l1_beta) == (
-        "logits",
-        "batch_size",
-        0,
-    )
-    assert (
-        model.roi_heads.smooth_l1_beta == model.roi_heads.min_size == 0 and model.roi_heads.class_agnostic_nms
-    )
-    assert (model.transform.resize_with, model.transform.size_divisible) == ("pil", 1)
+    parts = (model.rpn, model.roi_heads, model.transform)
+    assert all(part.conventions == DETECTRON2 for part in parts) and model.roi_heads.class_agnostic_nms
+    assert model.transform.size_divisible == 1
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
@@ -299,9 +296,9 @@ def test_there_is_a_recipe_of_each_published_model():
 def test_the_documented_values_are_those_of_the_code():
     text = (ROOT / "docs" / "conventions.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| (`[^`]+` \| `[^`]+`) \|", text, re.MULTILINE))
-    for field in fields(Conventions):
-        values = (_shown(getattr(conventions, field.name)) for conventions in (Conventions(), DETECTRON2))
-        assert [cell.strip("` ") for cell in rows[field.name].split("|")] == list(values), field.name
+    for name in Conventions.model_fields:
+        values = (_shown(getattr(conventions, name)) for conventions in (Conventions(), DETECTRON2))
+        assert [cell.strip("` ") for cell in rows[name].split("|")] == list(values), name
 
 
 def _shown(value) -> str:

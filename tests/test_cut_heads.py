@@ -8,8 +8,8 @@ from torch import nn
 from backbones import create_backbone
 from backbones.fuse import WinogradConv2d, fuse
 from backbones.split import layer_path
-from detector.faster_rcnn import build_faster_rcnn
-from detector.region_pool import SharedRegionPool
+from detector.model.faster_rcnn import build_faster_rcnn
+from detector.model.region_pool import SharedRegionPool
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -14,14 +14,14 @@ from torchvision.ops import box_iou
 from backbones import Preprocessing
 from backbones.layers import FrozenBatchNorm
 from detector import build_faster_rcnn
-from detector.anchors import build_anchor_generator
-from detector.conventions import DETECTRON2
 from detector.engine import build_schedule
-from detector.losses import region_losses, rpn_losses
-from detector.network_input import NetworkTransform, network_size
-from detector.region_pool import RegionPool
+from detector.model.anchors import MapAnchors
+from detector.model.conventions import DETECTRON2
+from detector.model.losses import region_losses, rpn_losses
+from detector.model.network_input import NetworkTransform, network_size
+from detector.model.region_pool import RegionPool
+from detector.model.sampling import SeededSampler
 from detector.roi_align import bin_weights, sparse_roi_align
-from detector.sampling import SeededSampler
 
 WEIGHTS = [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)]
 MATCHERS = {"rpn": (0.7, 0.3, True), "roi": (0.5, 0.5, False)}
@@ -43,7 +43,7 @@ def cases(shared) -> dict:
 @pytest.fixture
 def model(tiny_backbone):
     """A detector of four classes of objects under Detectron2's conventions."""
-    return build_faster_rcnn(tiny_backbone, 5, **vars(DETECTRON2)).eval()
+    return build_faster_rcnn(tiny_backbone, 5, conventions=DETECTRON2).eval()
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
@@ -93,8 +93,7 @@ def test_without_targets_every_box_is_a_negative(cases, model):
 
 def test_anchors_are_the_same_to_the_last_bit(cases):
     case = cases["anchors"]
-    generator = build_anchor_generator((32, 64, 128, 256, 512), (0.5, 1.0, 2.0), 800, 1333,
-        stride="fixed", rounding=False, order="size_major")  # fmt: skip
+    generator = MapAnchors((32, 64, 128, 256, 512), (0.5, 1.0, 2.0), DETECTRON2)
     assert torch.equal(generator.cell_anchors[0], case["cell_anchors"])
     images = ImageList(torch.zeros(1, 3, 37, 61), [(37, 61)])
     found = generator(images, [torch.zeros(1, 8, *case["grid"])])
@@ -160,7 +159,9 @@ def test_losses_of_the_regions(cases, model):
     labels = (case["gt_classes"] + 1) % (case["num_classes"] + 1)
     coder = BoxCoder(case["weights"])
     wanted = coder.encode_single(case["gt_boxes"], case["proposal_boxes"])
-    classifier, box = region_losses(logits, deltas, labels, wanted, model.roi_heads.smooth_l1_beta)
+    classifier, box = region_losses(
+        logits, deltas, labels, wanted, model.roi_heads.conventions.box_smooth_l1_beta
+    )
     assert classifier.item() == pytest.approx(case["losses"]["loss_cls"], rel=1e-6)
     assert box.item() == pytest.approx(case["losses"]["loss_box_reg"], rel=1e-6)
 
@@ -219,7 +220,7 @@ def test_the_learning_rate_follows_the_3x_schedule(cases):
 def test_a_batch_is_padded_with_zeros_to_its_largest_height_and_width(cases):
     case = cases["image_list"]
     images = [x[:, :h, :w] for x, (h, w) in zip(case["tensor"], case["image_sizes"], strict=True)]
-    transform = NetworkTransform(32, 64, Preprocessing(), DETECTRON2.size_divisible)
+    transform = NetworkTransform(32, 64, Preprocessing(), DETECTRON2)
     assert torch.equal(transform.batch_images(images, transform.size_divisible), case["tensor"])
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from detector.build import build_model
 from detector.engine import (
     LOSSES,
     LossMonitor,
@@ -21,7 +22,6 @@ from detector.engine import (
     to_device,
     train_one_epoch,
 )
-from detector.faster_rcnn import build_model
 from detector.run import build_training
 
 CPU = torch.device("cpu")

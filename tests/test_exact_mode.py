@@ -24,11 +24,12 @@ from backbones.folding import set_folding
 from detector import build_model, load_config
 from detector.convert.detectron2 import detectron2_to_ours, ours_to_detectron2
 from detector.data.transforms import EvalTransform
-from detector.faster_rcnn import C4FasterRCNN, optimize
+from detector.model.faster_rcnn import C4FasterRCNN
+from detector.model.speed import apply_speed, optimize
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 NETWORK, ORIGINAL = (320, 400), (256, 320)
-PLAIN = ("model.shared_projection=false", "model.sparse_roi_align=false", "model.fold_norms=false")
+PLAIN = ("speed.shared_projection=false", "speed.sparse_roi_align=false", "speed.fold_norms=false")
 LOSSES = {
     "loss_cls": "loss_classifier",
     "loss_box_reg": "loss_box_reg",
@@ -87,6 +88,7 @@ def build(state: dict[str, Tensor], *overrides: str, depth: int = 50) -> C4Faste
     config = load_config(recipe, ["model.min_size=320", *overrides])
     model = build_model(config.model, 81, load_weights=False)
     model.load_state_dict(detectron2_to_ours(state))
+    apply_speed(model, config.speed)
     set_folding(model, False)
     return model.to(memory_format=torch.contiguous_format).eval()
 
@@ -179,7 +181,8 @@ def test_a_part_with_kernels_of_the_cpu_equals_the_file_within_its_tolerance(fou
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_head_on_every_stored_proposal_equals_the_file_within_its_tolerance(model, arrays, tolerance):
-    logits, deltas = model.roi_heads.predict({"0": arrays["res4"]}, [arrays["proposals"]], [NETWORK])
+    classified = model.roi_heads(arrays["res4"], [arrays["proposals"]], [NETWORK])
+    logits, deltas = classified.logits, classified.deltas
     assert_within(background_last(logits), arrays["cls_logits_all"], tolerance["fixed_cls_logits"])
     assert_within(foreground(deltas), arrays["box_deltas_all"], tolerance["fixed_box_deltas"])
 
@@ -193,9 +196,8 @@ def test_detections_of_the_stored_outputs_equal_the_file(model, arrays, name, co
     """Classes, order and proposals exactly; scores and boxes to the rounding of exp and of softmax's order of sums."""
     logits = arrays["cls_logits_all"][:count].roll(1, dims=1)
     deltas = torch.cat([torch.zeros(count, 4), arrays["box_deltas_all"][:count]], dim=1)
-    (boxes,), (scores,), (labels,), (rows,) = model.roi_heads.postprocess_detections(
-        logits, deltas, [arrays["proposals"][:count]], [NETWORK]
-    )
+    decoded = model.roi_heads.box_coder.decode(deltas, [arrays["proposals"][:count]])
+    boxes, scores, labels, rows = model.roi_heads.select(decoded, logits.softmax(-1), NETWORK)
     expected = {
         key: arrays[f"detections{name}/{key}"] for key in ("boxes", "scores", "classes", "proposal_index")
     }
@@ -222,12 +224,13 @@ def test_detections_of_the_image_equal_the_file(model, theirs, image, arrays, to
     proposals, _ = model.rpn(batch, {"0": features})
     overlaps = box_iou(arrays["proposals"], proposals[0])
     assert (overlaps.max(dim=1).values > 0.999).float().mean() > 0.995  # as sets: near scores may swap
-    logits, deltas = model.roi_heads.predict({"0": features}, [arrays["proposals"][:100]], [NETWORK])
+    classified = model.roi_heads(features, [arrays["proposals"][:100]], [NETWORK])
+    logits, deltas = classified.logits, classified.deltas
     bound = 2 * tolerance["fixed_cls_logits"]
     assert_within(background_last(logits), arrays["cls_logits_all"][:100], bound)
     assert_within(foreground(deltas), arrays["box_deltas_all"][:100], 2 * tolerance["fixed_box_deltas"])
-    found = model.roi_heads.postprocess_detections(logits, deltas, [arrays["proposals"][:100]], [NETWORK])
-    boxes, scores, labels, _ = (values[0] for values in found)
+    found = model.roi_heads.detect(classified)[0]
+    boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
     assert torch.equal(labels - 1, arrays["detections_first100/classes"])
     assert_within(scores, arrays["detections_first100/scores"], bound)
     assert_within(boxes, arrays["detections_first100/boxes"], 0.01)
@@ -274,7 +277,8 @@ def test_inference_equals_the_plain_route_to_the_last_bit(request, depth):
     assert torch.equal(own_proposals[0], proposals)
     pooled = plain_c4.res5(plain_c4.crops(expected, proposals), state).mean(dim=(2, 3))
     scores, box_deltas = plain_c4.predict(pooled, state)
-    own_logits, own_deltas = model.roi_heads.predict(maps, own_proposals, batch.image_sizes)
+    classified = model.roi_heads(maps["0"], own_proposals, batch.image_sizes)
+    own_logits, own_deltas = classified.logits, classified.deltas
     assert torch.equal(background_last(own_logits), scores) and torch.equal(
         foreground(own_deltas), box_deltas
     )

@@ -1,7 +1,6 @@
 """The detector: torchvision's with the same weights, seeded sampling, evaluation in one pass, and the edges."""
 
 import copy
-import dataclasses
 import inspect
 import math
 
@@ -12,16 +11,17 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 from backbones import Preprocessing, backbone_options, create_backbone
 from detector import build_faster_rcnn, build_model
-from detector.anchors import build_anchor_generator
 from detector.config import ModelConfig
-from detector.conventions import Conventions
-from detector.network_input import NetworkTransform, network_size
-from detector.sampling import SeededSampler
+from detector.model.anchors import MapAnchors, check_anchor_sizes
+from detector.model.conventions import TORCHVISION
+from detector.model.network_input import NetworkTransform, network_size
+from detector.model.sampling import SeededSampler
 
 LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
 SIZES = (16, 32, 64)
@@ -221,7 +221,7 @@ def test_the_longest_image_keeps_a_pixel():
 
 def test_plain_images_and_boxes_go_through_as_in_torchvisions_transform():
     default = Preprocessing()
-    ours = NetworkTransform(64, 96, default, size_divisible=32)
+    ours = NetworkTransform(64, 96, default, TORCHVISION)
     theirs = GeneralizedRCNNTransform(64, 96, list(default.mean), list(default.std))
     images, targets = batch((50, 61), (200, 100), (64, 96))
     (found, found_targets), (expected, expected_targets) = ours(images, targets), theirs(images, targets)
@@ -232,7 +232,7 @@ def test_plain_images_and_boxes_go_through_as_in_torchvisions_transform():
 
 
 def test_batches_of_the_loader_pass_through_and_other_images_are_resized():
-    transform = NetworkTransform(64, 96, Preprocessing((0.0,) * 3, (1.0,) * 3), size_divisible=32)
+    transform = NetworkTransform(64, 96, Preprocessing((0.0,) * 3, (1.0,) * 3), TORCHVISION)
     images, targets = batch((70, 80), (70, 80))
     targets[0]["original_size"] = torch.tensor([140, 160])
     batched, moved = transform(images, targets)
@@ -343,7 +343,12 @@ def training_losses_on_test_proposals(model, images, targets):
         proposals, _ = model.rpn(images, features)
         model.rpn.training = model.roi_heads.training = True
         _, rpn_losses = model.rpn(images, features, targets)
-        _, roi_losses = model.roi_heads(features, proposals, images.image_sizes, targets)
+        proposals, _, labels, wanted = model.roi_heads.select_training_samples(proposals, targets)
+        vectors = model.roi_heads.box_head(
+            model.roi_heads.box_roi_pool(features, proposals, images.image_sizes)
+        )
+        classifier, box = fastrcnn_loss(*model.roi_heads.box_predictor(vectors), labels, wanted)
+        roi_losses = {"loss_classifier": classifier, "loss_box_reg": box}
         model.rpn.training = model.roi_heads.training = False
     return rpn_losses | roi_losses
 
@@ -418,10 +423,10 @@ def test_no_detection_at_all_gives_empty_tensors(tiny_backbone):
 # ---- vectors of regions
 
 
-def test_region_features_are_the_heads_vectors_of_the_pooled_boxes(tiny_backbone):
+def test_region_vectors_are_the_heads_vectors_of_the_pooled_boxes(tiny_backbone):
     model = build(tiny_backbone).eval()
     images, targets = batch((64, 96), (128, 192))  # the second is halved
-    vectors = model.region_features(images, [t["boxes"] for t in targets])
+    vectors = model.region_vectors(images, [t["boxes"] for t in targets])
     assert [tuple(v.shape) for v in vectors] == [(3, 32), (3, 32)]
     small_image, _ = model.transform([images[1]])
     with torch.no_grad():
@@ -431,14 +436,14 @@ def test_region_features_are_the_heads_vectors_of_the_pooled_boxes(tiny_backbone
         torch.testing.assert_close(vectors[1], model.roi_heads.box_head(regions), rtol=1e-4, atol=1e-5)
 
 
-def test_region_features_of_no_boxes_are_no_vectors(tiny_backbone):
+def test_region_vectors_of_no_boxes_are_no_vectors(tiny_backbone):
     model = build(tiny_backbone).eval()
     images, targets = batch((64, 96), (64, 96))
     none = torch.zeros(0, 4)
-    assert [tuple(v.shape) for v in model.region_features(images, [none, none])] == [(0, 32), (0, 32)]
-    mixed = model.region_features(images, [none, targets[1]["boxes"]])
+    assert [tuple(v.shape) for v in model.region_vectors(images, [none, none])] == [(0, 32), (0, 32)]
+    mixed = model.region_vectors(images, [none, targets[1]["boxes"]])
     assert [len(v) for v in mixed] == [0, 3]
-    alone = model.region_features(images[1:], [targets[1]["boxes"]])
+    alone = model.region_vectors(images[1:], [targets[1]["boxes"]])
     torch.testing.assert_close(mixed[1], alone[0])
 
 
@@ -455,7 +460,7 @@ def test_both_region_pools_train(tiny_backbone, roi_pool):
 def test_the_two_region_pools_differ(tiny_backbone):
     images, targets = batch((64, 96))
     vectors = [
-        build(tiny_backbone, roi_pool=pool).eval().region_features(images, [targets[0]["boxes"]])[0]
+        build(tiny_backbone, roi_pool=pool).eval().region_vectors(images, [targets[0]["boxes"]])[0]
         for pool in ("align", "max")
     ]
     assert not torch.allclose(*vectors)
@@ -543,10 +548,10 @@ def test_an_unknown_argument_is_refused_with_the_nearest(tiny_backbone, options,
         (
             3,
             {"min_size": 900, "max_size": 800},
-            "min_size 900 and max_size 800: accepted: 0 < min_size <= max_size",
+            "min_size 900 and max_size 800: accepted: min_size <= max_size",
         ),
-        (3, {"min_size": 0}, "min_size 0 and max_size 1333"),
-        (3, {"roi_pool": "mean"}, "mode must be .*got 'mean'"),
+        (3, {"min_size": 0}, "min_size is 0: Input should be greater than 0"),
+        (3, {"roi_pool": "mean"}, "roi_pool is 'mean'; .*accepted: align, max"),
         (
             3,
             {"anchor_sizes": ((32,), (64,))},
@@ -577,7 +582,7 @@ def test_an_impossible_value_is_refused(tiny_backbone, num_classes, options, mes
 )
 def test_anchors_that_do_not_fit_are_warned_of(sizes, message):
     with pytest.warns(UserWarning, match=message):
-        build_anchor_generator(sizes, RATIOS, min_size=64, max_size=96)
+        check_anchor_sizes(sizes, min_size=64, max_size=96)
 
 
 def test_one_anchor_size_may_stand_alone(tiny_backbone):
@@ -586,7 +591,7 @@ def test_one_anchor_size_may_stand_alone(tiny_backbone):
 
 
 def test_anchors_are_the_sizes_and_ratios_around_the_origin(recwarn):
-    cells = build_anchor_generator((32,), (0.25, 1.0), min_size=800, max_size=1333).cell_anchors
+    cells = MapAnchors((32,), (0.25, 1.0), TORCHVISION).cell_anchors
     # 32 x 32 pixels of area; height / width = 0.25 makes 16 high and 64 wide
     assert cells[0].tolist() == [[-32, -8, 32, 8], [-16, -16, 16, 16]]
     assert not recwarn.list
@@ -620,18 +625,19 @@ def test_build_model_for_a_checkpoint_fetches_no_weights(monkeypatch):
     assert build_model(config, 3, load_weights=False).backbone.out_channels == 256
 
 
-def test_every_model_setting_is_an_argument_of_the_builder():
-    accepted = {
-        *inspect.signature(build_faster_rcnn).parameters,
-        *inspect.signature(FasterRCNN.__init__).parameters,
-        *(field.name for field in dataclasses.fields(Conventions)),
-    }
-    assert set(ModelConfig.model_fields) <= accepted
-    defaults = inspect.signature(build_faster_rcnn).parameters
+def test_every_setting_of_the_builder_is_a_key_of_the_recipe_with_its_default():
+    parameters = inspect.signature(build_faster_rcnn).parameters.values()
+    declared = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     config = ModelConfig(backbone={"name": "resnet18"})
-    for name in ("roi_pool", "anchor_sizes", "aspect_ratios", "min_size", "max_size"):
-        assert getattr(config, name) == defaults[name].default
-    assert config.conventions == Conventions()
+    assert {name: value for name, value in config if name != "backbone"} == declared
+
+
+def test_settings_that_torchvision_has_too_have_its_defaults():
+    theirs = inspect.signature(FasterRCNN.__init__).parameters
+    ours = inspect.signature(build_faster_rcnn).parameters
+    same = [name for name in ours if name in theirs and name.startswith(("rpn_", "box_", "m"))]
+    assert len(same) == 19
+    assert {name: ours[name].default for name in same} == {name: theirs[name].default for name in same}
 
 
 def test_channels_last_changes_the_layout_and_not_the_result(tiny_backbone):

@@ -15,9 +15,9 @@ from torchvision.ops import box_iou
 
 from backbones import Preprocessing
 from detector import Detector
+from detector.build import build_model
 from detector.checkpoint import Checkpoint, save_checkpoint
 from detector.convert.converted import CAFFE
-from detector.faster_rcnn import build_model
 from detector.feature_files import TSV_FIELDS, file_names, image_ids
 from detector.features import check_boxes, extract_regions, read_boxes
 from detector.inference import to_tensor

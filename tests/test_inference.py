@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from detector import Detections, Detector
+from detector.build import build_model
 from detector.checkpoint import Checkpoint, save_checkpoint
-from detector.faster_rcnn import build_model
 from detector.inference import choose_device
 
 NAMES = ("circle", "cross", "triangle", "star")
@@ -149,7 +149,7 @@ def test_features_are_the_roi_heads_vectors_of_the_boxes(detector, picture, want
     found = detector(picture, features=True)
     assert equal(found, wanted) and found.features.shape == (len(found), 64)  # C5 of a ResNet-18 of width 8
     image = tensor_of(picture) / 255
-    alone = [detector.model.region_features([image], [box[None]])[0] for box in found.boxes]
+    alone = [detector.model.region_vectors([image], [box[None]])[0] for box in found.boxes]
     torch.testing.assert_close(found.features, torch.cat(alone), rtol=1e-4, atol=1e-5)
     assert detector(picture, features=True, score_thresh=1.0).features.shape == (0, 64)
 

@@ -11,9 +11,11 @@ from torchvision.ops import box_iou
 from backbones import fuse
 from backbones.fuse import WinogradConv2d
 from detector import Detections, Detector
+from detector.build import build_model
 from detector.checkpoint import Checkpoint, save_checkpoint
-from detector.faster_rcnn import C4FasterRCNN, build_model, compile_model, optimize
 from detector.inference import to_tensor
+from detector.model.faster_rcnn import C4FasterRCNN
+from detector.model.speed import compile_model, optimize
 
 NAMES = ("circle", "cross", "triangle", "star")
 TOLERANCE = 1e-3  # of scores

@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from backbones import Backbone, create_backbone
 from backbones.fuse import fuse
 from backbones.layers import opens_with_projection
-from detector.region_pool import RegionPool, SharedRegionPool
+from detector.model.region_pool import RegionPool, SharedRegionPool
 
 BOXES = [
     torch.tensor([[10.0, 10, 60, 70], [0, 0, 160, 128], [100, 90, 170, 140], [3, 3, 4, 4], [-20, -20, 5, 5]]),

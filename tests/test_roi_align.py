@@ -6,7 +6,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, roi_align, roi_pool
 
-from detector.region_pool import RegionPool
+from detector.model.region_pool import RegionPool
 from detector.roi_align import bin_weights, sparse_roi_align
 
 STRIDE = 16

@@ -9,7 +9,7 @@ from torch import nn
 from backbones import create_backbone
 from backbones.fuse import WinogradConv2d, fuse, use_winograd
 from backbones.layers import opens_with_projection
-from detector.region_pool import MapRegions, RegionPool, SharedRegionPool
+from detector.model.region_pool import MapRegions, RegionPool, SharedRegionPool
 
 RESNETS = (
     "resnet18",

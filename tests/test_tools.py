@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import detector.run
+from detector.build import build_model
 from detector.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from detector.faster_rcnn import build_model
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 NAMES = ("circle", "cross", "triangle", "star")

@@ -1,12 +1,14 @@
 """Fine-tuning: what fits of a detector is kept, classes by their names, and what is new is said."""
 
+import re
+
 import pytest
 import torch
 
 import detector.run
+from detector.build import build_model
 from detector.checkpoint import Checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from detector.convert.converted import CAFFE
-from detector.faster_rcnn import build_model
 from detector.run import train
 from detector.transfer import start_from
 
@@ -51,7 +53,7 @@ def test_classes_of_the_same_name_keep_their_rows_and_the_others_are_new(trained
     ("override", "new"),
     [
         ("model.anchor_sizes=[16,32,48]", 4),
-        ("model.anchor_order=size_major", 4),
+        ("model.conventions={anchor_order: size_major}", 4),
         ("model.anchor_sizes=[20,40]", 0),
     ],
 )
@@ -62,11 +64,11 @@ def test_the_rpns_outputs_are_new_where_its_anchors_are_others(trained, tiny_con
     start = start_from(model, config.model, OURS, trained)
     assert len(start.new) == new and all(name.startswith("rpn.head.") for name in start.new)
     assert torch.equal(model.rpn.head.cls_logits.weight, before) == bool(new)
-    assert override.split("=")[0].removeprefix("model.") in start.describe()
+    assert re.search(r"anchor_\w+", override)[0] in start.describe()
 
 
 def test_settings_with_which_the_weights_were_not_trained_are_said(trained, tiny_config):
-    config = tiny_config("model.roi_align_aligned=true", "model.rpn_pre_nms_top_n_test=20")
+    config = tiny_config("model.conventions={roi_align_aligned: true}", "model.rpn_pre_nms_top_n_test=20")
     start = start_from(build_model(config.model, 5), config.model, OURS, trained)
     assert start.other_settings == ("roi_align_aligned is True, was False",)
 

@@ -12,7 +12,7 @@ from detector.config import AugmentConfig
 from detector.data import DetectionDataset
 from detector.data.loader import EvalBatches, TrainBatches, TransformedDataset, build_loader
 from detector.data.transforms import EvalTransform, TrainTransform, clip_boxes, resize
-from detector.network_input import network_size
+from detector.model.network_input import network_size
 
 KEY = (0, 0, 1)
 EVERYTHING = AugmentConfig(

@@ -15,6 +15,7 @@ from detector.data import build_dataset
 from detector.evaluation import format_coco, format_voc, load_results
 from detector.files import write_json
 from detector.inference import choose_device
+from detector.model.speed import apply_speed
 from detector.run import run_evaluation, score
 
 
@@ -64,7 +65,9 @@ def evaluate(args: argparse.Namespace) -> None:
     else:
         device = choose_device(args.device)
         config = config.model_copy(update={"model": checkpoint.config.model})
-        results, losses = run_evaluation(checkpoint.build().to(device), dataset, config, device)
+        results, losses = run_evaluation(
+            apply_speed(checkpoint.build(), config.speed).to(device), dataset, config, device
+        )
         write_json(output / "detections.json", results)
     metrics = score(dataset, results)
     write_json(output / "metrics.json", {**metrics, "losses": losses}, indent=2)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from ..engine import autocast
-from ..region_pool import MapRegions
+from ..model.region_pool import MapRegions
+from ..model.roi_heads import BoxHeads
 from .detectron2 import build_detectron2, detectron2_parts, has_detectron2
 from .limit import count_macs, matrix_call, over_limit
 from .models import ForcedProposals, build_form, make_images, random_weights, set_case
@@ -103,7 +104,7 @@ def inference_parts(model: FasterRCNN) -> Parts:
         (MapRegions, "_crop", "roi_align"),
         (heads.box_head, "forward", "head"),
         (heads.box_predictor, "forward", "predictor"),
-        (heads, "postprocess_detections", "postprocessing"),
+        (heads, "detect" if isinstance(heads, BoxHeads) else "postprocess_detections", "postprocessing"),
         (model.transform, "postprocess", "postprocessing"),
     ]
 

@@ -22,7 +22,8 @@ from backbones.backbone import CROP
 from backbones.resnet import TORCHVISION_NAMES
 from backbones.weights import DEFERRED, load_into
 
-from ..faster_rcnn import build_faster_rcnn, compile_model, optimize
+from ..model.faster_rcnn import build_faster_rcnn
+from ..model.speed import Speed, apply_speed, compile_model, optimize
 from .settings import Settings, Size
 
 INFERENCE_FORMS = ("stock", "stock_channels_last", "ours", "ours_direct", "ours_optimized", "ours_compiled")
@@ -99,9 +100,8 @@ def _our_detector(
     norm = {"norm": "frozen", "frozen_stages": 2} if frozen else {}
     backbone = create_backbone(settings.backbone, weights=DEFERRED, **norm)
     load_into(backbone, weights, TORCHVISION_NAMES, source="the stock network")
-    return build_faster_rcnn(
-        backbone, settings.num_classes, activation_checkpointing=checkpointing, **options
-    )
+    model = build_faster_rcnn(backbone, settings.num_classes, **options)
+    return apply_speed(model, Speed(activation_checkpointing=checkpointing))
 
 
 @torch.no_grad()

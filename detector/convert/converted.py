@@ -12,9 +12,9 @@ from torch import Tensor
 
 from backbones import Preprocessing
 
+from ..build import build_model
 from ..checkpoint import Checkpoint, save_checkpoint
 from ..config import Config
-from ..faster_rcnn import build_model
 from ..files import write_atomically
 
 BACKBONE_FORMAT = "fasterrcnn-c4-backbone"

@@ -13,7 +13,6 @@ from backbones.weights import NameTable, rename
 
 from ..checkpoint import Checkpoint
 from ..config import Config, parse_config
-from ..conventions import DETECTRON2
 from .architecture import name_resnet
 from .class_names import choose_class_names
 from .converted import CAFFE, Converted, check_fits
@@ -21,7 +20,7 @@ from .read import ForeignFile
 
 # Where Detectron2's C4 models differ from torchvision's detector, as options of the config's model section.
 CONVENTIONS: dict[str, Any] = {
-    **asdict(DETECTRON2),
+    "conventions": "detectron2",
     "rpn_pre_nms_top_n_train": 12000,
     "rpn_pre_nms_top_n_test": 6000,
     "rpn_post_nms_top_n_train": 2000,
@@ -139,7 +138,7 @@ def build_checkpoint(
     model = {"backbone": backbone, **conventions, "preprocessing": asdict(preprocessing)}
     config = parse_config({"model": model}, overrides, source=f"the config for {source}")
     if config.model.preprocessing is not None:
-        preprocessing = Preprocessing(**config.model.preprocessing.model_dump())
+        preprocessing = config.model.preprocessing
     checkpoint = Checkpoint(state, config, class_names, preprocessing)
     check_fits(checkpoint, source)
     return checkpoint

@@ -11,8 +11,9 @@ from backbones.weights import rename
 
 from ..checkpoint import Checkpoint
 from ..files import write_atomically
+from ..model.conventions import DETECTRON2
 from .architecture import name_resnet
-from .detectron2 import AS_BACKBONE, CONVENTIONS, ours_to_detectron2
+from .detectron2 import AS_BACKBONE, ours_to_detectron2
 
 AUTHOR = "fasterrcnn-c4"
 
@@ -21,7 +22,7 @@ def export_detectron2(checkpoint: Checkpoint, source: str) -> dict[str, Tensor]:
     """The tensors for Detectron2, the RPN's channels in its order (for each size, for each ratio)."""
     name_resnet(rename(checkpoint.state_dict, AS_BACKBONE), source)  # Detectron2 builds ResNets
     state = checkpoint.state_dict
-    if checkpoint.config.model.anchor_order != "size_major":
+    if checkpoint.config.model.conventions.anchor_order != "size_major":
         state = _size_major(state, checkpoint)
     return ours_to_detectron2(state)
 
@@ -82,9 +83,9 @@ def detectron2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def other_conventions(checkpoint: Checkpoint) -> list[str]:
     """Options with which the detector was trained and which Detectron2 has otherwise, apart from proposal counts."""
-    model = checkpoint.config.model
+    ours = checkpoint.config.model.conventions
     return [
-        f"{name} {getattr(model, name)!r} (Detectron2: {value!r})"
-        for name, value in CONVENTIONS.items()
-        if getattr(model, name) != value and name != "anchor_order" and not name.endswith(("_train", "_test"))
+        f"{name} {getattr(ours, name)!r} (Detectron2: {value!r})"
+        for name, value in DETECTRON2
+        if getattr(ours, name) != value and name != "anchor_order"
     ]

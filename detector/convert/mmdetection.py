@@ -21,8 +21,16 @@ from .detectron2 import (
 )
 from .read import ForeignFile
 
-_OWN = ("anchor_order", "resize", "rpn_loss_normalizer", "size_divisible")
-MMDETECTION_CONVENTIONS: dict[str, Any] = {k: v for k, v in CONVENTIONS.items() if k not in _OWN}
+MMDETECTION_CONVENTIONS: dict[str, Any] = {
+    **CONVENTIONS,
+    "conventions": {
+        "name": "detectron2",
+        "anchor_order": "ratio_major",
+        "resize": "torch",
+        "rpn_loss_normalizer": "sampled",
+        "size_divisible": 32,
+    },
+}
 
 _TO_OURS: NameTable = (
     (r"^backbone\.", ""),

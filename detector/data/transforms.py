@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..config import AugmentConfig
-from ..network_input import network_size, resize_pil
+from ..model.network_input import network_size, resize_pil
 
 Key = tuple[int, int, int]  # seed, epoch, image id
 

@@ -3,14 +3,18 @@
 Letters: N images, A anchors an image.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, nms, remove_small_boxes
 
 from backbones.folding import Layers
 
+from .conventions import Conventions
 from .losses import rpn_losses
 from .sampling import SeededSampler
 
@@ -33,47 +37,35 @@ class Float32RPNHead(RPNHead):
 
 
 class ProposalNetwork(RegionProposalNetwork):
-    """torchvision's RPN on one map, made from a stock one; `Conventions` describes the options."""
+    """torchvision's RPN on one map under `conventions`; `options` are the arguments of torchvision's, by name."""
 
     def __init__(
-        self,
-        stock: RegionProposalNetwork,
-        *,
-        min_size: float,
-        rank_on: str,
-        smooth_l1_beta: float,
-        loss_normalizer: str,
+        self, anchors: AnchorGenerator, head: RPNHead, conventions: Conventions, **options: Any
     ) -> None:
-        matcher, sampler = stock.proposal_matcher, stock.fg_bg_sampler
-        super().__init__(
-            stock.anchor_generator,
-            stock.head,
-            matcher.high_threshold,
-            matcher.low_threshold,
-            sampler.batch_size_per_image,
-            sampler.positive_fraction,
-            stock._pre_nms_top_n,
-            stock._post_nms_top_n,
-            stock.nms_thresh,
-            stock.score_thresh,
-        )
+        super().__init__(anchors, head, **options)
+        sampler = self.fg_bg_sampler
         self.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
-        self.min_size = (
-            min_size or torch.finfo(torch.float32).tiny
-        )  # of 0, torchvision would keep empty boxes
-        self.rank_on, self.smooth_l1_beta = rank_on, smooth_l1_beta
-        self.loss_normalizer = loss_normalizer
+        # torchvision keeps empty boxes where the least size is 0.
+        self.min_size = conventions.rpn_min_size or torch.finfo(torch.float32).tiny
+        self.conventions = conventions
 
-    def evaluate(
-        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]]
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Test proposals, and the losses that torchvision computes in training mode only."""
+        """The map (N, C4, h, w) -> boxes (M, 4) of each image, and the two losses where there are targets.
+
+        torchvision's gives losses in training mode only; ours gives them in evaluation too.
+        """
         maps = list(features.values())
         objectness, deltas = self.head(maps)
         anchors = self.anchor_generator(images, maps)
-        objectness, deltas = concat_box_prediction_layers(objectness, deltas)  # (N*A, 1), (N*A, 4)
-        decoded = self.box_coder.decode(deltas, anchors).view(len(anchors), -1, 4)  # (N, A, 4)
+        # (N * A, 1) and (N * A, 4)
+        objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+        # (N, A, 4)
+        decoded = self.box_coder.decode(deltas.detach(), anchors).view(len(anchors), -1, 4)
         proposals, _ = self.filter_proposals(decoded, objectness, images.image_sizes, [len(anchors[0])])
+        if targets is None:
+            return proposals, {}
         labels, matched = self.assign_targets_to_anchors(anchors, targets)
         wanted = self.box_coder.encode(matched, anchors)
         loss_objectness, loss_box = self.compute_loss(objectness, deltas, labels, wanted)
@@ -90,7 +82,7 @@ class ProposalNetwork(RegionProposalNetwork):
 
         Scores are sigmoids, or logits where those rank.
         """
-        if self.rank_on == "sigmoid":
+        if self.conventions.rpn_rank_on == "sigmoid":
             return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
         logits = objectness.detach().reshape(len(proposals), -1)
         selected = [self.select(*image) for image in zip(proposals, logits, image_shapes, strict=True)]
@@ -122,6 +114,6 @@ class ProposalNetwork(RegionProposalNetwork):
             torch.cat(labels)[sampled],
             pred_bbox_deltas[positive],
             torch.cat(regression_targets)[positive],
-            normalizer=asked_for if self.loss_normalizer == "batch_size" else len(sampled),
-            beta=self.smooth_l1_beta,
+            normalizer=asked_for if self.conventions.rpn_loss_normalizer == "batch_size" else len(sampled),
+            beta=self.conventions.rpn_smooth_l1_beta,
         )

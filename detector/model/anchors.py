@@ -3,11 +3,16 @@
 import math
 import warnings
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+
+from ..settings import Positive
+from .conventions import Conventions
 
 STRIDE = 16
 
@@ -22,16 +27,13 @@ class MapAnchors(AnchorGenerator):
         self,
         sizes: tuple[float, ...],
         aspect_ratios: tuple[float, ...],
-        stride: str,
-        rounding: bool,
-        order: str,
+        conventions: Conventions,
     ) -> None:
         super().__init__((sizes,), (aspect_ratios,))
-        self.stride = stride
-        cells = (
-            self.cell_anchors[0] if rounding else _exact_cells(sizes, aspect_ratios)
-        )  # (A, 4), ratio-major
-        if order == "size_major":
+        self.stride = conventions.anchor_stride
+        # (A, 4), ratio-major
+        cells = self.cell_anchors[0] if conventions.anchor_rounding else _exact_cells(sizes, aspect_ratios)
+        if conventions.anchor_order == "size_major":
             cells = cells.view(len(aspect_ratios), len(sizes), 4).transpose(0, 1).reshape(-1, 4)
         self.cell_anchors = [cells]
 
@@ -52,23 +54,15 @@ def _exact_cells(sizes: tuple[float, ...], aspect_ratios: tuple[float, ...]) -> 
     return torch.tensor([[-w / 2, -ratio * w / 2, w / 2, ratio * w / 2] for ratio, w in widths])
 
 
-def build_anchor_generator(
-    sizes: tuple[float, ...],
-    aspect_ratios: tuple[float, ...],
-    min_size: int,
-    max_size: int,
-    *,
-    stride: str = "grid",
-    rounding: bool = True,
-    order: str = "ratio_major",
-) -> MapAnchors:
-    """One level of len(sizes) x len(aspect_ratios) anchors a position.
+def check_anchor_sizes(sizes: tuple[float, ...], min_size: int, max_size: int) -> None:
+    """Refuse sizes that no object can match, and warn of those that few can.
 
-    sizes: square roots of the areas, pixels of the resized image; aspect_ratios: height / width.
-    min_size, max_size: bounds of the short and long side of the resized image, against which the sizes are checked.
-    stride, rounding, order: as `Conventions` describes them.
+    sizes: square roots of the areas, in pixels of the resized image; min_size, max_size: bounds of its short and long side.
     """
-    sizes, aspect_ratios = _numbers("anchor_sizes", sizes), _numbers("aspect_ratios", aspect_ratios)
+    # 32, not 32.0
+    sizes = tuple(int(s) if s == int(s) else s for s in sizes)
+    if min_size > max_size:
+        raise ValueError(f"min_size {min_size} and max_size {max_size}: accepted: min_size <= max_size")
     too_large = [s for s in sizes if s**2 > 2 * min_size * max_size]
     too_small = [s for s in sizes if s < STRIDE / 2]
     if len(too_large) == len(sizes):
@@ -80,23 +74,26 @@ def build_anchor_generator(
         warnings.warn(
             f"anchor sizes {too_large} cover more than twice an image of {min_size} x {max_size} pixels: "
             "they match no object and only cost time",
-            stacklevel=3,
+            stacklevel=4,
         )
     if too_small:
         warnings.warn(
             f"anchor sizes {too_small} are below half the stride of {STRIDE} pixels: objects between two anchor "
             "centres are missed. A larger model.min_size makes small objects larger.",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return MapAnchors(sizes, aspect_ratios, stride, rounding, order)
 
 
-def _numbers(name: str, values: object) -> tuple[float, ...]:
-    flat = tuple(values) if isinstance(values, Iterable) else (values,)
+def _flat_numbers(values: object) -> object:
+    """One number or one tuple of numbers, as the one map takes them."""
+    flat = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
     if any(isinstance(v, (tuple, list)) for v in flat):
         raise ValueError(
-            f"{name} is {values!r}, one tuple a level; a C4 detector has one feature map, so give one flat tuple"
+            f"is {values!r}, one tuple a level; a C4 detector has one feature map, so give one flat tuple"
         )
     if not flat or not all(isinstance(v, (int, float)) and v > 0 for v in flat):
-        raise ValueError(f"{name} is {values!r}; accepted: positive numbers, at least one")
+        raise ValueError(f"is {values!r}; accepted: positive numbers, at least one")
     return flat
+
+
+Numbers = Annotated[tuple[Positive, ...], BeforeValidator(_flat_numbers)]

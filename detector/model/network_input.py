@@ -12,6 +12,8 @@ from torchvision.ops import clip_boxes_to_image
 
 from backbones import Preprocessing
 
+from .conventions import Conventions
+
 
 def network_size(
     height: int, width: int, min_size: int, max_size: int, rounding: str = "floor"
@@ -48,25 +50,16 @@ class NetworkTransform(GeneralizedRCNNTransform):
     """torchvision's transform with a backbone's preprocessing, that leaves batches of our loader at their size.
 
     A target that has `original_size` belongs to an image that the loader has already resized.
-    `Conventions` describes size_divisible, resize and resize_rounding. drop_empty: clip the final boxes to the original
-    image and drop what is empty then, as Detectron2 does.
+    `Conventions` describes size_divisible, resize and resize_rounding. Where its box_min_size is 0, the final boxes are
+    clipped to the original image, and those that are empty then are dropped, as in Detectron2.
     """
 
     def __init__(
-        self,
-        min_size: int,
-        max_size: int,
-        preprocessing: Preprocessing,
-        size_divisible: int,
-        *,
-        resize: str = "torch",
-        resize_rounding: str = "floor",
-        drop_empty: bool = False,
+        self, min_size: int, max_size: int, preprocessing: Preprocessing, conventions: Conventions
     ) -> None:
-        super().__init__(min_size, max_size, [], [], size_divisible=size_divisible)
+        super().__init__(min_size, max_size, [], [], size_divisible=conventions.size_divisible)
         self.set_preprocessing(preprocessing)
-        self.resize_with, self.resize_rounding = resize, resize_rounding
-        self.drop_empty = drop_empty
+        self.conventions = conventions
 
     def set_preprocessing(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
@@ -76,7 +69,7 @@ class NetworkTransform(GeneralizedRCNNTransform):
         """The preprocessing. torchvision asks for it before it resizes; PIL wants pixels, so it then comes after."""
         if not image.is_floating_point():
             raise TypeError(f"an image is {image.dtype}; accepted: floating point in [0, 1]")
-        return image if self.resize_with == "pil" else self._normalize(image)
+        return image if self.conventions.resize == "pil" else self._normalize(image)
 
     def _normalize(self, image: Tensor) -> Tensor:
         if self.preprocessing.channel_order == "bgr":
@@ -90,14 +83,16 @@ class NetworkTransform(GeneralizedRCNNTransform):
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         if target is None or "original_size" not in target:
             old_size = tuple(image.shape[-2:])
-            new_size = network_size(*old_size, self.min_size[-1], self.max_size, self.resize_rounding)
+            new_size = network_size(
+                *old_size, self.min_size[-1], self.max_size, self.conventions.resize_rounding
+            )
             image = self._resize_image(image, new_size)
             if target is not None:
                 target["boxes"] = resize_boxes(target["boxes"], old_size, new_size)
-        return (self._normalize(image) if self.resize_with == "pil" else image), target
+        return (self._normalize(image) if self.conventions.resize == "pil" else image), target
 
     def _resize_image(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        if self.resize_with == "torch":
+        if self.conventions.resize == "torch":
             return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
         pixels = image.mul(255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
         resized = torch.from_numpy(resize_pil(pixels, size).copy()).permute(2, 0, 1)
@@ -110,7 +105,7 @@ class NetworkTransform(GeneralizedRCNNTransform):
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         result = super().postprocess(result, image_shapes, original_image_sizes)
-        if not self.drop_empty or self.training:
+        if self.conventions.box_min_size > 0 or self.training:
             return result
         return [_drop_empty(d, size) for d, size in zip(result, original_image_sizes, strict=True)]
 

@@ -1,0 +1,278 @@
+"""Faster R-CNN (Ren et al. 2015, arXiv 1506.01497) on a backbone cut at conv4_x, composed of torchvision's parts.
+
+Letters: N images, M boxes of an image, R regions, K classes with background, C4 and C5 channels of conv4_x, conv5_x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
+
+from backbones import Backbone, Preprocessing
+
+from ..settings import Count, Positive, Probability, checked
+from .anchors import STRIDE, MapAnchors, Numbers, check_anchor_sizes
+from .conventions import TORCHVISION, Conventions
+from .network_input import NetworkTransform
+from .proposals import Float32RPNHead, ProposalNetwork
+from .region_pool import SharedRegionPool
+from .roi_heads import BoxHeads, Classified, Float32Predictor
+
+CROP_SIZE = 14
+
+Targets = list[dict[str, Tensor]]
+Sizes = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of N images at the network's size.
+
+    batch: the images, padded, (N, 3, H, W), with their sizes; features: the map, (N, C4, H/16, W/16).
+    original_sizes: (height, width) of each image as given. targets: boxes at the network's size, or None.
+    """
+
+    batch: ImageList
+    features: Tensor
+    original_sizes: Sizes
+    targets: Targets | None = None
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """boxes: N x (M, 4) xyxy at the network's size. losses: the RPN's two, where there are targets."""
+
+    boxes: list[Tensor]
+    losses: dict[str, Tensor]
+
+
+class C4FasterRCNN(FasterRCNN):
+    """torchvision's FasterRCNN in three verbs: encode, propose, classify.
+
+    `backbone` is the trunk and `roi_heads.box_head` the RoI head. These are torchvision's names, so state dicts read as theirs.
+    """
+
+    def __init__(
+        self, transform: NetworkTransform, trunk: torch.nn.Module, rpn: ProposalNetwork, roi_heads: BoxHeads
+    ) -> None:
+        # FasterRCNN's own constructor only builds parts, and ours are built.
+        GeneralizedRCNN.__init__(self, trunk, rpn, roi_heads, transform)
+
+    def encode(self, images: list[Tensor], targets: Targets | None = None) -> Encoded:
+        """Images (3, H, W) of any size, and their boxes in pixels -> a batch at the network's size, and its map."""
+        if targets is not None:
+            _check_targets(targets)
+        of_image = targets or [{}] * len(images)
+        sizes = [
+            tuple(int(side) for side in target.get("original_size", image.shape[-2:]))
+            for image, target in zip(images, of_image, strict=True)
+        ]
+        batch, targets = self.transform(images, targets)
+        return Encoded(batch, self.backbone(batch.tensors), sizes, targets)
+
+    def propose(self, encoded: Encoded) -> Proposals:
+        """The RPN's boxes of each image, and its losses where there are targets."""
+        return Proposals(*self.rpn(encoded.batch, {"0": encoded.features}, encoded.targets))
+
+    def classify(self, encoded: Encoded, boxes: list[Tensor]) -> Classified:
+        """Vectors, class logits and box deltas of N x (M, 4) boxes at the network's size."""
+        return self.roi_heads(encoded.features, boxes, encoded.batch.image_sizes)
+
+    def forward(
+        self, images: list[Tensor], targets: Targets | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """As torchvision's: the four losses in training mode, detections in evaluation mode.
+
+        images: N x (3, H, W) float RGB in [0, 1]. targets: dicts of boxes (M, 4) xyxy in pixels, labels (M,) in 1..K-1.
+        """
+        if not self.training:
+            return self.detect(images)
+        if targets is None:
+            raise ValueError("targets is None; in training mode each image needs a dict of boxes and labels")
+        encoded = self.encode(images, targets)
+        proposals = self.propose(encoded)
+        sample = self.roi_heads.sample_for_training(proposals.boxes, encoded.targets)
+        classified = self.classify(encoded, sample.boxes)
+        return self.roi_heads.losses(classified, sample) | proposals.losses
+
+    def detect(
+        self,
+        images: list[Tensor],
+        *,
+        vectors: bool = False,
+        class_scores: bool = False,
+        score_thresh: float | None = None,
+        class_agnostic_nms: bool | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Boxes (M, 4) xyxy in pixels of each image, labels (M,), scores (M,), and what is asked for beside them.
+
+        vectors: the RoI head's vector of each final box, (M, C5). class_scores: the probabilities of all classes, (M, K),
+        background first; they come from the proposal of each detection, as its score does.
+        score_thresh, class_agnostic_nms: in place of the model's own, for this call.
+        """
+        self._need_eval_mode("detect")
+        encoded = self.encode(images)
+        classified = self.classify(encoded, self.propose(encoded).boxes)
+        detections = self.roi_heads.detect(
+            classified,
+            class_scores=class_scores,
+            score_thresh=score_thresh,
+            class_agnostic_nms=class_agnostic_nms,
+        )
+        if vectors:
+            final = self.classify(encoded, [d["boxes"] for d in detections])
+            detections = [
+                {**d, "vectors": v} for d, v in zip(detections, final.by_image("vectors"), strict=True)
+            ]
+        return self.restore(detections, encoded)
+
+    @torch.no_grad()
+    def evaluate(self, images: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], Targets]:
+        """Losses and detections of a batch from one pass of trunk, RPN and RoI head.
+
+        Test settings give the proposals. The RoI losses come from a sample of these and of the ground truth, which
+        `seed_sampling` makes repeatable. Boxes come back in pixels of the original images.
+        """
+        self._need_eval_mode("evaluate")
+        encoded = self.encode(images, targets)
+        proposals = self.propose(encoded)
+        candidates = self.roi_heads.with_ground_truth(proposals.boxes, encoded.targets)
+        classified = self.classify(encoded, candidates)
+        detections = self.roi_heads.detect(
+            classified.take([torch.arange(len(p), device=p.device) for p in proposals.boxes])
+        )
+        sample = self.roi_heads.sample(candidates, encoded.targets)
+        losses = self.roi_heads.losses(classified.take(sample.rows), sample)
+        return proposals.losses | losses, self.restore(detections, encoded)
+
+    @torch.no_grad()
+    def region_vectors(self, images: list[Tensor], boxes: list[Tensor]) -> list[Tensor]:
+        """The RoI head's vectors, (M, C5) an image, of boxes (M, 4) xyxy in pixels of the given images."""
+        self._need_eval_mode("region_vectors")
+        encoded = self.encode(images, [{"boxes": b} for b in boxes])
+        return self.classify(encoded, [t["boxes"] for t in encoded.targets]).by_image("vectors")
+
+    def restore(self, detections: list[dict[str, Tensor]], encoded: Encoded) -> list[dict[str, Tensor]]:
+        """The detections with boxes in pixels of the original images."""
+        return self.transform.postprocess(detections, encoded.batch.image_sizes, encoded.original_sizes)
+
+    def seed_sampling(self, keys: Sequence[tuple[int, ...]] | None) -> None:
+        """Draw the anchors and regions of each image of the next batches from its key (None: the global state)."""
+        for stream, sampler in enumerate((self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler)):
+            sampler.keys = None if keys is None else [(*key, stream) for key in keys]
+
+    def _need_eval_mode(self, name: str) -> None:
+        if self.training:
+            raise RuntimeError(f"{name}() needs the model in evaluation mode: call model.eval() first")
+
+
+def _check_targets(targets: Targets) -> None:
+    for i, target in enumerate(targets):
+        boxes = target["boxes"]
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"the boxes of image {i} are {tuple(boxes.shape)}; accepted: (M, 4)")
+        bad = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+        if bad.any():
+            index = int(bad.nonzero()[0])
+            raise ValueError(
+                f"box {index} of image {i} is {boxes[index].tolist()}; accepted: [x1, y1, x2, y2] with x2 > x1 and y2 > y1"
+            )
+
+
+@checked
+def build_faster_rcnn(
+    backbone: Backbone,
+    num_classes: int,
+    *,
+    roi_pool: Literal["align", "max"] = "align",
+    anchor_sizes: Numbers = (32, 64, 128, 256, 512),
+    aspect_ratios: Numbers = (0.5, 1.0, 2.0),
+    min_size: Count = 800,
+    max_size: Count = 1333,
+    rpn_pre_nms_top_n_train: Count = 2000,
+    rpn_pre_nms_top_n_test: Count = 1000,
+    rpn_post_nms_top_n_train: Count = 2000,
+    rpn_post_nms_top_n_test: Count = 1000,
+    rpn_nms_thresh: Probability = 0.7,
+    rpn_fg_iou_thresh: Probability = 0.7,
+    rpn_bg_iou_thresh: Probability = 0.3,
+    rpn_batch_size_per_image: Count = 256,
+    rpn_positive_fraction: Probability = 0.5,
+    rpn_score_thresh: Probability = 0.0,
+    box_score_thresh: Probability = 0.05,
+    box_nms_thresh: Probability = 0.5,
+    box_detections_per_img: Count = 100,
+    box_fg_iou_thresh: Probability = 0.5,
+    box_bg_iou_thresh: Probability = 0.5,
+    box_batch_size_per_image: Count = 512,
+    box_positive_fraction: Probability = 0.25,
+    bbox_reg_weights: tuple[Positive, Positive, Positive, Positive] = (10.0, 10.0, 5.0, 5.0),
+    class_agnostic_nms: bool = False,
+    preprocessing: Preprocessing | None = None,
+    conventions: Conventions = TORCHVISION,
+) -> C4FasterRCNN:
+    """Compose the detector: trunk, RPN on conv4_x, 14x14 regions of it, conv5_x and pooling, two predictors.
+
+    num_classes: K, with background. roi_pool: "align" (He et al. 2017) or "max" (the paper's RoIPool).
+    anchor_sizes: square roots of areas, in pixels of the resized image; aspect_ratios: height / width.
+    min_size, max_size: the short side and the bound of the long side after resizing, in pixels.
+    rpn_*, box_*, bbox_reg_weights: torchvision's arguments of the same names, with its defaults.
+    class_agnostic_nms: a detection suppresses those of other classes too.
+    preprocessing: what the trunk expects of an image; None: what its weights say.
+    conventions: `Conventions`, or the name of a set, "torchvision" or "detectron2".
+
+    Trunk and RoI head are the backbone's own modules, shared and unchanged. An unknown argument is a TypeError, a
+    wrong value a ValueError.
+    """
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(
+            f"num_classes is {num_classes!r}; accepted: 2 or more, since label 0 is background "
+            "(one class of objects makes num_classes=2)"
+        )
+    check_anchor_sizes(anchor_sizes, min_size, max_size)
+    trunk, roi_head = backbone.trunk, backbone.roi_head
+    return C4FasterRCNN(
+        NetworkTransform(min_size, max_size, preprocessing or backbone.preprocessing, conventions),
+        trunk,
+        ProposalNetwork(
+            MapAnchors(anchor_sizes, aspect_ratios, conventions),
+            Float32RPNHead(trunk.out_channels, len(anchor_sizes) * len(aspect_ratios)),
+            conventions,
+            fg_iou_thresh=rpn_fg_iou_thresh,
+            bg_iou_thresh=rpn_bg_iou_thresh,
+            batch_size_per_image=rpn_batch_size_per_image,
+            positive_fraction=rpn_positive_fraction,
+            pre_nms_top_n={"training": rpn_pre_nms_top_n_train, "testing": rpn_pre_nms_top_n_test},
+            post_nms_top_n={"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
+            nms_thresh=rpn_nms_thresh,
+            score_thresh=rpn_score_thresh,
+        ),
+        BoxHeads(
+            SharedRegionPool(
+                CROP_SIZE,
+                sampling_ratio=conventions.roi_align_sampling_ratio,
+                stride=STRIDE,
+                aligned=conventions.roi_align_aligned,
+                mode=roi_pool,
+            ),
+            roi_head,
+            Float32Predictor(roi_head.out_channels, num_classes),
+            conventions,
+            fg_iou_thresh=box_fg_iou_thresh,
+            bg_iou_thresh=box_bg_iou_thresh,
+            batch_size_per_image=box_batch_size_per_image,
+            positive_fraction=box_positive_fraction,
+            bbox_reg_weights=bbox_reg_weights,
+            score_thresh=box_score_thresh,
+            nms_thresh=box_nms_thresh,
+            detections_per_img=box_detections_per_img,
+            class_agnostic_nms=class_agnostic_nms,
+        ),
+    )

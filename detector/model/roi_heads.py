@@ -1,0 +1,184 @@
+"""From regions to detections and losses: torchvision's RoI heads, with Detectron2's conventions as options.
+
+Letters: N images, R regions, K classes with background, M detections of an image.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+
+from .conventions import Conventions
+from .losses import region_losses
+from .sampling import SeededSampler
+
+Sizes = list[tuple[int, int]]
+Targets = list[dict[str, Tensor]]
+
+
+class Float32Predictor(FastRCNNPredictor):
+    """torchvision's box predictor, in float32 under autocast."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.cls_score.weight.dtype))
+
+
+@dataclass(frozen=True)
+class Classified:
+    """What the heads say of the boxes of N images.
+
+    boxes: N x (R_i, 4) xyxy at the network's size; image_sizes: (height, width) of each image.
+    vectors: (R, C5), the RoI head's; logits: (R, K); deltas: (R, 4K). Rows are in the order of the boxes.
+    """
+
+    boxes: list[Tensor]
+    image_sizes: Sizes
+    vectors: Tensor
+    logits: Tensor
+    deltas: Tensor
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(b) for b in self.boxes]
+
+    def by_image(self, name: str) -> list[Tensor]:
+        """The rows of `name`, for each image."""
+        return list(getattr(self, name).split(self.counts))
+
+    def take(self, indices: list[Tensor]) -> "Classified":
+        """The boxes of each image at its (S,) indices."""
+        first = [0, *accumulate(self.counts)]
+        rows = torch.cat([start + i for start, i in zip(first, indices, strict=False)])
+        boxes = [b[i] for b, i in zip(self.boxes, indices, strict=True)]
+        tensors = (self.vectors[rows], self.logits[rows], self.deltas[rows])
+        return Classified(boxes, self.image_sizes, *tensors)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Regions to learn from, for each of N images.
+
+    rows: (S,) indices into the candidates; boxes: (S, 4); labels: (S,), 0 is background; wanted: (S, 4) box deltas.
+    """
+
+    rows: list[Tensor]
+    boxes: list[Tensor]
+    labels: list[Tensor]
+    wanted: tuple[Tensor, ...]
+
+
+class BoxHeads(RoIHeads):
+    """torchvision's RoI heads for boxes alone, under `conventions`; `options` are the arguments of torchvision's, by name.
+
+    The forward pass classifies boxes. Sampling, losses and detections are methods of their own.
+    class_agnostic_nms: a box suppresses those of other classes too.
+    """
+
+    def __init__(
+        self,
+        pool: nn.Module,
+        head: nn.Module,
+        predictor: nn.Module,
+        conventions: Conventions,
+        *,
+        class_agnostic_nms: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(pool, head, predictor, **options)
+        sampler = self.fg_bg_sampler
+        self.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
+        self.conventions, self.class_agnostic_nms = conventions, class_agnostic_nms
+
+    def forward(self, features: Tensor, boxes: list[Tensor], image_sizes: Sizes) -> Classified:
+        """The map (N, C4, h, w) and N x (R_i, 4) boxes -> vectors, class logits and box deltas."""
+        vectors = self.box_head(self.box_roi_pool(features, boxes, image_sizes))
+        return Classified(boxes, image_sizes, vectors, *self.box_predictor(vectors))
+
+    def with_ground_truth(self, proposals: list[Tensor], targets: Targets) -> list[Tensor]:
+        """N x (M, 4) proposals, the ground truth of each image behind its own."""
+        return self.add_gt_proposals(
+            proposals, [t["boxes"].to(p.dtype) for t, p in zip(targets, proposals, strict=True)]
+        )
+
+    def sample_for_training(self, proposals: list[Tensor], targets: Targets) -> Sample:
+        """A sample of the proposals and the ground truth."""
+        return self.sample(self.with_ground_truth(proposals, targets), targets)
+
+    @torch.no_grad()
+    def sample(self, candidates: list[Tensor], targets: Targets) -> Sample:
+        """A balanced sample of N x (M, 4) candidates, matched to the targets."""
+        gt_boxes = [t["boxes"].to(c.dtype) for t, c in zip(targets, candidates, strict=True)]
+        matched, labels = self.assign_targets_to_proposals(
+            candidates, gt_boxes, [t["labels"] for t in targets]
+        )
+        rows = self.subsample(labels)
+        matched_boxes = [
+            (gt if len(gt) else gt.new_zeros(1, 4))[m[s]]
+            for gt, m, s in zip(gt_boxes, matched, rows, strict=True)
+        ]
+        boxes, labels = ([v[s] for v, s in zip(values, rows, strict=True)] for values in (candidates, labels))
+        return Sample(rows, boxes, labels, self.box_coder.encode(matched_boxes, boxes))
+
+    def losses(self, classified: Classified, sample: Sample) -> dict[str, Tensor]:
+        """The two losses of classified boxes that are those of the sample."""
+        classifier, box = region_losses(
+            classified.logits,
+            classified.deltas,
+            torch.cat(sample.labels),
+            torch.cat(list(sample.wanted)),
+            self.conventions.box_smooth_l1_beta,
+        )
+        return {"loss_classifier": classifier, "loss_box_reg": box}
+
+    def detect(
+        self,
+        classified: Classified,
+        *,
+        class_scores: bool = False,
+        score_thresh: float | None = None,
+        class_agnostic_nms: bool | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """The detections of each image: boxes (M, 4), labels (M,), scores (M,), where asked class_scores (M, K).
+
+        score_thresh, class_agnostic_nms: in place of the heads' own.
+        """
+        # (R, K, 4)
+        decoded = self.box_coder.decode(classified.deltas, classified.boxes).split(classified.counts)
+        scores = F.softmax(classified.logits, -1).split(classified.counts)
+        detections = []
+        for image in zip(decoded, scores, classified.image_sizes, strict=True):
+            boxes, own, labels, rows = self.select(*image, score_thresh, class_agnostic_nms)
+            found = {"boxes": boxes, "labels": labels, "scores": own}
+            detections.append(found | ({"class_scores": image[1][rows]} if class_scores else {}))
+        return detections
+
+    def select(
+        self,
+        boxes: Tensor,
+        scores: Tensor,
+        size: tuple[int, int],
+        score_thresh: float | None = None,
+        class_agnostic_nms: bool | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Boxes, scores, labels and rows of the detections among (R, K, 4) boxes with (R, K) scores."""
+        thresh = self.score_thresh if score_thresh is None else score_thresh
+        agnostic = self.class_agnostic_nms if class_agnostic_nms is None else class_agnostic_nms
+        num_foreground = scores.shape[1] - 1
+        boxes = clip_boxes_to_image(boxes, size)[:, 1:].reshape(-1, 4)
+        scores = scores[:, 1:].reshape(-1)
+        kept = torch.where(scores > thresh)[0]
+        # At 0, empty boxes leave last, in NetworkTransform.postprocess.
+        if self.conventions.box_min_size > 0:
+            kept = kept[remove_small_boxes(boxes[kept], self.conventions.box_min_size)]
+        boxes, scores = boxes[kept], scores[kept]
+        labels, rows = kept % num_foreground + 1, kept // num_foreground
+        groups = torch.zeros_like(labels) if agnostic else labels
+        order = batched_nms(boxes, scores, groups, self.nms_thresh)[: self.detections_per_img]
+        return boxes[order], scores[order], labels[order], rows[order]

@@ -1,0 +1,60 @@
+"""How a detector is computed: settings that change its time and memory, and its results only by rounding."""
+
+import torch
+
+from backbones.folding import set_folding
+from backbones.fuse import fuse, use_winograd
+
+from ..settings import Section
+from .faster_rcnn import C4FasterRCNN
+from .region_pool import CPU_REGIONS
+
+
+class Speed(Section):
+    """Settings of speed. They are free to change when a run resumes or starts from other weights.
+
+    shared_projection: run the 1x1 convolutions that open conv5_x once on the map, not once a region.
+    sparse_roi_align: compute RoIAlign as a sparse product where that is faster (on a CPU).
+    fold_norms: run a frozen norm as part of its convolution in training.
+    activation_checkpointing: recompute activations in the backward pass: less memory for more time.
+    """
+
+    shared_projection: bool = True
+    sparse_roi_align: bool = True
+    fold_norms: bool = True
+    activation_checkpointing: bool = False
+
+
+def apply_speed(model: C4FasterRCNN, speed: Speed) -> C4FasterRCNN:
+    """Have `model` compute as `speed` says; gives the model."""
+    heads = model.roi_heads
+    heads.box_roi_pool.sparse = speed.sparse_roi_align
+    heads.box_head.shared_projection = speed.shared_projection
+    for part in (model.backbone, heads.box_head):
+        part.activation_checkpointing = speed.activation_checkpointing
+        set_folding(part, speed.fold_norms)
+    return model
+
+
+def optimize(model: C4FasterRCNN, *, winograd: bool = True) -> C4FasterRCNN:
+    """A copy for inference, equal to rounding; the model as trained stays as it is.
+
+    Batch norms are folded into convolutions, and layouts are channels-last. On a CPU the RoI head's 3x3 convolutions
+    become Winograd products where those are measured to be faster. Set `winograd=False` where two evaluations must
+    agree to the last bit: the choice depends on a clock.
+    """
+    fast: C4FasterRCNN = fuse(model)
+    if winograd and next(fast.parameters()).device.type == "cpu":
+        use_winograd(fast.roi_heads.box_head.stage5, CPU_REGIONS)
+    return fast.to(memory_format=torch.channels_last)
+
+
+def compile_model(model: C4FasterRCNN) -> None:
+    """Run trunk and head through torch.compile from now on, with sizes as symbols: one compilation for all images.
+
+    torch makes exceptions and compiles each once, when it first occurs: batches of several images, a first image that
+    is square, fewer than 16 regions.
+    """
+    model.backbone.compile(dynamic=True)
+    for block in model.roi_heads.box_head.stage5[1:]:
+        block.compile(dynamic=True)
