@@ -1,6 +1,6 @@
 """Rates of a convolution's weight gradient on a CPU by several routes, as parts of the machine's matrix rate.
 
-python benchmarks/weight_gradients.py --output benchmarks/weight_gradients.json
+python -m benchmarks.weight_gradients --output benchmarks/weight_gradients.json
 
 Channels-last maps of ResNet-101's training step at 600x800 pixels, float32. oneDNN's two layouts (the contiguous one with
 its copies), one product with the patches of the map (im2col), and the route that `backbones.gradients` takes.
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.gradients import _backward, _rows, _weight_grad
-from detector.benchmark import describe_machine
-from detector.benchmark.timing import Stopwatch, alternate
+from benchmarks import describe_machine
+from benchmarks.timing import Stopwatch, alternate
 from detector.files import write_json
 from detector.report import format_table
 

@@ -10,8 +10,8 @@ import torch
 
 from backbones import fuse
 from backbones.fuse import WinogradConv2d
-from detector.benchmark import Settings, coco_backends, growth, inference, limit, models
-from detector.benchmark.timing import Stopwatch
+from benchmarks import Settings, coco_backends, growth, inference, limit, models
+from benchmarks.timing import Stopwatch
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
 SIZE = (64, 96)

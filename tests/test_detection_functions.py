@@ -20,8 +20,8 @@ from detector.model.conventions import DETECTRON2
 from detector.model.losses import region_losses, rpn_losses
 from detector.model.network_input import NetworkTransform, network_size
 from detector.model.region_pool import RegionPool
+from detector.model.roi_align import bin_weights, sparse_roi_align
 from detector.model.sampling import SeededSampler
-from detector.roi_align import bin_weights, sparse_roi_align
 
 WEIGHTS = [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)]
 MATCHERS = {"rpn": (0.7, 0.3, True), "roi": (0.5, 0.5, False)}

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from detector.benchmark import Settings
-from detector.benchmark.models import ForcedProposals, build_form, make_images, random_weights, set_case
-from detector.benchmark.training import make_targets
+from benchmarks import Settings
+from benchmarks.models import ForcedProposals, build_form, make_images, random_weights, set_case
+from benchmarks.training import make_targets
 from detector.model import region_pool
 from detector.model.speed import Speed, apply_speed
 

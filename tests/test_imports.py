@@ -4,18 +4,22 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [
-    path for folder in ("backbones", "detector", "tools") for path in sorted((ROOT / folder).rglob("*.py"))
+    path
+    for folder in ("backbones", "benchmarks", "detector", "tools")
+    for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 # folder -> what its files never import
 FORBIDDEN = {
-    "backbones": ("detector", "tools", "torchvision.models.detection"),
-    "detector": ("tools",),
+    "backbones": ("detector", "benchmarks", "tools", "torchvision.models.detection"),
+    "detector": ("benchmarks", "tools"),
+    "benchmarks": ("tools",),
     "tools": (),
 }
 
@@ -56,6 +60,36 @@ def test_imports_run_down_only(path):
     names = imported(ast.parse(path.read_text(encoding="utf-8")), relative.parts[:-1])
     upward = sorted(n for n in names for module in FORBIDDEN[relative.parts[0]] if within(n, module))
     assert upward == []
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_file_imports_one_that_imports_it():
+    """Within a package too: the files have an order in which each imports only files before it."""
+    modules = {module_name(path) for path in FILES}
+    graph = {}
+    for path in FILES:
+        # A package stands for its __init__.py alone: `from . import x` names both, and needs only x.
+        package = path.relative_to(ROOT).parts[:-1]
+        found = imported(ast.parse(path.read_text(encoding="utf-8")), package) & modules
+        graph[module_name(path)] = found - {".".join(package)}
+    order = list(TopologicalSorter(graph).static_order())
+    assert order.index("backbones.backbone") < order.index("detector.model.faster_rcnn")
+    assert (
+        order.index("detector.model.faster_rcnn")
+        < order.index("detector.config")
+        < order.index("detector.run")
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "detector" / "model").glob("*.py")), ids=lambda p: p.name)
+def test_the_model_knows_only_itself_and_how_settings_are_declared(path):
+    names = imported(ast.parse(path.read_text(encoding="utf-8")), ("detector", "model"))
+    others = [n for n in names if within(n, "detector") and n != "detector"]
+    allowed = ("detector.model", "detector.settings", "detector.model.roi_align")
+    assert [n for n in others if not any(within(n, module) for module in allowed)] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())

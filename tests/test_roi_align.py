@@ -7,7 +7,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, roi_align, roi_pool
 
 from detector.model.region_pool import RegionPool
-from detector.roi_align import bin_weights, sparse_roi_align
+from detector.model.roi_align import bin_weights, sparse_roi_align
 
 STRIDE = 16
 CASES = {

@@ -12,9 +12,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from detector.benchmark import (
+# The measurements stand beside this folder and are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import (
     DTYPES,
     INFERENCE_FORMS,
     Settings,

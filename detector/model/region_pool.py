@@ -14,7 +14,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from backbones.gradients import conv2d
 
-from ..roi_align import BinWeights, bin_weights, flatten_boxes, pair, sparse_roi_align
+from .roi_align import BinWeights, bin_weights, flatten_boxes, pair, sparse_roi_align
 
 # Regions that a head takes at once without gradients. A part's largest activation is 0.4 MB a region: 64 stay below the
 # 32 MB that the C allocator keeps for the next part, and faulting in fresh pages costs more than the sums in them.

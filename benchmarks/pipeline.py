@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ..config import Config
-from ..data import build_dataset, load_image
-from ..data.loader import TrainBatches, TransformedDataset, build_loader
-from ..data.transforms import TrainTransform
-from ..evaluation import COCO_METRICS, evaluate_coco
+from detector.config import Config
+from detector.data import build_dataset, load_image
+from detector.data.loader import TrainBatches, TransformedDataset, build_loader
+from detector.data.transforms import TrainTransform
+from detector.evaluation import COCO_METRICS, evaluate_coco
+
 from .timing import Seconds, Stopwatch, alternate, per_second, ratios
 
 

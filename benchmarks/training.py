@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from ..engine import autocast
+from detector.engine import autocast
+
 from .models import ForcedProposals, build_form, make_images, random_boxes, random_weights, set_case
 from .settings import DTYPES, Settings, Size
 from .timing import Seconds, Stopwatch, alternate, per_second, ratios

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
-from ..engine import autocast
-from ..model.region_pool import MapRegions
-from ..model.roi_heads import BoxHeads
+from detector.engine import autocast
+from detector.model.region_pool import MapRegions
+from detector.model.roi_heads import BoxHeads
+
 from .detectron2 import build_detectron2, detectron2_parts, has_detectron2
 from .limit import count_macs, matrix_call, over_limit
 from .models import ForcedProposals, build_form, make_images, random_weights, set_case

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..files import write_atomically
-from ..report import format_table
+from detector.files import write_atomically
+from detector.report import format_table
 
 
 def format_times(case: dict[str, Any], title: str, parts: Sequence[str]) -> str:

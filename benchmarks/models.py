@@ -21,9 +21,9 @@ from backbones import create_backbone
 from backbones.backbone import CROP
 from backbones.resnet import TORCHVISION_NAMES
 from backbones.weights import DEFERRED, load_into
+from detector.model.faster_rcnn import build_faster_rcnn
+from detector.model.speed import Speed, apply_speed, compile_model, optimize
 
-from ..model.faster_rcnn import build_faster_rcnn
-from ..model.speed import Speed, apply_speed, compile_model, optimize
 from .settings import Settings, Size
 
 INFERENCE_FORMS = ("stock", "stock_channels_last", "ours", "ours_direct", "ours_optimized", "ours_compiled")
