@@ -19,6 +19,7 @@ from .weights import (
     stored_preprocessing,
     timm_network,
     timm_tags,
+    torchvision_download,
     torchvision_entry,
     torchvision_preprocessing,
 )
@@ -50,7 +51,8 @@ def torchvision_backbone(
         if tag is None:
             return get_model(name, weights=None), Preprocessing()
         entry = torchvision_entry(name, tag)
-        return get_model(name, weights=entry), torchvision_preprocessing(entry)
+        with torchvision_download(entry):
+            return get_model(name, weights=entry), torchvision_preprocessing(entry)
 
     options = CutOptions(f"torchvision/{name}", weights, norm, frozen_stages)
     return cut_classifier(build, published_weights(name), options)

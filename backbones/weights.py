@@ -4,6 +4,8 @@ import importlib.util
 import json
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -68,6 +70,22 @@ def rename(state: dict[str, Tensor], names: NameTable) -> dict[str, Tensor]:
     return renamed
 
 
+@contextmanager
+def downloading(source: str, place: str) -> Iterator[None]:
+    """Say what to fetch from where, and where to put it, when a download fails."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the weights cannot be downloaded ({first_line(error)}). Fetch {source} by hand and {place}"
+        ) from error
+
+
+def torchvision_download(entry: WeightsEnum) -> AbstractContextManager[None]:
+    """`downloading` of a torchvision file, which is looked for in torch's own folder."""
+    return downloading(entry.url, f"put it into {Path(torch.hub.get_dir()) / 'checkpoints'}")
+
+
 def torchvision_entry(name: str, weights: str) -> WeightsEnum:
     """torchvision's enum entry of that name: "imagenet_v1" -> IMAGENET1K_V1."""
     return get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
@@ -97,7 +115,10 @@ def timm_network(full_name: str, pretrained: bool) -> tuple[nn.Module, Preproces
     """timm's network of that name (its tag included), and what it expects of an image."""
     import timm
 
-    network = timm.create_model(full_name, pretrained=pretrained)
+    config = timm.get_pretrained_cfg(full_name)
+    source = getattr(config, "hf_hub_id", None) or getattr(config, "url", None)
+    with downloading(f"{source} (timm's {full_name})", "give the file as weights=FILE"):
+        network = timm.create_model(full_name, pretrained=pretrained)
     return network, Preprocessing(network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
 
 
@@ -145,7 +166,9 @@ def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessin
         network, preprocessing = timm_network(full_name, pretrained=True)
         return network.state_dict(), preprocessing
     entry = torchvision_entry(name, weights)
-    return entry.get_state_dict(progress=True, check_hash=True), torchvision_preprocessing(entry)
+    with torchvision_download(entry):
+        state = entry.get_state_dict(progress=True, check_hash=True)
+    return state, torchvision_preprocessing(entry)
 
 
 def load_weights(backbone: Backbone, weights: str | Path | None, published: NameTable) -> None:

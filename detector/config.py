@@ -4,7 +4,7 @@ import difflib
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -18,6 +18,7 @@ from pydantic import (
 
 from backbones import backbone_options
 
+from .data.sources import SOURCES, DataConfig
 from .model.faster_rcnn import build_faster_rcnn
 from .model.speed import Speed
 from .settings import Section, sentence
@@ -74,58 +75,6 @@ class ModelConfig(build_faster_rcnn.settings):
         if self.min_size > self.max_size:
             raise ValueError(f"min_size {self.min_size} is larger than max_size {self.max_size}")
         return self
-
-
-class CocoSource(Section):
-    """Pictures in `images`, boxes in the COCO JSON `annotations`; both below data.root."""
-
-    format: Literal["coco"]
-    images: str
-    annotations: str
-    limit: int | None = Field(None, gt=0, description="only the first so many annotated images")
-
-
-class VocSource(Section):
-    """A folder with Annotations/, ImageSets/Main/ and JPEGImages/ at `directory` below data.root."""
-
-    format: Literal["voc"]
-    split: str
-    directory: str = "."
-    one_based: bool = Field(True, description="VOC's own pixels start at 1 and include the last; checked")
-    limit: int | None = Field(None, gt=0)
-
-
-class ShapesSource(Section):
-    """The generated shapes, written below data.root when they are not there yet."""
-
-    format: Literal["shapes"]
-    split: Literal["train", "val"]
-    num_train: int = Field(400, gt=0)
-    num_val: int = Field(100, gt=0)
-    image_size: int = Field(160, ge=64)
-    seed: int = Field(0, ge=0)
-
-
-Source = Annotated[CocoSource | VocSource | ShapesSource, Field(discriminator="format")]
-
-
-class DataConfig(Section):
-    """The data sets. A split is one source or a list of them, read one after another."""
-
-    root: Path = Path(".")
-    train: list[Source] | None = None
-    val: list[Source] | None = None
-    test: list[Source] | None = None
-    class_names: tuple[str, ...] | None = Field(
-        None, description="foreground names; None: as the data have them"
-    )
-    difficult: bool = Field(True, description="train on objects that VOC marks difficult")
-    strict: bool = Field(False, description="refuse a data set with bad boxes instead of skipping them")
-
-    @field_validator("train", "val", "test", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, dict) else value
 
 
 class AugmentConfig(Section):
@@ -295,7 +244,7 @@ def _sentence(error: dict[str, Any], values: dict[str, Any]) -> str:
 
 def _fields_beside(location: tuple[Any, ...], values: dict[str, Any]) -> list[str]:
     """Names of the fields of the section in which an unknown key stands."""
-    sources = {"coco": CocoSource, "voc": VocSource, "shapes": ShapesSource}
+    sources = {get_args(s.model_fields["format"].annotation)[0]: s for s in SOURCES}
     section: type[BaseModel] = Config
     for part in location[:-1]:
         if part in sources and section is DataConfig:

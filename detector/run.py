@@ -363,7 +363,9 @@ def _stop_on_signal() -> Iterator[list[int]]:
         received.append(number)
         print("\nstopping after this update; once more to stop at once", flush=True)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A signal that was ignored before, as in a background job, stays ignored.
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield received
     finally:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import asdict
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -191,3 +192,16 @@ def test_a_recipe_takes_a_cut_network_and_checks_its_options():
     ):
         with pytest.raises(ValueError, match=message):
             parse_config({"model": {"backbone": {"name": "torchvision/regnet_y_400mf", **wrong}}})
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18"])
+def test_weights_that_cannot_be_downloaded_say_which_file_to_put_where(name, monkeypatch):
+    def refuse(*args, **options):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    with pytest.raises(
+        OSError,
+        match=r"Name or service.*Fetch http\S*resnet18-\w+\.pth by hand and put it into .*checkpoints",
+    ):
+        create_backbone(name, weights="imagenet_v1")

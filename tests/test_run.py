@@ -18,7 +18,7 @@ from detector.checkpoint import load_checkpoint, load_training_state
 from detector.config import load_config
 from detector.engine import NonFiniteLossError
 from detector.report import read_log
-from detector.run import Interrupted, describe, train
+from detector.run import Interrupted, _stop_on_signal, check_resumable, describe, train
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,8 +170,29 @@ def test_a_stop_in_the_last_update_is_a_finished_run(varied, unbroken, tmp_path,
     assert train(varied, tmp_path, CPU) == json.loads((unbroken / "best_metrics.json").read_text())
 
 
-def test_signals_are_as_before_after_a_run(finished):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_signals_are_as_before_after_a_run_and_an_ignored_one_stays_ignored(handler):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with _stop_on_signal():
+            assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) == (handler is signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_signals_are_as_before_after_a_whole_run(tiny_config, tmp_path, no_curves):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    train(tiny_config(), tmp_path / "run", CPU)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_settings_of_speed_are_free_to_change_when_a_run_resumes(tiny_config):
+    config = tiny_config()
+    other = tiny_config("speed={activation_checkpointing: true, sparse_roi_align: false}")
+    check_resumable(config, other)
+    with pytest.raises(ValueError, match="model.box_nms_thresh was 0.5, now 0.4"):
+        check_resumable(config, tiny_config("model.box_nms_thresh=0.4"))
 
 
 def test_lines_written_after_the_saved_state_are_dropped_on_resuming(

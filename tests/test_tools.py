@@ -158,6 +158,26 @@ def test_perfect_detections_score_one(run_tool, recipe, tiny_shapes, tmp_path):
     assert status == 0 and metrics["AP"] == pytest.approx(1) and metrics["AP50"] == pytest.approx(1)
 
 
+def test_stored_detections_are_scored_without_the_pictures(run_tool, tiny_shapes, tmp_path):
+    truth = json.loads((tiny_shapes / "annotations" / "val.json").read_text())
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    (tmp_path / "d.json").write_text(
+        json.dumps(
+            [
+                {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 1.0}
+                for a in truth["annotations"]
+            ]
+        )
+    )
+    source = "{format: coco, images: absent, annotations: val.json}"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{backbone: resnet18}}\ndata: {{root: {tmp_path}, val: {source}}}\n")
+    arguments = ["--config", recipe, "--output", tmp_path / "out"]
+    status, _, _ = run_tool("evaluate", "--detections", tmp_path / "d.json", *arguments)
+    assert status == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["AP"] == pytest.approx(1)
+
+
 def test_evaluate_takes_overrides_of_the_checkpoints_config(run_tool, weights, tiny_shapes, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(tiny_shapes, moved)

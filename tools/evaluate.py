@@ -55,7 +55,7 @@ def evaluate(args: argparse.Namespace) -> None:
         checkpoint = checkpoint.with_overrides(args.overrides)
         config = checkpoint.config
     names = None if checkpoint is None else checkpoint.class_names
-    dataset = build_dataset(config.data, args.split, names)
+    dataset = build_dataset(config.data, args.split, names, check_pictures=checkpoint is not None)
     print(f"{args.split}: {len(dataset)} images, {sum(dataset.box_counts().values())} boxes")
     for problem in dataset.problems:
         print(f"  skipped: {problem}")

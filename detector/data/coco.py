@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
+from ..settings import Section
 from .dataset import DetectionDataset, find_faulty_boxes, offsets_of, refuse_problems
 
 _REQUIRED = {
@@ -26,6 +28,19 @@ class _Annotation(NamedTuple):
     label: int
 
 
+class CocoSource(Section):
+    """Pictures in `images`, boxes in the COCO JSON `annotations`; both below data.root."""
+
+    format: Literal["coco"]
+    images: str
+    annotations: str
+    limit: int | None = Field(None, gt=0, description="only the first so many annotated images")
+
+    def load(self, root: Path, **options: Any) -> DetectionDataset:
+        """The data set; options are those of `load_coco`."""
+        return load_coco(root / self.images, root / self.annotations, limit=self.limit, **options)
+
+
 def load_coco(
     images_dir: str | Path,
     annotations_path: str | Path,
@@ -34,6 +49,7 @@ def load_coco(
     limit: int | None = None,
     strict: bool = False,
     use_difficult: bool = True,
+    check_pictures: bool = True,
 ) -> DetectionDataset:
     """Read COCO JSON; images in ascending order of their ids, those without annotations too.
 
@@ -44,6 +60,7 @@ def load_coco(
         limit: only the first `limit` images with a box to learn.
         strict: refuse annotations that cannot be used, in place of skipping them with a line in `problems`.
         use_difficult: learn objects whose annotation says `"difficult": 1` (an extension of the format).
+        check_pictures: refuse a set with absent pictures; False where only its annotations are used.
 
     Raises:
         FileNotFoundError: the JSON, the folder, or a picture that the JSON lists is missing.
@@ -67,7 +84,8 @@ def load_coco(
         notes=notes,
         **columns,
     ).first_annotated(limit)
-    _check_pictures_exist(dataset.image_paths.tolist(), images_dir, annotations_path)
+    if check_pictures:
+        _check_pictures_exist(dataset.image_paths.tolist(), images_dir, annotations_path)
     return dataset
 
 

@@ -9,10 +9,16 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 from PIL import Image
+from pydantic import Field
+
+from ..settings import Count, Section
+from .coco import load_coco
+from .dataset import DetectionDataset
 
 CLASS_NAMES = ("circle", "cross", "triangle", "star")
 
@@ -22,6 +28,22 @@ _PARTIAL_NAME = "shapes.json.partial"  # marks a folder that is being written
 _MAX_OBJECTS = 5
 _SUBPIXEL_BITS = 4  # OpenCV draws in 1/16 pixels
 _HALF = 128  # a pixel belongs to a shape that covers at least half of it
+
+
+class ShapesSource(Section):
+    """The generated shapes, written below data.root when they are not there yet."""
+
+    format: Literal["shapes"]
+    split: Literal["train", "val"]
+    num_train: Count = 400
+    num_val: Count = 100
+    image_size: int = Field(160, ge=64)
+    seed: int = Field(0, ge=0)
+
+    def load(self, root: Path, **options: Any) -> DetectionDataset:
+        """The data set, generated first where it is absent; options are those of `load_coco`."""
+        generate_shapes(root, **self.model_dump(exclude={"format", "split"}))
+        return load_coco(root / self.split, root / "annotations" / f"{self.split}.json", **options)
 
 
 def generate_shapes(

@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
+from ..settings import Section
 from .dataset import DetectionDataset, find_faulty_boxes, offsets_of, refuse_problems
 from .images import IMAGE_SUFFIXES, load_image_size
 
@@ -35,6 +38,21 @@ class _Annotation:
     filename: str
     size: tuple[int, int] | None
     objects: list[_Object]
+
+
+class VocSource(Section):
+    """A folder with Annotations/, ImageSets/Main/ and JPEGImages/ at `directory` below data.root."""
+
+    format: Literal["voc"]
+    split: str
+    directory: str = "."
+    one_based: bool = Field(True, description="VOC's own pixels start at 1 and include the last; checked")
+    limit: int | None = Field(None, gt=0)
+
+    def load(self, root: Path, check_pictures: bool = True, **options: Any) -> DetectionDataset:
+        """The data set; options are those of `load_voc`, which always looks for the pictures."""
+        folder = root / self.directory
+        return load_voc(folder, self.split, one_based=self.one_based, limit=self.limit, **options)
 
 
 def load_voc(

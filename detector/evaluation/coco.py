@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import math
+import warnings
 from collections.abc import Hashable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -108,6 +109,13 @@ def check_results(results: list[dict], ground_truth: dict | None = None) -> None
         fault = _fault(result, accepted)
         if fault:
             raise ValueError(f"results[{index}]: {fault}")
+    negative = sum(result["bbox"][2] < 0 or result["bbox"][3] < 0 for result in results)
+    if negative:
+        warnings.warn(
+            f"{negative} of {len(results)} detections have a negative width or height. They are scored as they are, as the "
+            "official evaluators do. A bbox is [x, y, width, height]; are these [x1, y1, x2, y2]?",
+            stacklevel=2,
+        )
 
 
 def class_names_by_id(ground_truth: dict) -> dict[int, str]:
@@ -145,8 +153,6 @@ def _fault(result: Any, accepted: Mapping[str, dict]) -> str | None:
     bbox = result["bbox"]
     if not (isinstance(bbox, (list, tuple)) and len(bbox) == 4 and all(map(_is_finite, bbox))):
         return f"bbox is {bbox!r}; accepted are four finite numbers [x, y, width, height]"
-    if bbox[2] < 0 or bbox[3] < 0:
-        return f"bbox is {bbox!r}, of negative size; accepted is [x, y, width, height], not two corners"
     return None
 
 

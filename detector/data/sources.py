@@ -1,0 +1,62 @@
+"""The data of a recipe: its section `data`, and the list of formats that it may name.
+
+A format is one file here: a section of its settings with a `load` method. Its entry is a name in `AnySource`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import Field, field_validator
+
+from ..settings import Section
+from .coco import CocoSource
+from .dataset import DetectionDataset, concatenate
+from .shapes import ShapesSource
+from .voc import VocSource
+
+AnySource = CocoSource | VocSource | ShapesSource
+SOURCES = get_args(AnySource)
+Source = Annotated[AnySource, Field(discriminator="format")]
+
+
+class DataConfig(Section):
+    """The data sets. A split is one source or a list of them, read one after another."""
+
+    root: Path = Path(".")
+    train: list[Source] | None = None
+    val: list[Source] | None = None
+    test: list[Source] | None = None
+    class_names: tuple[str, ...] | None = Field(
+        None, description="foreground names; None: as the data have them"
+    )
+    difficult: bool = Field(True, description="train on objects that VOC marks difficult")
+    strict: bool = Field(False, description="refuse a data set with bad boxes instead of skipping them")
+
+    @field_validator("train", "val", "test", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+
+def build_dataset(
+    data: DataConfig,
+    split: str,
+    class_names: tuple[str, ...] | None = None,
+    *,
+    check_pictures: bool = True,
+) -> DetectionDataset:
+    """The "train", "val" or "test" data of a configuration.
+
+    class_names: foreground names in the order of their labels, so that all splits agree with the first one read.
+    check_pictures: False where only the annotations are used; COCO's then need no pictures.
+    """
+    sources = getattr(data, split)
+    if not sources:
+        raise ValueError(f"the config has no data.{split}")
+    options = {
+        "class_names": class_names or data.class_names,
+        "strict": data.strict,
+        "use_difficult": data.difficult,
+        "check_pictures": check_pictures,
+    }
+    return concatenate([source.load(data.root, **options) for source in sources])
