@@ -9,7 +9,6 @@ EXTRAS = {
     "fast": ["faster-coco-eval>=1.6"],
     "tensorboard": ["tensorboard>=2.15"],
     "timm": ["timm>=1.0"],
-    "export": ["onnx>=1.16", "onnxruntime>=1.18"],
 }
 
 setup(
