@@ -14,6 +14,7 @@ from detector.checkpoint import (
     Checkpoint,
     load_checkpoint,
     load_training_state,
+    parse_stored_config,
     save_checkpoint,
     save_training_state,
 )
@@ -142,6 +143,15 @@ def test_a_checkpoint_of_a_later_version_is_refused(checkpoint, tmp_path, monkey
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is of version 99; this program reads up to 2"):
         load_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_a_config_of_version_1_is_read_into_its_new_places(tiny_config):
+    now = tiny_config("model.conventions=detectron2", "speed.fold_norms=false", "model.box_nms_thresh=0.4")
+    then = now.model_dump(mode="json")
+    model = then["model"]
+    model |= model.pop("conventions") | then.pop("speed") | {"rpn_nms_thresh": None, "bbox_reg_weights": None}
+    assert parse_stored_config(then, 1, "a file") == now
+    assert parse_stored_config(now.model_dump(mode="json"), 2, "a file") == now
 
 
 class Code:

@@ -145,6 +145,13 @@ def test_the_threshold_of_one_call_is_not_that_of_the_next(detector, picture, wa
     assert equal(detector(picture), wanted)
 
 
+def test_a_call_changes_nothing_in_the_model(detector, picture):
+    """Threads with other thresholds share the model."""
+    before = dict(vars(detector.model.roi_heads))
+    detector(picture, score_thresh=0.9, class_agnostic_nms=True)
+    assert vars(detector.model.roi_heads) == before
+
+
 def test_features_are_the_roi_heads_vectors_of_the_boxes(detector, picture, wanted):
     found = detector(picture, features=True)
     assert equal(found, wanted) and found.features.shape == (len(found), 64)  # C5 of a ResNet-18 of width 8
