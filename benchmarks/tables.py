@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from detector.files import write_atomically
-from detector.report import format_table
+from detector.tables import format_table
 
 
 def format_times(case: dict[str, Any], title: str, parts: Sequence[str]) -> str:

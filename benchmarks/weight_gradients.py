@@ -18,7 +18,7 @@ from backbones.gradients import _backward, _rows, _weight_grad
 from benchmarks import describe_machine
 from benchmarks.timing import Stopwatch, alternate
 from detector.files import write_json
-from detector.report import format_table
+from detector.tables import format_table
 
 # (images, channels in, channels out, height, width), kernel, stride
 SHAPES = {

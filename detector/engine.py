@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .data.loader import Batch
 from .model.faster_rcnn import C4FasterRCNN
-from .report import LOSSES
+from .model.losses import LOSSES
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -4,7 +4,6 @@ import json
 import math
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,10 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from PIL import Image
 
 from backbones import Preprocessing
-from backbones.summary import multiply_accumulates
 
 from .build import build_model
 from .checkpoint import (
@@ -29,9 +26,11 @@ from .checkpoint import (
     save_training_state,
 )
 from .config import Config
+from .curves import plot_curves
 from .data import DetectionDataset, build_dataset
 from .data.loader import EvalBatches, TrainBatches, TransformedDataset, build_loader
 from .data.transforms import EvalTransform, TrainTransform
+from .describe import describe
 from .engine import (
     AMP_DTYPES,
     Training,
@@ -43,21 +42,14 @@ from .engine import (
 )
 from .evaluation import evaluate_coco, evaluate_voc
 from .files import write_atomically, write_json
+from .first_batch import save_first_batch
 from .model.faster_rcnn import C4FasterRCNN
-from .model.network_input import network_size
+from .model.losses import LOSSES
 from .model.speed import apply_speed, optimize
-from .report import (
-    LOSSES,
-    Progress,
-    RunLog,
-    format_count,
-    format_duration,
-    format_table,
-    memory_mb,
-    plot_curves,
-)
+from .progress import Progress, memory_mb
+from .run_log import RunLog
+from .tables import format_duration
 from .transfer import start_from
-from .visualize import draw_boxes, tile
 
 STATE = "training_state.pt"
 BEST_METRICS = "best_metrics.json"
@@ -371,63 +363,3 @@ def _stop_on_signal() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def save_first_batch(
-    path: Path, dataset: TransformedDataset, batches: TrainBatches, class_names: tuple[str, ...]
-) -> None:
-    """A picture of the first batch with its boxes, as the network sees them."""
-    batches.set_epoch(0)
-    pictures = []
-    for key in next(iter(batches))[:8]:
-        image, target = dataset[key]
-        pictures.append(draw_boxes(image, target["boxes"], target["labels"], class_names))
-    sheet = Image.fromarray(tile(pictures, columns=min(4, len(pictures))))
-    write_atomically(path, lambda temporary: sheet.save(temporary, quality=90))
-
-
-def describe(
-    config: Config,
-    model: C4FasterRCNN,
-    train_set: DetectionDataset,
-    val_set: DetectionDataset | None,
-    device: torch.device,
-) -> str:
-    """What a run is about to do: data, sizes, parameters, cost."""
-    lines = []
-    for name, dataset in (("train", train_set), ("val", val_set)):
-        if dataset is None:
-            continue
-        lines.append(f"{name}: {len(dataset)} images, {sum(dataset.box_counts().values())} boxes")
-        lines += [f"  skipped: {problem}" for problem in dataset.problems[:5]]
-        if len(dataset.problems) > 5:
-            lines.append(f"  and {len(dataset.problems) - 5} more skipped")
-        lines += [f"  note: {note}" for note in dataset.notes]
-    counts = {"train": train_set.box_counts()} | ({} if val_set is None else {"val": val_set.box_counts()})
-    rows = [(name, *(c[name] for c in counts.values())) for name in train_set.class_names]
-    lines.append(format_table(rows, header=("class", *counts)))
-    size = (config.model.min_size, config.model.max_size, config.model.conventions.resize_rounding)
-    seen = Counter(network_size(int(h), int(w), *size) for h, w in train_set.image_sizes)
-    common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in seen.most_common(3))
-    more = f" and {len(seen) - 3} other sizes" if len(seen) > 3 else ""
-    lines.append(f"input after resizing, height x width: {common}{more}")
-    parameters = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines.append(
-        f"parameters: {format_count(parameters)}, trainable {format_count(trainable)}, "
-        f"frozen {format_count(parameters - trainable)}"
-    )
-    (height, width), _ = seen.most_common(1)[0]
-    trunk, head = model.backbone, model.roi_heads.box_head
-    trunk_macs = multiply_accumulates(trunk, torch.zeros(1, 3, height, width, device=device))
-    head_macs = multiply_accumulates(head, torch.zeros(1, trunk.out_channels, 14, 14, device=device))
-    lines.append(
-        f"multiply-accumulates: trunk {format_count(trunk_macs)} an image of {height}x{width}, "
-        f"head {format_count(head_macs)} a region"
-    )
-    options = config.train
-    lines.append(
-        f"{options.epochs} epochs of {math.ceil(len(train_set) / options.batch_size)} batches of "
-        f"{options.batch_size}, {options.optimizer} at {options.lr:g}, {options.schedule}, on {device}"
-    )
-    return "\n".join(lines)

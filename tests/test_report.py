@@ -10,17 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from detector.report import (
-    LOSSES,
-    Progress,
-    RunLog,
-    format_count,
-    format_duration,
-    format_table,
-    memory_mb,
-    plot_curves,
-    read_log,
-)
+from detector.curves import plot_curves
+from detector.model.losses import LOSSES
+from detector.progress import Progress, memory_mb
+from detector.run_log import RunLog, read_log
+from detector.tables import format_count, format_duration, format_table
 
 
 class Terminal(io.StringIO):
@@ -121,7 +115,7 @@ def clock(monkeypatch):
     class Clock:
         now = 100.0
 
-    monkeypatch.setattr("detector.report.time.perf_counter", lambda: Clock.now)
+    monkeypatch.setattr("detector.progress.time.perf_counter", lambda: Clock.now)
     return Clock
 
 

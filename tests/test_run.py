@@ -16,9 +16,10 @@ import detector.engine
 import detector.run
 from detector.checkpoint import load_checkpoint, load_training_state
 from detector.config import load_config
+from detector.describe import describe
 from detector.engine import NonFiniteLossError
-from detector.report import read_log
-from detector.run import Interrupted, _stop_on_signal, check_resumable, describe, train
+from detector.run import Interrupted, _stop_on_signal, check_resumable, train
+from detector.run_log import read_log
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent

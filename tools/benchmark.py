@@ -38,7 +38,7 @@ from benchmarks import (
 )
 from detector.config import load_config
 from detector.files import write_json
-from detector.report import format_table
+from detector.tables import format_table
 
 PARTS = ("transform", "trunk", "rpn", "roi_align", "head", "predictor", "postprocessing")
 STEP_PARTS = ("forward", "backward", "update")

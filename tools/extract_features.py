@@ -35,7 +35,7 @@ from detector.feature_files import NpzFolder, TsvFile
 from detector.features import REGIONS, extract_regions, read_boxes
 from detector.files import write_json
 from detector.inference import choose_device, to_tensor
-from detector.report import Progress
+from detector.progress import Progress
 
 FORMATS = ("npz", "tsv")
 

@@ -17,7 +17,7 @@ from detector.config import split_overrides
 from detector.data import list_images, load_image
 from detector.files import write_atomically, write_json
 from detector.inference import choose_device
-from detector.report import Progress
+from detector.progress import Progress
 from detector.visualize import draw_boxes
 
 

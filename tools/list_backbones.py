@@ -14,7 +14,7 @@ from dataclasses import asdict
 from backbones import Preprocessing, list_backbones
 from backbones.backbone import nearest
 from backbones.summary import Summary, summarize
-from detector.report import format_table
+from detector.tables import format_table
 
 HEADER = ("name", "C4", "C5", "parameters, M", "trunk, GMAC", "head, GMAC", "weights", "norm", "image")
 NOTE = (

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..report import format_table
+from ..tables import format_table
 
 COCO_METRICS = {
     "AP": "IoU 0.50:0.95",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..report import format_table
+from ..tables import format_table
 from .coco import check_results, class_names_by_id
 
 RECALLS = np.arange(0.0, 1.1, 0.1)

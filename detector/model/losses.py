@@ -6,6 +6,8 @@ Letters: S anchors sampled, P positive ones among them, R regions sampled, K cla
 from torch import Tensor
 from torch.nn import functional as F
 
+LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+
 
 def rpn_losses(
     logits: Tensor, labels: Tensor, deltas: Tensor, wanted: Tensor, normalizer: int, beta: float

@@ -1,0 +1,61 @@
+"""What a run is about to do, said before it starts."""
+
+import math
+from collections import Counter
+
+import torch
+
+from backbones.summary import multiply_accumulates
+
+from .config import Config
+from .data import DetectionDataset
+from .model.faster_rcnn import C4FasterRCNN
+from .model.network_input import network_size
+from .tables import format_count, format_table
+
+
+def describe(
+    config: Config,
+    model: C4FasterRCNN,
+    train_set: DetectionDataset,
+    val_set: DetectionDataset | None,
+    device: torch.device,
+) -> str:
+    """What a run is about to do: data, sizes, parameters, cost."""
+    lines = []
+    for name, dataset in (("train", train_set), ("val", val_set)):
+        if dataset is None:
+            continue
+        lines.append(f"{name}: {len(dataset)} images, {sum(dataset.box_counts().values())} boxes")
+        lines += [f"  skipped: {problem}" for problem in dataset.problems[:5]]
+        if len(dataset.problems) > 5:
+            lines.append(f"  and {len(dataset.problems) - 5} more skipped")
+        lines += [f"  note: {note}" for note in dataset.notes]
+    counts = {"train": train_set.box_counts()} | ({} if val_set is None else {"val": val_set.box_counts()})
+    rows = [(name, *(c[name] for c in counts.values())) for name in train_set.class_names]
+    lines.append(format_table(rows, header=("class", *counts)))
+    size = (config.model.min_size, config.model.max_size, config.model.conventions.resize_rounding)
+    seen = Counter(network_size(int(h), int(w), *size) for h, w in train_set.image_sizes)
+    common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in seen.most_common(3))
+    more = f" and {len(seen) - 3} other sizes" if len(seen) > 3 else ""
+    lines.append(f"input after resizing, height x width: {common}{more}")
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines.append(
+        f"parameters: {format_count(parameters)}, trainable {format_count(trainable)}, "
+        f"frozen {format_count(parameters - trainable)}"
+    )
+    (height, width), _ = seen.most_common(1)[0]
+    trunk, head = model.backbone, model.roi_heads.box_head
+    trunk_macs = multiply_accumulates(trunk, torch.zeros(1, 3, height, width, device=device))
+    head_macs = multiply_accumulates(head, torch.zeros(1, trunk.out_channels, 14, 14, device=device))
+    lines.append(
+        f"multiply-accumulates: trunk {format_count(trunk_macs)} an image of {height}x{width}, "
+        f"head {format_count(head_macs)} a region"
+    )
+    options = config.train
+    lines.append(
+        f"{options.epochs} epochs of {math.ceil(len(train_set) / options.batch_size)} batches of "
+        f"{options.batch_size}, {options.optimizer} at {options.lr:g}, {options.schedule}, on {device}"
+    )
+    return "\n".join(lines)

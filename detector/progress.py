@@ -1,0 +1,133 @@
+"""The progress of long work: a bar on a terminal, plain lines elsewhere."""
+
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+import torch
+from tqdm import tqdm
+
+from .tables import format_duration
+
+
+class Progress:
+    """The progress of one epoch: a bar on a terminal, elsewhere a plain line every so many seconds.
+
+    Args:
+        num_images: images of the epoch.
+        title: what runs, for example "epoch 3/12".
+        epochs_left: whole epochs after this one, for the time left for the run.
+        interval: seconds between plain lines.
+        stream: where to write, standard output by default.
+        enabled: False writes nothing (every process but the first), and still measures.
+    """
+
+    smoothing = 0.9
+    """Weight of the past in the losses shown."""
+
+    def __init__(
+        self,
+        num_images: int,
+        title: str = "",
+        *,
+        epochs_left: int = 0,
+        interval: float = 10.0,
+        stream: IO[str] | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.num_images = num_images
+        self.title = title
+        self.epochs_left = epochs_left
+        self.interval = interval
+        self.images_seen = 0
+        self._stream = sys.stdout if stream is None else stream
+        self._enabled = enabled
+        self._start = time.perf_counter()
+        self._first: tuple[float, int] | None = None  # time and images after the first step, which warms up
+        self._last_line = -math.inf
+        self._shown: dict[str, float] = {}
+        self._bar = self._open_bar() if enabled and self._stream.isatty() else None
+
+    def update(self, num_images: int, **numbers: float) -> None:
+        """Count the images of one step and show its numbers: losses as running means, others as they are."""
+        self.images_seen += num_images
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (now, self.images_seen)
+        for name, value in numbers.items():
+            self._shown[name] = self._smooth(name, float(value))
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(self._describe()), refresh=False)
+            self._bar.update(num_images)
+        elif self._enabled and (
+            now - self._last_line >= self.interval or self.images_seen >= self.num_images
+        ):
+            self._last_line = now
+            self._print_line()
+
+    @property
+    def images_per_second(self) -> float:
+        """Images a second since the first step, or with it while there is no other; 0 before it."""
+        if self._first is None:
+            return 0.0
+        start, images = self._first if self.images_seen > self._first[1] else (self._start, 0)
+        return (self.images_seen - images) / max(time.perf_counter() - start, 1e-9)
+
+    @property
+    def seconds_left(self) -> tuple[float, float]:
+        """Seconds left for the epoch and for the run, from the rate so far."""
+        rate = max(self.images_per_second, 1e-9)
+        epoch = max(self.num_images - self.images_seen, 0) / rate
+        return epoch, epoch + self.epochs_left * self.num_images / rate
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_bar(self) -> tqdm:
+        layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+        return tqdm(
+            total=self.num_images,
+            desc=self.title,
+            file=self._stream,
+            dynamic_ncols=True,
+            bar_format=layout,
+        )
+
+    def _smooth(self, name: str, value: float) -> float:
+        past = self._shown.get(name)
+        if past is None or not name.startswith("loss") or not math.isfinite(past):
+            return value
+        return self.smoothing * past + (1 - self.smoothing) * value
+
+    def _describe(self) -> list[str]:
+        numbers = [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in self._shown.items()]
+        epoch, run = self.seconds_left
+        left = f"{format_duration(epoch)} left"
+        if self.epochs_left:
+            left += f", run {format_duration(run)}"
+        return [*numbers, f"{self.images_per_second:.1f} images/s", f"{memory_mb():.0f} MB", left]
+
+    def _print_line(self) -> None:
+        counted = f"{self.title} {self.images_seen}/{self.num_images}".strip()
+        print(f"{counted}: {', '.join(self._describe())}", file=self._stream, flush=True)
+
+
+def memory_mb() -> float:
+    """Peak GPU memory of tensors in MB where CUDA is in use, otherwise the resident memory of the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return resident_pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except (OSError, ValueError, AttributeError):  # not Linux
+        return 0.0
