@@ -93,7 +93,9 @@ class C4FasterRCNN(FasterRCNN):
         images: N x (3, H, W) float RGB in [0, 1]. targets: dicts of boxes (M, 4) xyxy in pixels, labels (M,) in 1..K-1.
         """
         if not self.training:
-            return self.detect(images)
+            encoded = self.encode(images)
+            classified = self.classify(encoded, self.propose(encoded).boxes)
+            return self.restore(self.roi_heads.detect(classified), encoded)
         if targets is None:
             raise ValueError("targets is None; in training mode each image needs a dict of boxes and labels")
         encoded = self.encode(images, targets)
@@ -102,6 +104,7 @@ class C4FasterRCNN(FasterRCNN):
         classified = self.classify(encoded, sample.boxes)
         return self.roi_heads.losses(classified, sample) | proposals.losses
 
+    @torch.no_grad()
     def detect(
         self,
         images: list[Tensor],
@@ -111,7 +114,7 @@ class C4FasterRCNN(FasterRCNN):
         score_thresh: float | None = None,
         class_agnostic_nms: bool | None = None,
     ) -> list[dict[str, Tensor]]:
-        """Boxes (M, 4) xyxy in pixels of each image, labels (M,), scores (M,), and what is asked for beside them.
+        """As `forward` in evaluation mode, without gradients, and with what is asked for beside it.
 
         vectors: the RoI head's vector of each final box, (M, C5). class_scores: the probabilities of all classes, (M, K),
         background first; they come from the proposal of each detection, as its score does.
