@@ -40,6 +40,14 @@ class ModelConfig(build_faster_rcnn.settings):
             "resize_rounding": chosen.resize_rounding,
         }
 
+    @field_validator("preprocessing", mode="before")
+    @classmethod
+    def _needs_mean_and_std(cls, value: Any) -> Any:
+        missing = [name for name in ("mean", "std") if isinstance(value, dict) and name not in value]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} missing; accepted: mean, std, channel_order, scale")
+        return value
+
     @field_validator("backbone", mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:

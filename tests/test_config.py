@@ -236,3 +236,15 @@ def test_defaults_are_valid_and_finite():
     config = ModelConfig(backbone={"name": "resnet101"})
     assert all(math.isfinite(s) for s in (*config.anchor_sizes, *config.aspect_ratios))
     assert (config.min_size, config.max_size) == (800, 1333)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{mean: [1, 2, 3]}", "std missing"),
+        ("{mean: [1, 2, 3], std: [1, 1, 1], chanel: bgr}", "preprocessing.chanel"),
+    ],
+)
+def test_preprocessing_is_whole_and_has_no_other_key(recipe, given, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(recipe, [f"model.preprocessing={given}"])
