@@ -30,23 +30,20 @@ def _check_torchvision() -> None:
 _check_torchvision()
 
 from . import preact_resnet, se_resnet  # noqa: E402, F401
-from .backbone import (  # noqa: E402
-    Backbone,
-    Preprocessing,
-    RoIHead,
-    Trunk,
+from .backbone import Backbone, Preprocessing, RoIHead, Trunk  # noqa: E402
+from .cifar import cifar_resnet  # noqa: E402
+from .cut.libraries import timm_backbone, torchvision_backbone  # noqa: E402, F401
+from .cut.split import cut_network  # noqa: E402
+from .densenet import densenet, densenet121, densenet161, densenet169, densenet201  # noqa: E402
+from .inception import bn_inception, inception, se_bn_inception  # noqa: E402
+from .registry import (  # noqa: E402
     backbone_options,
     create_backbone,
     list_backbones,
     register_backbone,
     register_library,
 )
-from .cifar import cifar_resnet  # noqa: E402
-from .densenet import densenet, densenet121, densenet161, densenet169, densenet201  # noqa: E402
-from .inception import bn_inception, inception, se_bn_inception  # noqa: E402
-from .libraries import timm_backbone, torchvision_backbone  # noqa: E402, F401
 from .resnet import resnet, resnet18, resnet34, resnet50, resnet101, resnet152  # noqa: E402
-from .split import cut  # noqa: E402
 
 __all__ = [
     "Backbone",
@@ -57,7 +54,7 @@ __all__ = [
     "bn_inception",
     "cifar_resnet",
     "create_backbone",
-    "cut",
+    "cut_network",
     "densenet",
     "densenet121",
     "densenet161",

@@ -1,21 +1,17 @@
-"""The contract between a classification network and a C4 detector, and the registry of names.
+"""The contract between a classification network and a C4 detector.
 
 Letters: N images of H x W pixels, R regions, C4 and C5 channels of conv4_x and conv5_x.
 """
 
-import difflib
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+
+from .folding import use_folding
+from .recompute import has_gradients, recomputed, run_blocks
+from .regions import Regions
 
 NUM_TRUNK_STAGES = 4
 NUM_STAGES = 5
@@ -52,46 +48,6 @@ def _freeze(stage: nn.Module) -> None:
     stage.eval()
 
 
-def keeps_activations(block: nn.Module, checkpointing: bool) -> bool:
-    """Whether a block runs as usual: not asked to save memory, or with no gradient to save any for."""
-    return not (
-        checkpointing and torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
-    )
-
-
-def run_blocks(blocks: nn.Module, features: Tensor, checkpointing: bool) -> Tensor:
-    """blocks(features); with `checkpointing`, a block's activations are recomputed in the backward pass."""
-    if not checkpointing:
-        return blocks(features)
-    for block in blocks if isinstance(blocks, nn.Sequential) else [blocks]:
-        if isinstance(block, nn.Sequential):
-            features = run_blocks(block, features, checkpointing)
-        elif keeps_activations(block, checkpointing):
-            features = block(features)
-        else:
-            features = recomputed(block, block, features)
-    return features
-
-
-def recomputed(block: nn.Module, function: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
-    """function(features), whose activations are computed again for the gradient; statistics move only once."""
-    norms = [layer for layer in block.modules() if isinstance(layer, nn.BatchNorm2d)]
-
-    @contextmanager
-    def still() -> Iterator[None]:
-        momenta, counts = [n.momentum for n in norms], [n.num_batches_tracked.clone() for n in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-        try:
-            yield
-        finally:
-            for norm, momentum, count in zip(norms, momenta, counts, strict=True):
-                norm.momentum = momentum
-                norm.num_batches_tracked.copy_(count)
-
-    return checkpoint(function, features, use_reentrant=False, context_fn=lambda: (nullcontext(), still()))
-
-
 class Trunk(nn.Module):
     """Stages 1-4, run once per image: (N, 3, H, W) -> (N, C4, ceil(H/16), ceil(W/16)).
 
@@ -108,6 +64,7 @@ class Trunk(nn.Module):
         self.out_channels = out_channels
         self.frozen_stages = 0
         self.activation_checkpointing = False
+        use_folding(self)
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -132,33 +89,11 @@ class Trunk(nn.Module):
         return features
 
 
-class Regions(Protocol):
-    """Regions of a shared map that are cropped when, and only as far as, the head asks for it.
-
-    RoIAlign is linear, and so is a 1x1 convolution at each position: the two commute, and a head that begins with
-    1x1 convolutions runs them once on the map in place of once a region (`conv1x1`).
-    """
-
-    def crop(self, stride: int = 1) -> Tensor:
-        """The bins ::stride of the regions, (R, C4, 14/stride, 14/stride)."""
-
-    def conv1x1(self, weight: Tensor, stride: int) -> Tensor:
-        """conv2d(self.crop(), weight, stride=stride), whichever way round is less work; weight (C, C4, 1, 1)."""
-
-    features: Tensor
-
-    def of(self, features: Tensor) -> "Regions":
-        """The same regions of another map, or of this one with nothing computed yet."""
-
-    def split(self, max_regions: int | None = None) -> "Iterable[Regions]":
-        """Parts of at most so many regions (None: as a bound of memory asks for); they share what was computed."""
-
-
 class RoIHead(nn.Module):
-    """Stage 5 and average pooling, run once per region: (R, C4, 14, 14) or `Regions` -> (R, C5).
+    """Stage 5 and average pooling, run once per region: (R, C4, 14, 14) -> (R, C5).
 
-    With `Regions`, the 1x1 convolutions that open the first block's branch and shortcut run on the shared map
-    (`shared_projection = False` crops first, as the definition does).
+    Of `Regions`, the 1x1 convolutions that open stage 5 run on the shared map (`shared_projection = False` crops
+    first, as the definition does).
     """
 
     def __init__(self, stage5: nn.Sequential, out_channels: int) -> None:
@@ -168,6 +103,7 @@ class RoIHead(nn.Module):
         self.frozen = False
         self.shared_projection = True
         self.activation_checkpointing = False
+        use_folding(self)
 
     def freeze(self) -> None:
         self.frozen = True
@@ -179,37 +115,25 @@ class RoIHead(nn.Module):
             self.stage5.eval()
         return self
 
-    def forward(self, regions: "Tensor | Regions") -> Tensor:
-        if isinstance(regions, Tensor):
-            return self.pool(run_blocks(self.stage5, regions, self.activation_checkpointing))
+    def forward(self, regions: Tensor) -> Tensor:
+        if not isinstance(regions, Regions):
+            return self._vectors(regions, self.activation_checkpointing)
         if not (self.training or torch.is_grad_enabled()):
-            vectors = [self.pool(self._run(part, False)) for part in regions.split()]
-        elif not (keeps_activations(self.stage5, self.activation_checkpointing) or self._draws_statistics()):
-            vectors = [self._recomputed(part) for part in regions.split(CHECKPOINTED_REGIONS)]
+            vectors = [self._vectors(part) for part in regions.parts()]
+        elif self.activation_checkpointing and has_gradients(self.stage5) and not self._draws_statistics():
+            parts = regions.parts(CHECKPOINTED_REGIONS)
+            vectors = [recomputed(self.stage5, self._vectors, part) for part in parts]
         else:  # batch statistics are of all regions, and a gradient keeps every part's activations: no parts
-            vectors = [self.pool(self._run(regions, self.activation_checkpointing))]
+            vectors = [self._vectors(regions, self.activation_checkpointing)]
         return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
     def _draws_statistics(self) -> bool:
         return any(isinstance(layer, _BatchNorm) and layer.training for layer in self.stage5.modules())
 
-    def _recomputed(self, regions: "Regions") -> Tensor:
-        """The vectors of a part of the regions, of which nothing else is kept for the backward pass."""
-
-        def vectors(features: Tensor) -> Tensor:
-            return self.pool(self._run(regions.of(features), False))
-
-        return recomputed(self.stage5, vectors, regions.features)
-
-    def _run(self, regions: "Regions", checkpointing: bool) -> Tensor:
-        first, others = self.stage5[0], self.stage5[1:]
-        if not (self.shared_projection and hasattr(first, "enter")):
-            return run_blocks(self.stage5, regions.crop(), checkpointing)
-        if keeps_activations(first, checkpointing):
-            entered = first.enter(regions)
-        else:
-            entered = recomputed(first, lambda features: first.enter(regions.of(features)), regions.features)
-        return run_blocks(others, entered, checkpointing)
+    def _vectors(self, regions: Tensor, checkpointing: bool = False) -> Tensor:
+        if isinstance(regions, Regions) and not self.shared_projection:
+            regions = regions.crop()
+        return self.pool(run_blocks(self.stage5, regions, checkpointing))
 
     @staticmethod
     def pool(features: Tensor) -> Tensor:
@@ -245,108 +169,3 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.roi_head(self.trunk(images))
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-_BUILDERS: dict[str, Callable[..., Backbone]] = {}
-_LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[..., Backbone]]] = {}
-
-
-def register_backbone(*, options_of: Callable[..., Backbone] | None = None) -> Callable:
-    """Decorator: the function's name becomes a name for `create_backbone`.
-
-    The keyword-only parameters of `options_of`, a family's builder, are the options that the name takes, and become
-    the decorated function's signature; None: the function's own.
-    """
-
-    def register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
-        parameters = inspect.signature(options_of or builder).parameters.values()
-        options = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-        name = builder.__name__
-        if name in _BUILDERS:
-            raise ValueError(f"a backbone named {name!r} is registered already")
-        builder.__signature__ = inspect.Signature(options, return_annotation=Backbone)
-        _BUILDERS[name] = builder
-        return builder
-
-    return register
-
-
-def register_library(library: str, *, names: Callable[[], list[str]]) -> Callable:
-    """Decorator: "library/NAME" becomes a name for `create_backbone`, built by the decorated function of NAME.
-
-    `names` lists every NAME; it is called only when a name of the library is asked for.
-    """
-
-    def register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
-        if library in _LIBRARIES:
-            raise ValueError(f"a library named {library!r} is registered already")
-        _LIBRARIES[library] = names, builder
-        return builder
-
-    return register
-
-
-def list_backbones(pattern: str = "*") -> list[str]:
-    """Names that `create_backbone` takes, sorted, as far as they match the shell-style pattern.
-
-    Networks of a library are listed where the pattern names it, as "timm/resnet*" does; not each can be cut.
-    """
-    library, slash, _ = pattern.partition("/")
-    if slash and library in _LIBRARIES:
-        return sorted(
-            f for f in (f"{library}/{name}" for name in _LIBRARIES[library][0]()) if fnmatch(f, pattern)
-        )
-    return sorted(name for name in _BUILDERS if fnmatch(name, pattern))
-
-
-def nearest(name: str, accepted: list[str] | tuple[str, ...]) -> str:
-    """The end of an error message: the nearest accepted name, and all of them."""
-    close = difflib.get_close_matches(str(name), [str(a) for a in accepted], n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}accepted: {', '.join(str(a) for a in accepted)}"
-
-
-def _builder(name: str) -> Callable[..., Backbone]:
-    library, slash, network = str(name).partition("/")
-    if slash and library in _LIBRARIES:
-        names, builder = _LIBRARIES[library]
-        accepted = names()
-        if network not in accepted:
-            close = difflib.get_close_matches(network, accepted, n=3, cutoff=0.5)
-            hint = f"the nearest names are {', '.join(close)}" if close else "no name is near"
-            raise ValueError(
-                f"{library} has no network {network!r}; {hint} (all: list_backbones('{library}/*'))"
-            )
-        return partial(builder, network)
-    if name not in _BUILDERS:
-        raise ValueError(f"there is no backbone {name!r}; {nearest(name, list_backbones())}")
-    return _BUILDERS[name]
-
-
-def backbone_options(name: str) -> dict[str, inspect.Parameter]:
-    """The options of a named backbone with their annotations and defaults."""
-    return dict(inspect.signature(_builder(name)).parameters)
-
-
-def create_backbone(name: str, **options: object) -> Backbone:
-    """Build a backbone by name, for example `create_backbone("resnet50", weights="imagenet_v2", frozen_stages=2)`."""
-    accepted = backbone_options(name)
-    for option in options:
-        if option not in accepted:
-            raise TypeError(f"{name} has no option {option!r}; {nearest(option, list(accepted))}")
-    return _builder(name)(**options)
-
-
-@torch.no_grad()
-def init_weights(module: nn.Module) -> None:
-    """He initialisation of every convolution (fan out, ReLU), as torchvision's ResNets draw theirs."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)

@@ -7,9 +7,9 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .backbone import init_weights
 from .branch_ends import linear_rule
-from .layers import conv, norm_layer
+from .folding import use_folding
+from .layers import conv, init_weights, norm_layer
 from .residual import ORIGINAL, BlockOptions, basic, bottleneck, residual_stage
 
 CIFAR_DEPTHS = (20, 32, 44, 56, 110, 164, 1001)  # of the papers; from 164 on of bottlenecks
@@ -65,4 +65,5 @@ def cifar_resnet(
     }
     network = nn.Sequential(layers)
     init_weights(network)
+    use_folding(network)
     return network

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone, RoIHead, Trunk, init_weights, register_backbone
-from .layers import conv, norm_layer
+from .backbone import Backbone, RoIHead, Trunk
+from .layers import conv, init_weights, norm_layer
+from .registry import register_backbone
 from .weights import is_published, load_weights
 
 Norm = Callable[[int], nn.Module]

@@ -1,16 +1,17 @@
-"""Sequences that train faster: frozen norms as part of the convolution before them."""
+"""A norm of fixed statistics as part of the convolution before it, in training and for inference."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from .gradients import conv2d
+from .kernels.gradients import conv2d
 
 
-class Layers(nn.Sequential):
+class FoldingSequential(nn.Sequential):
     """A sequence that computes the same with less work while gradients are taken.
 
     A convolution and the frozen norm behind it run as conv(x, w * scale) + shift: no pass of the norm over the map, no
@@ -20,51 +21,84 @@ class Layers(nn.Sequential):
     fold_norms = True
 
     def forward(self, x: Tensor) -> Tensor:
-        for step in steps(self, list(self)):
+        for step in self._steps() if torch.is_grad_enabled() else self:
             x = step(x)
         return x
 
+    def _steps(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The calls that run the layers."""
+        layers, folded = list(self), None
+        for layer, after in pairwise([*layers, None]):
+            if layer is folded:
+                folded = None
+            elif not _is_plain(layer):
+                yield layer
+            elif self.fold_norms and isinstance(after, FrozenBatchNorm2d) and is_foldable(layer, after):
+                folded = after
+                yield partial(_convolve, layer, *fold(layer, after))
+            else:
+                yield partial(_convolve, layer, layer.weight, layer.bias)
+
+
+def use_folding(module: nn.Module) -> None:
+    """Make every plain `nn.Sequential` in `module` a `FoldingSequential`, as torch's lazy modules change their class.
+
+    The layers, their names and the hooks stay.
+    """
+    for layers in module.modules():
+        if type(layers) is nn.Sequential:
+            layers.__class__ = FoldingSequential
+
 
 def set_folding(module: nn.Module, fold_norms: bool) -> None:
-    """Turn the folding of frozen norms on or off in every sequence of `module`."""
+    """Turn the folding of frozen norms in training on or off in every sequence of `module`."""
     for layers in module.modules():
-        if isinstance(layers, Layers):
+        if isinstance(layers, FoldingSequential):
             layers.fold_norms = fold_norms
 
 
-def steps(owner: nn.Sequential, layers: list[nn.Module]) -> Iterator[Callable[[Tensor], Tensor]]:
-    """The calls that run `layers`, all or the last ones of `owner`, as their owner would."""
-    if not (isinstance(owner, Layers) and torch.is_grad_enabled()):
-        yield from layers
-        return
-    for before, layer, after in zip([None, *layers], layers, [*layers[1:], None], strict=False):
-        if folds(owner, layer, after):
-            yield partial(convolve, layer, *fold(layer, after))
-        elif _is_plain(layer):
-            yield partial(convolve, layer, layer.weight, layer.bias)
-        elif not folds(owner, before, layer):
-            yield layer
+def is_foldable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
+    """Whether norm(conv(x)) is one convolution, once the norm's statistics are fixed, and nobody listens in between.
+
+    timm's norms hold an activation, its convolutions standardise their weights: neither is folded.
+    """
+    return (
+        type(conv) is nn.Conv2d
+        and isinstance(norm, (nn.BatchNorm2d, FrozenBatchNorm2d))
+        and norm.running_mean is not None
+        and not hasattr(norm, "act")
+        and not (_has_hooks(conv) or _has_hooks(norm))
+    )
 
 
-def folds(owner: nn.Sequential, layer: nn.Module | None, after: nn.Module | None) -> bool:
-    """Whether `owner` runs these two of its layers as one convolution."""
-    folding = isinstance(owner, Layers) and owner.fold_norms and torch.is_grad_enabled()
-    return folding and _is_plain(layer) and isinstance(after, FrozenBatchNorm2d)
+def fold(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that is norm(conv(x)), computed in `dtype` (None: the weights' own).
+
+    Gradients flow to the weights of both.
+    """
+    tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    weight, bias, mean, variance, scale, shift = (t if t is None else t.to(dtype or t.dtype) for t in tensors)
+    scale = (variance + norm.eps).rsqrt() * (1 if scale is None else scale)
+    shift = (0 if shift is None else shift) - mean * scale
+    return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
-    return type(layer) is nn.Conv2d and layer.padding_mode == "zeros"
+    """Whether our `conv2d` may stand for the call of this layer."""
+    return (
+        type(layer) is nn.Conv2d
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+        and not _has_hooks(layer)
+    )
 
 
-def fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that is norm(conv(x)); gradients flow to conv's own."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
-    if conv.bias is not None:
-        shift = shift + conv.bias * scale
-    return conv.weight * scale[:, None, None, None], shift
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
 
 
-def convolve(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _convolve(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """conv(x) with other weights."""
     return conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)

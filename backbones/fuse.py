@@ -1,20 +1,12 @@
-"""The form of a network for inference: norms folded into convolutions, Winograd products where they are faster."""
+"""The form of a network for inference: every norm that can be is part of the convolution before it."""
 
 import copy
-import time
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torchvision.ops import FrozenBatchNorm2d
+from torch import nn
 
-from .graph_block import Block
-
-# Winograd's F(4x4, 3x3) (Lavin & Gray 2015, arXiv 1509.09308): y = A' [(G g G') * (B' d B)] A of 6x6 input tiles d.
-_INPUT = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0), (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1))  # fmt: skip
-_KERNEL = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))  # fmt: skip
-_OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
-_TILE = 4
+from .cut.block import Block
+from .folding import fold, is_foldable
 
 
 def fuse(module: nn.Module) -> nn.Module:
@@ -22,147 +14,34 @@ def fuse(module: nn.Module) -> nn.Module:
     fused = copy.deepcopy(module).eval().requires_grad_(False)
     for parent in list(fused.modules()):
         if isinstance(parent, nn.Sequential):
-            _fold_norms(parent)
+            _fold_sequence(parent)
         elif isinstance(parent, Block):
             _fold_block(parent)
     return fused
+
+
+def _fold_sequence(layers: nn.Sequential) -> None:
+    names = list(layers._modules)
+    for name, following in zip(names[:-1], names[1:], strict=True):
+        conv, norm = layers._modules.get(name), layers._modules[following]
+        if is_foldable(conv, norm):
+            _fold_into(conv, norm)
+            del layers._modules[following]
 
 
 def _fold_block(block: Block) -> None:
     """The same in a piece of a graph; of timm's norms with an activation within, that stays."""
     for conv, path in block.conv_norms:
         norm = block.get_submodule(path)
-        _fold_norm(block.get_submodule(conv), norm)
+        _fold_into(block.get_submodule(conv), norm)
         rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()
         block.set_submodule(path, rest)
 
 
-def _fold_norms(layers: nn.Sequential) -> None:
-    """conv, norm -> conv with bias. Statistics are folded in float64, so that the fold itself costs no precision."""
-    names = list(layers._modules)
-    for name, following in zip(names[:-1], names[1:], strict=True):
-        conv, norm = layers._modules.get(name), layers._modules[following]
-        # timm's norms hold an activation, its convolutions standardise their weights: neither is folded
-        plain_norm = isinstance(norm, (nn.BatchNorm2d, FrozenBatchNorm2d)) and not hasattr(norm, "act")
-        if type(conv) is nn.Conv2d and plain_norm:
-            _fold_norm(conv, norm)
-            del layers._modules[following]
-
-
 @torch.no_grad()
-def _fold_norm(conv: nn.Conv2d, norm: nn.Module) -> None:
-    """Make `conv` compute norm(conv(x))."""
-    statistics = (norm.running_mean, norm.running_var)
-    affine = (norm.weight, norm.bias)
-    weight, bias = fuse_conv_bn_weights(
-        conv.weight.double(),
-        None if conv.bias is None else conv.bias.double(),
-        *(s.double() for s in statistics),
-        norm.eps,
-        *(None if a is None else a.double() for a in affine),
-    )
+def _fold_into(conv: nn.Conv2d, norm: nn.Module) -> None:
+    """Make `conv` compute norm(conv(x)). Float64 keeps the fold itself from costing precision."""
+    weight, bias = fold(conv, norm, torch.float64)
     dtype, layout = conv.weight.dtype, torch.channels_last
     conv.weight = nn.Parameter(weight.to(dtype).contiguous(memory_format=layout), requires_grad=False)
     conv.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-
-
-class WinogradConv2d(nn.Module):
-    """A 3x3 convolution of stride 1 and padding 1 on maps of one small size, as 36 matrix products.
-
-    For the 7x7 crops of a RoI head 2x2 tiles of 4x4 outputs cover the map: 36 * 4 / (9 * 49) = a third of the
-    multiplications. The transforms of all tiles are one matrix each, T_in (144, 49) and T_out (49, 144).
-    """
-
-    def __init__(self, conv: nn.Conv2d, size: int = 7) -> None:
-        super().__init__()
-        tiles = -(-size // _TILE)
-        to_tiles, from_tiles = _transforms(size, tiles)
-        kernel = torch.tensor(_KERNEL, dtype=torch.float64)
-        products = torch.einsum("ia,ocab,jb->ijco", kernel, conv.weight.double().cpu(), kernel).flatten(0, 1)
-        self.size, self.num_tiles = size, tiles * tiles
-        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        for name, value in (("to_tiles", to_tiles), ("from_tiles", from_tiles), ("products", products)):
-            self.register_buffer(name, value.to(conv.weight), persistent=False)
-        self.register_buffer("weight", conv.weight.detach(), persistent=False)
-        self.bias = conv.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(R, C, 7, 7) channels-last -> (R, C', 7, 7) channels-last; a map of another size runs as a convolution."""
-        if x.shape[-2:] != (self.size, self.size):
-            return nn.functional.conv2d(x, self.weight, self.bias, padding=1)
-        num_regions, bins = len(x), self.size * self.size
-        by_bin = x.permute(2, 3, 0, 1).reshape(bins, num_regions * self.in_channels)
-        tiles = (self.to_tiles @ by_bin).view(36, self.num_tiles * num_regions, self.in_channels)
-        multiplied = torch.bmm(tiles, self.products).view(
-            36 * self.num_tiles, num_regions * self.out_channels
-        )
-        y = (self.from_tiles @ multiplied).view(self.size, self.size, num_regions, self.out_channels)
-        y = y.permute(2, 0, 1, 3).contiguous()
-        if self.bias is not None:
-            y += self.bias
-        return y.permute(0, 3, 1, 2)
-
-
-def _transforms(size: int, tiles: int) -> tuple[Tensor, Tensor]:
-    """T_in (36 * tiles^2, size^2) and T_out (size^2, 36 * tiles^2); Kronecker products of the two axes."""
-    to_axis = torch.zeros(6, tiles, size, dtype=torch.float64)  # element of the tile, tile, position
-    from_axis = torch.zeros(size, 6, tiles, dtype=torch.float64)
-    for tile in range(tiles):
-        for k in range(6):
-            position = tile * _TILE + k - 1
-            if 0 <= position < size:
-                to_axis[:, tile, position] += torch.tensor(_INPUT, dtype=torch.float64)[:, k]
-        for k in range(min(_TILE, size - tile * _TILE)):
-            from_axis[tile * _TILE + k, :, tile] = torch.tensor(_OUTPUT, dtype=torch.float64)[k]
-    to_tiles = torch.einsum("aip,bjq->abijpq", to_axis, to_axis).reshape(36 * tiles**2, size**2)
-    from_tiles = torch.einsum("pai,qbj->pqabij", from_axis, from_axis).reshape(size**2, 36 * tiles**2)
-    return to_tiles, from_tiles
-
-
-def use_winograd(stage5: nn.Module, num_regions: int = 64, size: int = 7) -> int:
-    """Replace the 3x3 convolutions of `stage5` on 7x7 maps where that is measured to be faster; gives how many were.
-
-    Each distinct shape is timed once, on the device and in the dtype of its weights.
-    """
-    faster: dict[tuple[int, int], bool] = {}
-    replaced = 0
-    for parent in list(stage5.modules()):
-        for name, conv in list(parent._modules.items()):
-            if not _fits(conv):
-                continue
-            shape = conv.in_channels, conv.out_channels
-            winograd = WinogradConv2d(conv, size)
-            if shape not in faster:
-                faster[shape] = _time(winograd, conv, num_regions, size) < 0.95
-            if faster[shape]:
-                setattr(parent, name, winograd)
-                replaced += 1
-    return replaced
-
-
-def _fits(layer: nn.Module | None) -> bool:
-    return (
-        type(layer) is nn.Conv2d
-        and layer.kernel_size == (3, 3)
-        and layer.stride == (1, 1)
-        and layer.padding == (1, 1)
-        and layer.dilation == (1, 1)
-        and layer.groups == 1
-    )
-
-
-@torch.no_grad()
-def _time(winograd: nn.Module, conv: nn.Conv2d, num_regions: int, size: int) -> float:
-    """The Winograd form's time over the convolution's: the best of three each, alternating."""
-    x = torch.randn(num_regions, conv.in_channels, size, size).to(conv.weight)
-    x = x.contiguous(memory_format=torch.channels_last)
-    best = [float("inf"), float("inf")]
-    for repeat in range(4):
-        for i, layer in enumerate((winograd, conv)):
-            started = time.perf_counter()
-            layer(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            if repeat:  # the first is a warm-up
-                best[i] = min(best[i], time.perf_counter() - started)
-    return best[0] / best[1]

@@ -9,15 +9,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone, Preprocessing, Regions, RoIHead, Trunk, init_weights, register_backbone
+from .backbone import Backbone, Preprocessing, RoIHead, Trunk
 from .branch_ends import squeeze_excitation
-from .layers import CaffePool, enter, norm_layer
+from .layers import CaffePool, init_weights, norm_layer
+from .registry import register_backbone
 from .weights import DEFERRED, is_published, load_weights, read_state_dict
 
 Norm = Callable[[int], nn.Module]
 FULL_WIDTH = 64
 # What the published Caffe weights were trained on: BGR from 0 to 255, less a mean.
-CAFFE = Preprocessing(mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), channel_order="bgr", scale=255.0)
+CAFFE_INCEPTION = Preprocessing(
+    mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), channel_order="bgr", scale=255.0
+)
 
 # unit -> channels of the 1x1, the 3x3 (of its 1x1, of itself), the double 3x3 (likewise) and the pool's 1x1.
 # Without 1x1 and pool projection the unit halves the map, and the pooled input is the last branch.
@@ -46,10 +49,6 @@ class Inception(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.end(torch.cat([branch(x) for branch in self.branches.values()], dim=1))
-
-    def enter(self, regions: Regions) -> Tensor:
-        """forward(regions.crop()), the opening 1x1 convolutions run on the shared map."""
-        return self.end(torch.cat([enter(branch, regions) for branch in self.branches.values()], dim=1))
 
 
 class Builder:
@@ -171,7 +170,7 @@ def load_caffe_weights(backbone: Backbone, weights: str | None) -> None:
     load_weights(backbone, weights, published=CAFFE_NAMES)
     is_file = weights not in (None, DEFERRED) and not is_published(weights)
     if is_file and "conv1_7x7_s2.weight" in read_state_dict(weights):
-        backbone.preprocessing = CAFFE
+        backbone.preprocessing = CAFFE_INCEPTION
 
 
 @register_backbone(options_of=inception)

@@ -1,13 +1,13 @@
-"""Convolutions, norms and a pool that the families share, and the 1x1 convolutions that open a head on the shared map."""
+"""Convolutions, norms and a pool that the families share, and their first weights."""
 
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from .backbone import Regions, nearest
-from .folding import fold, folds, steps
+from .messages import nearest
 
 
 def conv(
@@ -77,40 +77,11 @@ class CaffePool(nn.MaxPool2d):
         return super().forward(x)
 
 
-def is_projection(layer: nn.Module | None) -> bool:
-    """Whether a layer is an ungrouped 1x1 convolution without padding, which RoIAlign commutes with."""
-    return (
-        type(layer) is nn.Conv2d
-        and layer.kernel_size == (1, 1)
-        and layer.padding in ((0, 0), "valid")
-        and layer.groups == 1
-        and layer.stride[0] == layer.stride[1]
-    )
-
-
-def opens_with_projection(layers: nn.Module) -> bool:
-    """Whether `layers` is a sequence that begins with a 1x1 convolution, which RoIAlign commutes with."""
-    return isinstance(layers, nn.Sequential) and len(layers) > 0 and is_projection(layers[0])
-
-
-def project(regions: Regions, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """A 1x1 convolution of regions.crop(), run on the shared map.
-
-    Its bias comes after the crop: bins outside the map are 0, so it does not commute.
-    """
-    features = regions.conv1x1(weight, stride)
-    return features if bias is None else features + bias[:, None, None]
-
-
-def enter(layers: nn.Module, regions: Regions) -> Tensor:
-    """layers(regions.crop()), an opening 1x1 convolution run on the shared map."""
-    if not opens_with_projection(layers):
-        return layers(regions.crop())
-    first, *others = layers
-    weight, bias = first.weight, first.bias
-    if others and folds(layers, first, others[0]):
-        weight, bias = fold(first, others.pop(0))
-    features = project(regions, weight, bias, first.stride[0])
-    for step in steps(layers, others):
-        features = step(features)
-    return features
+@torch.no_grad()
+def init_weights(module: nn.Module) -> None:
+    """He initialisation of every convolution (fan out, ReLU), as torchvision's ResNets draw theirs."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -8,7 +8,8 @@ the first 1x1 (`stride_in`). The norm and ReLU that open conv5_1 end stage 4.
 
 from functools import partial
 
-from .backbone import Backbone, register_backbone
+from .backbone import Backbone
+from .registry import register_backbone
 from .residual import FULL_PREACTIVATION
 from .resnet import LAYOUTS, resnet
 

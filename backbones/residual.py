@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .backbone import Regions, nearest
 from .branch_ends import BRANCH_ENDS, stochastic_depth
-from .folding import Layers
-from .layers import NORMS, conv, enter
+from .layers import NORMS, conv
+from .messages import nearest
 from .shortcuts import GATED, SCALE, SHORTCUTS, Scale, gate, shortcut
 
 ORIGINAL = "original"
@@ -20,10 +19,6 @@ FULL_PREACTIVATION = "full_preactivation"
 ORDERS = (ORIGINAL, BN_AFTER_ADDITION, RELU_BEFORE_ADDITION, RELU_ONLY_PREACTIVATION, FULL_PREACTIVATION)
 PREACTIVATIONS = (RELU_ONLY_PREACTIVATION, FULL_PREACTIVATION)
 STRIDE_IN = ("3x3", "1x1")
-
-
-def _run(layers: nn.Module, x: Tensor) -> Tensor:
-    return layers(x)
 
 
 class ResidualBlock(nn.Module):
@@ -39,18 +34,14 @@ class ResidualBlock(nn.Module):
         self.in_place = in_place
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.closing(self.join(x, _run))
+        """(N, C, H, W) -> (N, C', H/stride, W/stride)"""
+        return self.closing(self.join(x))
 
-    def enter(self, regions: Regions) -> Tensor:
-        """forward(regions.crop()), the opening 1x1 convolutions run on the shared map."""
-        return self.closing(self.join(regions, enter))
-
-    def join(self, x: Tensor | Regions, run: Callable[..., Tensor]) -> Tensor:
-        """branch + shortcut; `run(layers, x)` gives the outputs of both."""
-        branch = run(self.branch, x)
+    def join(self, x: Tensor) -> Tensor:
+        branch = self.branch(x)
         if self.shortcut is None:
             return branch
-        shortcut = run(self.shortcut, x)
+        shortcut = self.shortcut(x)
         return branch.add_(shortcut) if self.in_place else branch + shortcut
 
 
@@ -64,8 +55,8 @@ class GatedBlock(ResidualBlock):
         self.gate = gate
         self.exclusive = exclusive
 
-    def join(self, x: Tensor | Regions, run: Callable[..., Tensor]) -> Tensor:
-        branch, shortcut, gate = (run(layers, x) for layers in (self.branch, self.shortcut, self.gate))
+    def join(self, x: Tensor) -> Tensor:
+        branch, shortcut, gate = self.branch(x), self.shortcut(x), self.gate(x)
         return (gate * branch if self.exclusive else branch) + (1 - gate) * shortcut
 
 
@@ -195,7 +186,7 @@ def residual_block(
         layers["scale"] = Scale(SCALE)
     layers |= stochastic_depth(drop)
     parts = (
-        Layers(layers),
+        nn.Sequential(layers),
         shortcut(options.shortcut, in_channels, out_channels, stride, norm),
         closing(out_channels, options),
     )

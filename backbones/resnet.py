@@ -6,18 +6,11 @@ from functools import partial
 
 from torch import nn
 
-from .backbone import (
-    Backbone,
-    RoIHead,
-    Trunk,
-    backbone_options,
-    init_weights,
-    nearest,
-    register_backbone,
-)
+from .backbone import Backbone, RoIHead, Trunk
 from .branch_ends import linear_rule
-from .folding import Layers
-from .layers import CaffePool, norm_layer
+from .layers import CaffePool, init_weights, norm_layer
+from .messages import nearest
+from .registry import backbone_options, register_backbone
 from .residual import FULL_PREACTIVATION, ORIGINAL, BlockOptions, basic, bottleneck, opening, residual_stage
 from .weights import NameTable, is_published, load_weights
 
@@ -57,7 +50,7 @@ def _stem(width: int, options: BlockOptions) -> nn.Sequential:
     layers = OrderedDict(conv1=nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False))
     if options.order != FULL_PREACTIVATION:
         layers |= {"bn1": options.layer(width), "relu": nn.ReLU(inplace=True)}
-    return Layers(layers)
+    return nn.Sequential(layers)
 
 
 def _stage2(width: int, drops: list[float], stem_pool: str, options: BlockOptions) -> nn.Sequential:

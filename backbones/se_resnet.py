@@ -8,7 +8,8 @@ before the squeeze. The shrinkage networks' authors build theirs of pre-activati
 
 from functools import partial
 
-from .backbone import Backbone, register_backbone
+from .backbone import Backbone
+from .registry import register_backbone
 from .resnet import LAYOUTS, resnet
 
 se_basic = partial(resnet, branch_end="relu_se", stem_pool="ceil")

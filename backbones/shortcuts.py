@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .folding import Layers
 from .layers import conv
 
 SHORTCUTS = {
@@ -62,12 +61,12 @@ class Bias(nn.Module):
         return x + self.bias[:, None, None]
 
 
-def gate(in_channels: int, out_channels: int, stride: int, bias: float) -> Layers:
+def gate(in_channels: int, out_channels: int, stride: int, bias: float) -> nn.Sequential:
     """g(x) = sigmoid(W x + b), a 1x1 convolution and a bias of that initial value."""
     layers = OrderedDict(
         conv=conv(in_channels, out_channels, 1, stride), bias=Bias(out_channels, bias), sigmoid=nn.Sigmoid()
     )
-    return Layers(layers)
+    return nn.Sequential(layers)
 
 
 def shortcut(
@@ -88,4 +87,4 @@ def shortcut(
         layers["scale"] = Scale(SCALE)
     if kind == "dropout":
         layers["dropout"] = nn.Dropout(DROPOUT)
-    return Layers(layers) if layers else nn.Identity()
+    return nn.Sequential(layers) if layers else nn.Identity()

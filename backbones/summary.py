@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .backbone import CROP, Preprocessing, backbone_options, create_backbone
+from .backbone import CROP, Preprocessing
+from .cut.libraries import CUT_NORMS
 from .layers import NORMS
-from .libraries import CUT_NORMS
+from .registry import backbone_options, create_backbone
 from .weights import published_weights, timm_tags
 
 

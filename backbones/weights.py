@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights
 
-from .backbone import Backbone, Preprocessing, first_line
+from .backbone import Backbone, Preprocessing
+from .messages import first_line, misfit
 
 DEFERRED = "deferred"
 NameTable = tuple[tuple[str, str], ...]
@@ -188,19 +189,6 @@ def load_into(backbone: Backbone, state: dict[str, Tensor], published: NameTable
     if not any(key.startswith(("trunk.", "roi_head.")) for key in state):
         state = rename({k: v for k, v in state.items() if not k.startswith(_CLASSIFIERS)}, published)
     wanted = backbone.state_dict()
-    counters = "num_batches_tracked"  # absent from weights of old versions, and from frozen norms
-    missing = [k for k in wanted if k not in state and not k.endswith(counters)]
-    unexpected = [k for k in state if k not in wanted and not k.endswith(counters)]
-    shapes = [
-        f"{k} is {tuple(state[k].shape)}, wanted {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in state and state[k].shape != wanted[k].shape
-    ]
-    if missing or unexpected or shapes:
-        parts = [
-            f"{label}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-            for label, keys in (("missing", missing), ("unknown", unexpected), ("of another shape", shapes))
-            if keys
-        ]
-        raise ValueError(f"{source} does not fit {backbone.name}; " + "; ".join(parts))
+    if differences := misfit(wanted, state):
+        raise ValueError(f"{source} does not fit {backbone.name}; {differences}")
     backbone.load_state_dict({**wanted, **{k: v for k, v in state.items() if k in wanted}})

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from backbones import Backbone, create_backbone
-from backbones.split import layer_path
+from backbones.cut.split import layer_path
+from backbones.regions import RegionPool
 from backbones.summary import count_parameters, multiply_accumulates
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "cut_networks.md"
@@ -101,11 +102,20 @@ def row(name: str, family: str) -> str:
         f"{count_parameters(backbone) / 1e6:.3f}",
         f"{multiply_accumulates(trunk, images) / 1e9:.3f}",
         f"{multiply_accumulates(head, regions) / 1e9:.4f}",
-        len(head.stage5[0].projected),
+        num_projected(backbone),
         last_layer(backbone),
         rounding(backbone),
     )
     return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def num_projected(backbone: Backbone) -> int:
+    """How many of the 1x1 convolutions that open the head run on the shared map."""
+    features = torch.zeros(1, backbone.trunk.out_channels, CROP, CROP, device="meta")
+    regions = RegionPool()(features, [torch.zeros(2 * CROP, 4, device="meta")])
+    with torch.no_grad():
+        backbone.roi_head(regions)
+    return len(regions.projected)
 
 
 def last_layer(backbone: Backbone) -> str:

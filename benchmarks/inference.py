@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
+from backbones.regions import Regions
 from detector.engine import autocast
-from detector.model.region_pool import MapRegions
 from detector.model.roi_heads import BoxHeads
 
 from .detectron2 import build_detectron2, detectron2_parts, has_detectron2
@@ -94,7 +94,7 @@ def inference_call(
 
 
 def inference_parts(model: FasterRCNN) -> Parts:
-    """The parts of a detector of torchvision's shape; our head crops its maps itself, by `MapRegions`."""
+    """The parts of a detector of torchvision's shape; our head crops its maps itself, by `Regions`."""
     heads, trunk = model.roi_heads, model.backbone
     return [
         (model.transform, "forward", "transform"),
@@ -102,7 +102,7 @@ def inference_parts(model: FasterRCNN) -> Parts:
         (trunk, "forward" if trunk._compiled_call_impl is None else "_compiled_call_impl", "trunk"),
         (model.rpn, "forward", "rpn"),
         (heads.box_roi_pool, "forward", "roi_align"),
-        (MapRegions, "_crop", "roi_align"),
+        (Regions, "_read", "roi_align"),
         (heads.box_head, "forward", "head"),
         (heads.box_predictor, "forward", "predictor"),
         (heads, "detect" if isinstance(heads, BoxHeads) else "postprocess_detections", "postprocessing"),

@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from backbones.gradients import _backward, _rows, _weight_grad
 from torch import Tensor
 
-from backbones.gradients import _backward, _rows, _weight_grad
 from benchmarks import describe_machine
 from benchmarks.timing import Stopwatch, alternate
 from detector.files import write_json

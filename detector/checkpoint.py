@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backbones import Preprocessing
-from backbones.backbone import first_line
+from backbones.messages import first_line, misfit
 
 from .build import build_model
 from .config import Config, parse_config
@@ -55,14 +55,9 @@ class Checkpoint:
         # Otherwise the model has what the config says, overridden or not.
         if self.config.model.preprocessing is None:
             model.transform.set_preprocessing(self.preprocessing)
-        wanted, given = model.state_dict(), self.state_dict
-        wrong = [k for k in wanted if k not in given or given[k].shape != wanted[k].shape]
-        wrong += [k for k in given if k not in wanted]
-        if wrong:
-            raise ValueError(
-                f"the weights do not fit the config beside them: {len(wrong)} tensors differ, first {wrong[:3]}"
-            )
-        model.load_state_dict(given)
+        if differences := misfit(model.state_dict(), self.state_dict):
+            raise ValueError(f"the weights do not fit the config beside them; {differences}")
+        model.load_state_dict(self.state_dict, strict=False)  # counters of batch norms may be absent
         return model.eval()
 
 

@@ -1,6 +1,5 @@
 """The configuration: a YAML file of names and numbers -> frozen typed models. It stops at the door."""
 
-import difflib
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import (
 )
 
 from backbones import backbone_options
+from backbones.messages import nearest
 
 from .data.sources import SOURCES, DataConfig
 from .model.faster_rcnn import build_faster_rcnn
@@ -65,9 +65,7 @@ class ModelConfig(build_faster_rcnn.settings):
             if key == "name":
                 continue
             if key not in options:
-                raise ValueError(
-                    f"{value['name']} has no option {key!r}; {did_you_mean(key, ['name', *options])}"
-                )
+                raise ValueError(f"{value['name']} has no option {key!r}; {nearest(key, ['name', *options])}")
             annotation = options[key].annotation
             if annotation is inspect.Parameter.empty:
                 checked[key] = given
@@ -163,12 +161,6 @@ class Config(Section):
         return len(class_names) + 1
 
 
-def did_you_mean(key: str, accepted: list[str]) -> str:
-    """The end of a sentence about an unknown key."""
-    close = difflib.get_close_matches(key, accepted, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"accepted: {', '.join(accepted)}"
-
-
 def split_overrides(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     """Arguments that set a key of the recipe (section.key=value, and no file of that name), and the others."""
     overrides: list[str] = []
@@ -246,7 +238,7 @@ def _sentence(error: dict[str, Any], values: dict[str, Any]) -> str:
     names = [str(part) for part in error["loc"]]
     where = ".".join(names) or "config"
     if error["type"] == "extra_forbidden":
-        return f"unknown key {where}; {did_you_mean(names[-1], _fields_beside(error['loc'], values))}"
+        return f"unknown key {where}; {nearest(names[-1], _fields_beside(error['loc'], values))}"
     return sentence(error)
 
 

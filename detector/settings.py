@@ -12,7 +12,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from backbones.backbone import nearest
+from backbones.messages import nearest
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from backbones import Backbone, cut
+from backbones import Backbone, cut_network
 
 timm = pytest.importorskip("timm")
 
@@ -42,7 +42,7 @@ def uncut_and_cut(name: str) -> tuple[nn.Module, Backbone]:
     torch.manual_seed(0)
     create = timm.create_model if library == "timm" else torchvision.models.get_model
     network = randomize_norms(create(network_name), weight=(0.5, 1.0)).eval()
-    return network, cut(network, name)
+    return network, cut_network(network, name)
 
 
 def backbone_of(name: str) -> Backbone:

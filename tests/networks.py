@@ -1,8 +1,9 @@
 """What tests make of networks before they compare them."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from backbones.regions import Regions
 from detector.model.conventions import Conventions
 
 
@@ -27,3 +28,14 @@ def settings(**options) -> dict:
     """Arguments of `build_faster_rcnn`, the fields of `Conventions` among them gathered into one."""
     conventions = {name: options.pop(name) for name in list(options) if name in Conventions.model_fields}
     return {**options, "conventions": conventions}
+
+
+def watch_projections(monkeypatch) -> list[Tensor]:
+    """The weights of the 1x1 convolutions that are asked of `Regions` from now on, as they come."""
+    weights, project = [], Regions._project
+    monkeypatch.setattr(
+        Regions,
+        "_project",
+        lambda self, weight, stride: weights.append(weight) or project(self, weight, stride),
+    )
+    return weights

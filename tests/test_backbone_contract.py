@@ -6,11 +6,11 @@ Each name of `list_backbones()` is built as narrow as its family allows. The ver
 import copy
 import math
 import re
-from collections.abc import Iterable
 from fnmatch import fnmatch
 
 import pytest
 import torch
+from networks import watch_projections
 from torch import Tensor, nn
 
 from backbones import (
@@ -22,9 +22,10 @@ from backbones import (
     create_backbone,
     list_backbones,
 )
-from backbones.fuse import fuse, use_winograd
+from backbones.fuse import fuse
+from backbones.kernels.winograd import use_winograd
+from backbones.regions import RegionPool
 from detector.model.faster_rcnn import build_faster_rcnn
-from detector.model.region_pool import RegionPool, SharedRegionPool
 
 DEEP = re.compile(r"101|152|161|169|201|wide")
 NAMES = [
@@ -225,7 +226,7 @@ def test_activation_checkpointing_changes_neither_gradients_nor_statistics(name)
         torch.manual_seed(1)
         features = backbone.trunk(torch.rand(2, 3, 64, 96, dtype=torch.float64))
         boxes = regions_of(backbone, torch.float64)[1]
-        backbone.roi_head(SharedRegionPool()(features, boxes)).square().sum().backward()
+        backbone.roi_head(RegionPool()(features, boxes)).square().sum().backward()
         outcomes.append(([p.grad for p in backbone.parameters()], list(backbone.buffers())))
     (kept, kept_buffers), (recomputed, recomputed_buffers) = outcomes
     for a, b in zip(recomputed, kept, strict=True):
@@ -237,40 +238,18 @@ def test_activation_checkpointing_changes_neither_gradients_nor_statistics(name)
 # ---- regions of a shared map
 
 
-class Watched:
-    """Regions (`backbones.backbone.Regions`) that note what the head asks of them."""
-
-    def __init__(self, crops: Tensor) -> None:
-        self.features = self.crops = crops
-        self.cropped, self.weights = False, []
-
-    def crop(self, stride: int = 1) -> Tensor:
-        self.cropped = True
-        return self.crops[:, :, ::stride, ::stride]
-
-    def conv1x1(self, weight: Tensor, stride: int) -> Tensor:
-        self.weights.append(weight)
-        return nn.functional.conv2d(self.crops, weight, stride=stride)
-
-    def of(self, features: Tensor) -> "Watched":
-        return Watched(features)
-
-    def split(self, max_regions: int | None = None) -> "Iterable[Watched]":
-        return (self,)
-
-
 @every_backbone
-def test_which_opening_branches_are_projected(name):
-    backbone = small(name).eval()
-    regions = Watched(torch.rand(2, backbone.trunk.out_channels, 14, 14))
+def test_which_opening_branches_are_projected(name, monkeypatch):
+    backbone, weights = small(name).eval(), watch_projections(monkeypatch)
+    regions = RegionPool()(*regions_of(backbone))
     with torch.no_grad():
         backbone.roi_head(regions)
     opening = backbone.roi_head.stage5[0]
-    found = [n for n, p in opening.named_parameters() if any(p is w for w in regions.weights)]
+    found = [n for n, p in opening.named_parameters() if any(p is w for w in weights)]
     wanted = next((rule[1:] for rule in PROJECTED if fnmatch(name, rule[0])), None)
     assert wanted is not None, f"say in PROJECTED which branches of {name} are projected"
-    assert (tuple(n.removesuffix(".weight") for n in found), regions.cropped) == wanted
-    assert len(found) == len(regions.weights)
+    assert (tuple(n.removesuffix(".weight") for n in found), 1 in regions._crops) == wanted
+    assert len(found) == len(weights)
 
 
 @every_backbone
@@ -281,7 +260,7 @@ def test_the_head_on_the_shared_map_equals_the_head_on_crops_in_values_and_gradi
     for shared in (True, False):
         head = copy.deepcopy(head_of.roi_head)
         head.shared_projection = shared
-        vectors = head(SharedRegionPool()(features, boxes))
+        vectors = head(RegionPool()(features, boxes))
         signs = torch.linspace(-1, 1, vectors.numel(), dtype=torch.float64).view_as(vectors)
         parameters = (*head.parameters(), features)
         outcomes.append((vectors.detach(), torch.autograd.grad((vectors * signs).sum(), parameters)))
@@ -296,7 +275,9 @@ def test_the_head_on_the_shared_map_equals_the_head_on_crops_in_values_and_gradi
 
 @every_backbone
 def test_the_fused_form_gives_the_same_within_1e_4_of_the_largest(name, monkeypatch):
-    monkeypatch.setattr("backbones.fuse._time", lambda *args: 0.5)  # Winograd products wherever they fit
+    monkeypatch.setattr(
+        "backbones.kernels.winograd._time", lambda *args: 0.5
+    )  # Winograd products wherever they fit
     backbone = small(name).eval()
     fused = fuse(backbone)
     winograd = copy.deepcopy(fused.roi_head)
@@ -310,8 +291,8 @@ def test_the_fused_form_gives_the_same_within_1e_4_of_the_largest(name, monkeypa
         for plain, fast in (
             (features, fused.trunk(images)),
             (backbone(images), fused(images)),
-            (vectors, fused.roi_head(SharedRegionPool(max_regions=3)(features, boxes))),
-            (vectors, winograd(SharedRegionPool()(features, boxes))),
+            (vectors, fused.roi_head(RegionPool(max_regions=3)(features, boxes))),
+            (vectors, winograd(RegionPool()(features, boxes))),
         ):
             assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max()
 
@@ -322,7 +303,7 @@ def test_no_region_at_all_passes_the_head(name):
     head, (features, boxes) = backbone.roi_head, regions_of(backbone)
     nothing = [b[:0] for b in boxes]
     for mode in (True, False):
-        for regions in (torch.rand(0, features.shape[1], 14, 14), SharedRegionPool()(features, nothing)):
+        for regions in (torch.rand(0, features.shape[1], 14, 14), RegionPool()(features, nothing)):
             vectors = head.train(mode)(regions)
             assert tuple(vectors.shape) == (0, head.out_channels)
         vectors.sum().backward()

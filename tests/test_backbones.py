@@ -20,9 +20,9 @@ from backbones import (
     create_backbone,
     list_backbones,
     register_backbone,
+    registry,
     resnet,
 )
-from backbones import backbone as registry
 from backbones.weights import published_weights, read_state_dict
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -276,7 +276,7 @@ def test_weights_of_another_depth_are_refused_with_the_first_differing_keys(resn
 
 
 def test_weights_of_another_width_are_refused_with_both_shapes(small_file):
-    message = r"of another shape: trunk\.stage1\.conv1\.weight is \(8, 3, 7, 7\), wanted \(16, 3, 7, 7\)"
+    message = r"of another shape: trunk\.stage1\.conv1\.weight \(8, 3, 7, 7\) for \(16, 3, 7, 7\)"
     with pytest.raises(ValueError, match=message):
         create_backbone("resnet18", width=16, weights=str(small_file))
 

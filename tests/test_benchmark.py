@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backbones import fuse
-from backbones.fuse import WinogradConv2d
+from backbones.kernels.winograd import WinogradConv2d
 from benchmarks import Settings, coco_backends, growth, inference, limit, models
 from benchmarks.timing import Stopwatch
 
@@ -222,7 +221,7 @@ def test_forms_that_compute_different_features_are_refused():
 
 @pytest.mark.parametrize(("dtype", "used"), [("float32", True), ("bf16", False)])
 def test_winograd_products_are_of_float32_only(monkeypatch, dtype, used):
-    monkeypatch.setattr(fuse, "_time", lambda *args: 0.5)
+    monkeypatch.setattr("backbones.kernels.winograd._time", lambda *args: 0.5)
     settings, weights = Settings(backbone="resnet18", dtype=dtype), models.random_weights("resnet18")
     head = models.build_form("ours_optimized", settings, weights).roi_heads.box_head
     assert any(isinstance(layer, WinogradConv2d) for layer in head.modules()) == used

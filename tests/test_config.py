@@ -76,27 +76,30 @@ def test_later_overrides_win_and_the_given_values_stay(recipe):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("modle.min_size=5", r"unknown key modle; did you mean model\?"),
-        ("model.min_sise=5", r"unknown key model\.min_sise; did you mean min_size\?"),
-        ("model.rpn_nms_tresh=0.5", r"unknown key model\.rpn_nms_tresh; did you mean rpn_nms_thresh\?"),
-        ("model.backbone.widht=5", r"model\.backbone: resnet18 has no option 'widht'; did you mean width\?"),
+        ("modle.min_size=5", r"unknown key modle; did you mean 'model'\?"),
+        ("model.min_sise=5", r"unknown key model\.min_sise; did you mean 'min_size'\?"),
+        ("model.rpn_nms_tresh=0.5", r"unknown key model\.rpn_nms_tresh; did you mean 'rpn_nms_thresh'\?"),
+        (
+            "model.backbone.widht=5",
+            r"model\.backbone: resnet18 has no option 'widht'; did you mean 'width'\?",
+        ),
         ("model.backbone.name=resnet81", "there is no backbone 'resnet81'; did you mean 'resnet18'"),
-        ("data.roott=a", r"unknown key data\.roott; did you mean root\?"),
-        ("data.val.0.sed=1", r"unknown key data\.val\.0\.shapes\.sed; did you mean seed\?"),
+        ("data.roott=a", r"unknown key data\.roott; did you mean 'root'\?"),
+        ("data.val.0.sed=1", r"unknown key data\.val\.0\.shapes\.sed; did you mean 'seed'\?"),
         (
             "data.train={format: coco, images: a, anotations: b}",
-            r"unknown key .*anotations; did you mean annotations\?",
+            r"unknown key .*anotations; did you mean 'annotations'\?",
         ),
         (
             "augment.horizontal_flop=1",
-            r"unknown key augment\.horizontal_flop; did you mean horizontal_flip\?",
+            r"unknown key augment\.horizontal_flop; did you mean 'horizontal_flip'\?",
         ),
         (
             "train.learning_rate=1",
             r"unknown key train\.learning_rate; (did you mean|accepted: epochs, batch_size)",
         ),
-        ("train.epoch=1", r"unknown key train\.epoch; did you mean epochs\?"),
-        ("loader.workers=1", r"unknown key loader\.workers; did you mean num_workers\?"),
+        ("train.epoch=1", r"unknown key train\.epoch; did you mean 'epochs'\?"),
+        ("loader.workers=1", r"unknown key loader\.workers; did you mean 'num_workers'\?"),
     ],
 )
 def test_an_unknown_key_at_any_level_is_refused_with_a_suggestion(recipe, override, message):

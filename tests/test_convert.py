@@ -25,7 +25,7 @@ from detector.convert.detectron2 import BACKBONE_CONVENTIONS, CONVENTIONS
 from detector.convert.msra import EPS
 
 ROOT = Path(__file__).resolve().parent.parent
-CAFFE = Preprocessing((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), "bgr", 255.0)
+CAFFE_RESNET = Preprocessing((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), "bgr", 255.0)
 DEPTHS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 WIDTH = 8
 
@@ -187,7 +187,7 @@ def test_a_detectron2_file_becomes_a_checkpoint_that_builds(convert, tmp_path, d
     status, out, error = convert(path, "--output", output)
     assert (status, error) == (0, "") and "detectron2 (by the names" in out and "20 classes: aeroplane" in out
     checkpoint = load_checkpoint(output)
-    assert checkpoint.class_names == VOC and checkpoint.preprocessing == CAFFE
+    assert checkpoint.class_names == VOC and checkpoint.preprocessing == CAFFE_RESNET
     backbone = {"name": f"resnet{depth}", "width": WIDTH, **BACKBONE_CONVENTIONS}
     assert checkpoint.config.model.backbone == backbone
     assert_has(checkpoint.config.model, CONVENTIONS)
@@ -195,7 +195,7 @@ def test_a_detectron2_file_becomes_a_checkpoint_that_builds(convert, tmp_path, d
     assert torch.equal(
         model.state_dict()["backbone.stage4.0.shortcut.conv.weight"], state["backbone.res4.0.shortcut.weight"]
     )
-    assert model.transform.preprocessing == CAFFE
+    assert model.transform.preprocessing == CAFFE_RESNET
 
 
 def test_what_files_hold_beside_the_weights_is_read_or_left_out(convert, tmp_path):
@@ -301,7 +301,7 @@ def test_the_recipes_say_what_the_converter_writes(path):
     model = load_config(path).model
     assert_has(model, CONVENTIONS)
     assert {name: model.backbone.get(name) for name in BACKBONE_CONVENTIONS} == BACKBONE_CONVENTIONS
-    assert model.preprocessing is None or model.preprocessing == CAFFE
+    assert model.preprocessing is None or model.preprocessing == CAFFE_RESNET
 
 
 # MMDetection
@@ -325,7 +325,7 @@ def test_an_mmdetection_file_becomes_a_checkpoint_that_builds(convert, tmp_path,
     assert status == 0 and "mmdetection (by the names" in out
     checkpoint = load_checkpoint(tmp_path / "o.safetensors")
     settings = checkpoint.config.model
-    assert checkpoint.class_names == names and checkpoint.preprocessing == CAFFE
+    assert checkpoint.class_names == names and checkpoint.preprocessing == CAFFE_RESNET
     assert settings.conventions.anchor_order == "ratio_major" and not settings.conventions.anchor_rounding
     assert settings.backbone["stride_in"] == "1x1" and settings.conventions.roi_align_aligned
     ours = checkpoint.build().state_dict()
@@ -354,7 +354,7 @@ def test_msra_norms_stay_scale_and_bias_and_the_stems_bias_becomes_a_mean(conver
     for norm in ("batch", "frozen"):
         options = {"width": WIDTH, "stride_in": "1x1", "norm": norm}
         backbone = create_backbone("resnet50", weights=str(output), **options).eval()
-        assert backbone.preprocessing == CAFFE
+        assert backbone.preprocessing == CAFFE_RESNET
         stem, images = backbone.trunk.stage1, torch.randn(2, 3, 32, 32)
         scale, bias = (torch.from_numpy(blobs[f"res_conv1_bn_{k}"])[:, None, None] for k in "sb")
         weight, conv_bias = (torch.from_numpy(blobs[f"conv1_{k}"]) for k in "wb")
@@ -407,7 +407,7 @@ def test_a_backbones_file_says_what_it_is(convert, tmp_path):
         assert file.get_tensor("trunk.stage1.bn1.running_mean").abs().sum() == 0
         assert not any("fc1000" in key for key in file.keys())  # noqa: SIM118
     assert json.loads(metadata["backbone"]) == {"name": "resnet50", "width": WIDTH, "stride_in": "1x1"}
-    assert json.loads(metadata["preprocessing"]) == json.loads(json.dumps(dataclasses.asdict(CAFFE)))
+    assert json.loads(metadata["preprocessing"]) == json.loads(json.dumps(dataclasses.asdict(CAFFE_RESNET)))
     weights = backbones.weights.read_state_dict(tmp_path / "o.safetensors")
     wanted = create_backbone("resnet50", width=WIDTH, norm="frozen", weights="deferred").state_dict()
     assert weights.keys() == wanted.keys()

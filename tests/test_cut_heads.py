@@ -3,13 +3,15 @@
 import pytest
 import torch
 from cut_networks import ALL, BOXES, FEW, backbone_of, uncut_and_cut
+from networks import watch_projections
 from torch import nn
 
 from backbones import create_backbone
-from backbones.fuse import WinogradConv2d, fuse
-from backbones.split import layer_path
+from backbones.cut.split import layer_path
+from backbones.fuse import fuse
+from backbones.kernels.winograd import WinogradConv2d
+from backbones.regions import RegionPool
 from detector.model.faster_rcnn import build_faster_rcnn
-from detector.model.region_pool import SharedRegionPool
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -19,7 +21,7 @@ def test_no_region_at_all_passes_the_head(name, training):
     features = torch.rand(1, uncut_and_cut(name)[1].trunk.out_channels, 6, 10, requires_grad=True)
     for regions in (
         features[:0, :, :1, :1].expand(-1, -1, 14, 14),
-        SharedRegionPool()(features, [BOXES[0][:0]]),
+        RegionPool()(features, [BOXES[0][:0]]),
     ):
         vectors = head(regions)
         assert vectors.shape == (0, head.out_channels)
@@ -40,8 +42,12 @@ def test_no_region_at_all_passes_the_head(name, training):
     ],
 )
 def test_which_convolutions_are_projected(name, projected):
-    with torch.device("meta"):
-        found = create_backbone(name).roi_head.stage5[0].projected
+    with torch.device("meta"), torch.no_grad():
+        backbone = create_backbone(name).eval()
+        regions = RegionPool()(torch.zeros(1, backbone.trunk.out_channels, 4, 4), [torch.zeros(9, 4)])
+        backbone.roi_head(regions)
+    first = backbone.roi_head.stage5[0].named_modules()
+    found = {path for path, layer in first if id(getattr(layer, "weight", None)) in regions.projected}
     assert {path.removeprefix("trunk_output.block4.block4-0.") for path in found} == projected
 
 
@@ -61,7 +67,7 @@ def test_head_on_the_shared_map_equals_the_head_on_crops_in_values_and_gradients
     boxes = [b.double() for b in BOXES]
     for shared in (True, False):
         head.shared_projection = shared
-        vectors = head(SharedRegionPool()(features, boxes))
+        vectors = head(RegionPool()(features, boxes))
         weights = torch.linspace(-1, 1, vectors.numel(), dtype=torch.float64).view_as(vectors)
         gradients = torch.autograd.grad((vectors * weights).sum(), [features, *head.parameters()])
         outcomes.append((vectors.detach(), gradients))
@@ -71,15 +77,13 @@ def test_head_on_the_shared_map_equals_the_head_on_crops_in_values_and_gradients
         assert (a - b).abs().max() <= 1e-9 * b.abs().max().clamp(min=1e-3)  # a bias before a norm has none
 
 
-def test_the_entry_runs_the_projected_convolutions_on_the_map(monkeypatch):
+def test_a_cut_head_runs_its_opening_convolutions_on_the_map(monkeypatch):
     head = backbone_of("torchvision/regnet_y_400mf").roi_head.eval()
-    projected = []
-    regions = SharedRegionPool()(torch.rand(2, 208, 6, 10), BOXES)
-    original = regions.conv1x1
-    monkeypatch.setattr(regions, "conv1x1", lambda w, stride: projected.append(stride) or original(w, stride))
+    weights = watch_projections(monkeypatch)
+    regions = RegionPool()(torch.rand(2, 208, 6, 10), BOXES)
     with torch.no_grad():
-        head.stage5[0].enter(regions)
-    assert sorted(projected) == [1, 2]  # the branch, and the shortcut that halves
+        head(regions)
+    assert len(weights) == 2 and 1 not in regions._crops  # the branch, and the shortcut
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -94,8 +98,8 @@ def test_the_fused_form_gives_the_same_features_within_1e_4_of_the_largest(name)
             (features, fused.trunk(images)),
             (backbone(images), fused(images)),
             (
-                backbone.roi_head(SharedRegionPool()(features, boxes)),
-                fused.roi_head(SharedRegionPool(max_regions=3)(features, boxes)),
+                backbone.roi_head(RegionPool()(features, boxes)),
+                fused.roi_head(RegionPool(max_regions=3)(features, boxes)),
             ),
         ):
             assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max()
@@ -126,7 +130,7 @@ def test_activation_checkpointing_changes_neither_gradients_nor_statistics():
         backbone.trunk.activation_checkpointing = backbone.roi_head.activation_checkpointing = checkpointing
         torch.manual_seed(1)
         features = backbone.trunk(torch.rand(2, 3, 96, 160, dtype=torch.float64))
-        vectors = backbone.roi_head(SharedRegionPool()(features, [b.double() for b in BOXES]))
+        vectors = backbone.roi_head(RegionPool()(features, [b.double() for b in BOXES]))
         vectors.square().sum().backward()
         outcomes.append(([p.grad for p in backbone.parameters()], list(backbone.buffers())))
     for kept, recomputed in zip(*(o[0] for o in outcomes), strict=True):

@@ -12,15 +12,15 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from backbones import Preprocessing
+from backbones.kernels.roi_align import bin_weights, sparse_roi_align
 from backbones.layers import FrozenBatchNorm
+from backbones.regions import RegionPool
 from detector import build_faster_rcnn
 from detector.engine import build_schedule
 from detector.model.anchors import MapAnchors
 from detector.model.conventions import DETECTRON2
 from detector.model.losses import region_losses, rpn_losses
 from detector.model.network_input import NetworkTransform, network_size
-from detector.model.region_pool import RegionPool
-from detector.model.roi_align import bin_weights, sparse_roi_align
 from detector.model.sampling import SeededSampler
 
 WEIGHTS = [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)]

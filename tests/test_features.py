@@ -17,7 +17,7 @@ from backbones import Preprocessing
 from detector import Detector
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, save_checkpoint
-from detector.convert.converted import CAFFE
+from detector.convert.converted import CAFFE_RESNET
 from detector.feature_files import TSV_FIELDS, file_names, image_ids
 from detector.features import check_boxes, extract_regions, read_boxes
 from detector.inference import to_tensor
@@ -358,7 +358,7 @@ def test_an_unreadable_picture_is_named_and_the_others_are_done(extract, picture
         (["--output", "out", "--boxes", "gone.json"], "there is no file of boxes gone.json"),
         (["--output", "PICTURES", "--format", "tsv"], "a file is needed"),
         (["--output", "FILE", "--format", "npz"], "a folder is needed"),
-        (["--output", "out", "model.box_nms_tresh=0.4"], "did you mean box_nms_thresh?"),
+        (["--output", "out", "model.box_nms_tresh=0.4"], "did you mean 'box_nms_thresh'?"),
     ],
 )
 def test_wrong_arguments_are_refused(extract, pictures, tmp_path, monkeypatch, arguments, message):
@@ -371,7 +371,7 @@ def test_wrong_arguments_are_refused(extract, pictures, tmp_path, monkeypatch, a
 
 def test_the_weights_own_preprocessing_is_used(checkpoint, picture):
     caffe = Detector.from_checkpoint(
-        Checkpoint(checkpoint.state_dict, checkpoint.config, NAMES, CAFFE), "cpu"
+        Checkpoint(checkpoint.state_dict, checkpoint.config, NAMES, CAFFE_RESNET), "cpu"
     )
     boxes = random_boxes(2)
     usual = Detector.from_checkpoint(

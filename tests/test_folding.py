@@ -1,14 +1,16 @@
 """Folded frozen norms and the weight gradients of convolutions, against the layers one by one."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from backbones import create_backbone, gradients
-from backbones.folding import Layers
-from backbones.gradients import _Conv2d, conv2d
+from backbones import create_backbone
+from backbones.folding import FoldingSequential, use_folding
+from backbones.kernels.gradients import _Conv1x1, conv2d
 
 CHANNELS = 16
 
@@ -23,7 +25,7 @@ def frozen_norm(channels: int) -> FrozenBatchNorm2d:
 
 
 @pytest.fixture
-def layers() -> Layers:
+def layers() -> FoldingSequential:
     """Two folded pairs, one of them with a bias, between what is not folded."""
     torch.manual_seed(0)
     parts = (
@@ -35,7 +37,7 @@ def layers() -> Layers:
         ),
         nn.Conv2d(CHANNELS, CHANNELS, 1),
     )
-    return Layers(*parts).double()
+    return FoldingSequential(*parts).double()
 
 
 def outcome(layers: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -55,17 +57,33 @@ def test_folded_norms_give_the_same_values_and_gradients(layers):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_a_folded_norm_makes_no_pass_of_its_own(layers):
-    passes = []
-    for layer in layers.modules():
-        if isinstance(layer, FrozenBatchNorm2d):
-            layer.register_forward_hook(lambda *_: passes.append(1))
+def test_a_folded_norm_makes_no_pass_of_its_own(layers, monkeypatch):
+    passes, forward = [], FrozenBatchNorm2d.forward
+    monkeypatch.setattr(FrozenBatchNorm2d, "forward", lambda self, x: passes.append(1) or forward(self, x))
     x = torch.rand(1, CHANNELS, 4, 4, dtype=torch.float64)
     layers(x)
     assert not passes
     with torch.no_grad():
         layers(x)
     assert len(passes) == 2
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["convolution", "norm"])
+def test_a_layer_that_somebody_listens_to_is_not_folded(layers, place):
+    heard = []
+    layers[place].register_forward_hook(lambda module, args, output: heard.append(output))
+    layers(torch.rand(1, CHANNELS, 4, 4, dtype=torch.float64))
+    assert len(heard) == 1
+
+
+def test_a_sequence_becomes_a_folding_one_and_keeps_its_names_and_hooks():
+    network = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 3, 1), inner=nn.Sequential(nn.ReLU())))
+    keys, heard = list(network.state_dict()), []
+    network.inner.register_forward_hook(lambda *_: heard.append(1))
+    use_folding(network)
+    assert all(type(network.get_submodule(path)) is FoldingSequential for path in ("", "inner"))
+    network(torch.rand(1, 3, 4, 4))
+    assert list(network.state_dict()) == keys and heard == [1]
 
 
 @pytest.mark.parametrize("size", [(7, 7), (20, 24)], ids=["region", "map"])
@@ -77,37 +95,12 @@ def test_the_weight_gradient_is_that_of_torch(kernel, stride, size):
     inputs = (x, weight.requires_grad_(), torch.randn(24).requires_grad_())
     geometry = ((stride, stride), (kernel // 2, kernel // 2))
     y, wanted = conv2d(*inputs, *geometry), F.conv2d(*inputs, *geometry)
-    assert torch.equal(y, wanted) and isinstance(y.grad_fn, _Conv2d._backward_cls)
+    assert torch.equal(y, wanted) and isinstance(y.grad_fn, _Conv1x1._backward_cls) == (kernel == 1)
     grad = torch.randn_like(y)
     for a, b in zip(
         torch.autograd.grad(y, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("size", [(17, 19), (16, 18), (35, 40)], ids=str)
-@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 2)], ids=str)
-@pytest.mark.parametrize(
-    ("kernel", "padding", "dilation"),
-    [((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (2, 2)), ((1, 7), (0, 3), (1, 1)), ((5, 3), (2, 3), (1, 3))],
-    ids=["3x3", "dilated", "1x7", "5x3"],
-)
-def test_the_weight_gradient_by_shifts_is_that_of_torch(kernel, padding, dilation, stride, size, monkeypatch):
-    asked = []
-    by_shifts = gradients._weight_grad_by_shifts
-    monkeypatch.setattr(
-        gradients, "_weight_grad_by_shifts", lambda *args: asked.append(1) or by_shifts(*args)
-    )
-    monkeypatch.setattr(gradients, "_MAP_POSITIONS", 0)
-    torch.manual_seed(0)
-    x = torch.randn(3, 32, *size).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(24, 32, *kernel).contiguous(memory_format=torch.channels_last).requires_grad_()
-    geometry = (None, stride, padding, dilation)
-    y, wanted = conv2d(x, weight, *geometry), F.conv2d(x, weight, *geometry)
-    grad = torch.randn_like(y)
-    (ours,), (theirs,) = torch.autograd.grad(y, weight, grad), torch.autograd.grad(wanted, weight, grad)
-    assert asked and ours.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", ["float64", "grouped", "contiguous", "no_grad", "autocast"])
@@ -120,7 +113,7 @@ def test_elsewhere_the_convolution_is_torchs_own(case):
     weight = torch.randn(CHANNELS, CHANNELS // groups, 1, 1, dtype=dtype, requires_grad=True)
     with torch.set_grad_enabled(case != "no_grad"), torch.autocast("cpu", enabled=case == "autocast"):
         y = conv2d(x, weight, groups=groups)
-    assert not isinstance(y.grad_fn, _Conv2d._backward_cls)
+    assert not isinstance(y.grad_fn, _Conv1x1._backward_cls)
 
 
 def test_a_resnets_convolutions_in_front_of_frozen_norms_are_folded():
@@ -128,6 +121,6 @@ def test_a_resnets_convolutions_in_front_of_frozen_norms_are_folded():
     pairs = [
         m
         for m in backbone.modules()
-        if isinstance(m, Layers) and any(isinstance(c, FrozenBatchNorm2d) for c in m)
+        if isinstance(m, FoldingSequential) and any(isinstance(c, FrozenBatchNorm2d) for c in m)
     ]
     assert len(pairs) == 1 + 16 + 4  # the stem, 16 branches, 4 projections

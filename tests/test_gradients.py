@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
+from backbones import regions
 from benchmarks import Settings
 from benchmarks.models import ForcedProposals, build_form, make_images, random_weights, set_case
 from benchmarks.training import make_targets
-from detector.model import region_pool
 from detector.model.speed import Speed, apply_speed
 
 SIZE, REGIONS = (96, 128), 24
@@ -45,7 +45,7 @@ def trained_model(settings: Settings, **options) -> torch.nn.Module:
 def test_every_gradient_is_as_near_to_float64s_as_the_plain_paths(name, monkeypatch):
     settings = Settings(backbone=name, num_classes=5)
     fast = gradients(trained_model(settings), settings, torch.float32)
-    monkeypatch.setattr(region_pool, "_prefers_sparse", lambda features: False)
+    monkeypatch.setattr(regions, "_prefers_sparse", lambda features: False)
     plain_model = apply_speed(trained_model(settings), Speed(shared_projection=False, fold_norms=False)).to(
         memory_format=torch.contiguous_format
     )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import Backbone, Preprocessing, create_backbone
-from backbones.inception import CAFFE, CAFFE_NAMES
+from backbones.inception import CAFFE_INCEPTION, CAFFE_NAMES
 from backbones.summary import count_parameters, multiply_accumulates
 from backbones.weights import rename
 
@@ -191,7 +191,7 @@ def test_a_file_under_caffes_names_brings_caffes_preprocessing_and_one_of_ours_d
     state = caffe_weights(bias=True)
     torch.save(state | {"last_linear.weight": torch.zeros(1000, 1024)}, tmp_path / "caffe.pth")
     theirs = create_backbone("bn_inception", weights=str(tmp_path / "caffe.pth"))
-    assert theirs.preprocessing == CAFFE
+    assert theirs.preprocessing == CAFFE_INCEPTION
     stem = state["conv1_7x7_s2.weight"].float()
     assert torch.equal(theirs.trunk.stage1.conv1.weight, stem)
     torch.save(theirs.state_dict(), tmp_path / "ours.pth")

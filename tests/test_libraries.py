@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-import backbones.libraries
 from backbones import Preprocessing, backbone_options, create_backbone, list_backbones
+from backbones.cut import libraries
+from backbones.cut.split import layer_path
 from backbones.fuse import fuse
-from backbones.split import layer_path
 from detector.config import parse_config
 
 
@@ -135,12 +135,12 @@ def test_frozen_norm_keeps_the_statistics_of_its_weights(name, tmp_path):
 
 def test_published_weights_come_from_the_library_by_their_name_with_their_preprocessing(monkeypatch):
     asked = []
-    create, get = timm.create_model, backbones.libraries.get_model
+    create, get = timm.create_model, libraries.get_model
     monkeypatch.setattr(
         timm, "create_model", lambda n, pretrained: asked.append((n, pretrained)) or create(n)
     )
     monkeypatch.setattr(
-        backbones.libraries,
+        libraries,
         "get_model",
         lambda n, weights: asked.append((n, weights.name)) or get(n, weights=None),
     )
@@ -160,8 +160,8 @@ def test_published_weights_come_from_the_library_by_their_name_with_their_prepro
         ("timm/resnet18", {"norm": "group"}, "norm is 'group'; .*accepted: batch, frozen"),
         ("timm/convnext_atto", {"norm": "frozen", "weights": "deferred"}, "has no batch norm to freeze"),
         ("timm/resnet18", {"frozen_stages": 7}, "frozen_stages is 7; accepted: 0"),
-        ("timm/resnett18", {}, "timm has no network 'resnett18'; the nearest names are resnet18, "),
-        ("timm/qqqqqq", {}, r"timm has no network 'qqqqqq'; no name is near \(all: list_backbones\('timm/\*'\)\)"),
+        ("timm/resnett18", {}, "timm has no network 'resnett18'; did you mean 'resnet18'"),
+        ("timm/qqqqqq", {}, r"timm has no network 'qqqqqq'; all: list_backbones\('timm/\*'\)"),
         ("torchvision/fasterrcnn_resnet50_fpn", {}, "torchvision has no network 'fasterrcnn_resnet50_fpn'"),
     ],
 )  # fmt: skip

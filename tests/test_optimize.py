@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torchvision.ops import box_iou
 
-from backbones import fuse
-from backbones.fuse import WinogradConv2d
+from backbones.kernels.winograd import WinogradConv2d
 from detector import Detections, Detector
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, save_checkpoint
@@ -101,7 +100,7 @@ SETTINGS = (
 def test_a_loaded_detector_finds_the_same_optimised_and_as_trained(
     tiny_config, pictures, tmp_path, monkeypatch, winograd
 ):
-    monkeypatch.setattr(fuse, "_time", lambda *args: 0.5 if winograd else 1.0)
+    monkeypatch.setattr("backbones.kernels.winograd._time", lambda *args: 0.5 if winograd else 1.0)
     config, path = tiny_config(*SETTINGS), tmp_path / "best.safetensors"
     model = build_detector(config, pictures)
     save_checkpoint(path, Checkpoint(model.state_dict(), config, NAMES))

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backbones import backbone as registry
-from backbones import backbone_options, list_backbones
+from backbones import backbone_options, list_backbones, registry
 from detector import build_faster_rcnn
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from backbones import Backbone, backbone_options, create_backbone
-from backbones.backbone import run_blocks
 from backbones.branch_ends import BRANCH_ENDS, Shrinkage, linear_rule, soft_threshold, squeeze_excitation
 from backbones.layers import CaffePool
+from backbones.recompute import run_blocks
 from backbones.residual import ORDERS, BlockOptions, ResidualBlock, basic, bottleneck, residual_block
 from backbones.resnet import TORCHVISION_NAMES
 from backbones.shortcuts import GATED, SHORTCUTS

@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-from networks import randomize_norms
+from networks import randomize_norms, watch_projections
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from backbones import Backbone, create_backbone
 from backbones.fuse import fuse
-from backbones.layers import opens_with_projection
-from detector.model.region_pool import RegionPool, SharedRegionPool
+from backbones.regions import RegionPool
 
 BOXES = [
     torch.tensor([[10.0, 10, 60, 70], [0, 0, 160, 128], [100, 90, 170, 140], [3, 3, 4, 4], [-20, -20, 5, 5]]),
@@ -57,17 +56,20 @@ def shared_map(backbone: Backbone, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 @pytest.mark.parametrize(("name", "options", "projected"), HEADS, ids=IDS)
-def test_which_paths_are_projected(name, options, projected):
-    first = create_backbone(name, width=8, **options).roi_head.stage5[0]
-    paths = ("branch", "shortcut", "gate")
-    assert " ".join(p for p in paths if opens_with_projection(getattr(first, p, None))) == projected
+def test_which_paths_are_projected(name, options, projected, monkeypatch):
+    backbone, weights = narrow(name, **options).eval(), watch_projections(monkeypatch)
+    with torch.no_grad():
+        backbone.roi_head(RegionPool()(shared_map(backbone).detach(), BOXES))
+    first = backbone.roi_head.stage5[0]
+    found = [name for name, weight in first.named_parameters() if any(weight is w for w in weights)]
+    assert [path.partition(".")[0] for path in found] == projected.split() and len(found) == len(weights)
 
 
 @every_head
 def test_head_on_the_shared_map_equals_the_head_on_crops_in_values_and_gradients(name, options):
     backbone = narrow(name, **options).double()
     head, features = backbone.roi_head.train(), shared_map(backbone, torch.float64)
-    regions = SharedRegionPool()(features, [boxes.double() for boxes in BOXES])
+    regions = RegionPool()(features, [boxes.double() for boxes in BOXES])
     parameters = (*head.parameters(), features)
     outcomes = []
     for shared in (True, False):
@@ -105,13 +107,13 @@ def test_the_fused_form_gives_the_same_features_and_passes_no_region(name, optio
         vectors = backbone.roi_head(RegionPool()(features, boxes))
         pairs = (
             (features, fused.trunk(images)),
-            (vectors, backbone.roi_head(SharedRegionPool(max_regions=3)(features, boxes))),
-            (vectors, fused.roi_head(SharedRegionPool(max_regions=3)(features, boxes))),
+            (vectors, backbone.roi_head(RegionPool(max_regions=3)(features, boxes))),
+            (vectors, fused.roi_head(RegionPool(max_regions=3)(features, boxes))),
         )
         for plain, fast in pairs:
             assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max()
         for head in (backbone.roi_head, fused.roi_head):
-            none = head(SharedRegionPool()(features, [boxes[0][:0]]))
+            none = head(RegionPool()(features, [boxes[0][:0]]))
             assert none.shape == (0, head.out_channels)
 
 
@@ -132,7 +134,7 @@ def test_recomputed_activations_change_neither_gradients_nor_statistics(name, op
         backbone = copy.deepcopy(plain)
         backbone.trunk.activation_checkpointing = backbone.roi_head.activation_checkpointing = checkpointing
         features = backbone.trunk(images)
-        regions = SharedRegionPool()(features, [boxes.double() for boxes in BOXES])
+        regions = RegionPool()(features, [boxes.double() for boxes in BOXES])
         backbone.roi_head(regions).square().sum().backward()
         outcomes.append([*(p.grad for p in backbone.parameters()), *backbone.buffers()])
     for kept, recomputed in zip(*outcomes, strict=True):
@@ -142,9 +144,7 @@ def test_recomputed_activations_change_neither_gradients_nor_statistics(name, op
 @pytest.mark.parametrize("name", ["shrinkage_resnet18", "shrinkage_resnet50"])
 def test_a_shrinkage_head_trains_on_a_single_region(name):
     backbone = narrow(name)
-    vectors = backbone.roi_head.train()(
-        SharedRegionPool()(shared_map(backbone), [BOXES[0][:1], BOXES[1][:0]])
-    )
+    vectors = backbone.roi_head.train()(RegionPool()(shared_map(backbone), [BOXES[0][:1], BOXES[1][:0]]))
     vectors.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.roi_head.parameters())
 

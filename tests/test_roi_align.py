@@ -6,8 +6,8 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, roi_align, roi_pool
 
-from detector.model.region_pool import RegionPool
-from detector.model.roi_align import bin_weights, sparse_roi_align
+from backbones.kernels.roi_align import bin_weights, sparse_roi_align
+from backbones.regions import RegionPool
 
 STRIDE = 16
 CASES = {
@@ -248,7 +248,7 @@ def test_one_set_of_weights_reads_every_map_of_the_size():
 @pytest.mark.filterwarnings("ignore")
 def test_region_pool_traces_to_torchvisions_operator():
     features, boxes = random_map(1, 5, (14, 19)), random_boxes(6, torch.float32)
-    traced = torch.jit.trace(lambda f, b: RegionPool()(f, [b]), (features, boxes), check_trace=False)
+    traced = torch.jit.trace(lambda f, b: RegionPool()(f, [b]).crop(), (features, boxes), check_trace=False)
     assert "torchvision::roi_align" in str(traced.graph)
     other = random_boxes(9, torch.float32, 3)
     assert_near(traced(features, other), RegionPool()(features, [other]), 1e-5)

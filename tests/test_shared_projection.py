@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+import backbones.regions
 from backbones import create_backbone
-from backbones.fuse import WinogradConv2d, fuse, use_winograd
-from backbones.layers import opens_with_projection
-from detector.model.region_pool import MapRegions, RegionPool, SharedRegionPool
+from backbones.fuse import fuse
+from backbones.kernels.winograd import WinogradConv2d, use_winograd
+from backbones.regions import RegionPool
 
 RESNETS = (
     "resnet18",
@@ -50,7 +51,7 @@ def head_and_regions(name: str, dtype: torch.dtype = torch.float32, **options):
 @pytest.mark.parametrize("name", RESNETS)
 def test_head_on_the_shared_map_equals_the_head_on_crops_in_values_and_gradients(name, stride_in):
     head, features, boxes = head_and_regions(name, torch.float64, stride_in=stride_in)
-    pool = SharedRegionPool()
+    pool = RegionPool()
     outcomes = []
     for shared in (True, False):
         head.shared_projection = shared
@@ -74,34 +75,20 @@ def test_regions_and_cropped_tensors_give_the_head_the_same(name):
     head.eval()
     with torch.no_grad():
         crops = RegionPool()(features, boxes)
-        torch.testing.assert_close(
-            head(SharedRegionPool()(features, boxes)), head(crops), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(head(RegionPool()(features, boxes)), head(crops), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "branch", "shortcut"),
-    [("resnet18", False, True), ("resnet50", True, True), ("resnet152", True, True)],
-)
-def test_which_branches_are_projected(name, branch, shortcut):
-    first = create_backbone(name, width=8).roi_head.stage5[0]
-    assert (opens_with_projection(first.branch), opens_with_projection(first.shortcut)) == (branch, shortcut)
-
-
-def test_the_map_is_projected_once_for_all_parts_and_only_where_that_is_less_work():
+def test_the_map_is_projected_once_for_all_parts_and_only_where_that_is_less_work(monkeypatch):
     _, features, boxes = head_and_regions("resnet18")
     weight = torch.rand(7, features.shape[1], 1, 1)
     calls = []
-    pool = SharedRegionPool(max_regions=2)
+    pool = RegionPool(max_regions=2)
     regions = pool(features.detach(), boxes)
-    original = torch.nn.functional.conv2d
-    try:
-        torch.nn.functional.conv2d = lambda x, w, *a, **k: calls.append(x.shape) or original(x, w, *a, **k)
-        parts = [part.conv1x1(weight, 1) for part in regions.split()]
-        few = MapRegions(pool, features.detach().repeat(40, 1, 1, 1), [*boxes, *[boxes[0][:0]] * 78])
-        few.conv1x1(weight, 2)
-    finally:
-        torch.nn.functional.conv2d = original
+    original = backbones.regions.conv2d
+    monkeypatch.setattr(backbones.regions, "conv2d", lambda x, w: calls.append(x.shape) or original(x, w))
+    parts = [nn.functional.conv2d(part, weight) for part in regions.parts()]
+    few = pool(features.detach().repeat(40, 1, 1, 1), [*boxes, *[boxes[0][:0]] * 78])
+    nn.functional.conv2d(few, weight, stride=2)
     assert [len(part) for part in parts] == [2, 2, 1, 2]
     assert calls[:-1] == [features.shape]
     assert calls[-1][0] == 7  # seven regions of 49 bins are less than eighty maps of 80 positions
@@ -113,8 +100,8 @@ def test_a_bound_on_the_regions_at_once_changes_nothing(name, mode):
     head, features, boxes = head_and_regions(name)
     head.eval()
     with torch.no_grad():
-        whole = head(SharedRegionPool(mode=mode)(features, boxes))
-        parts = head(SharedRegionPool(mode=mode, max_regions=2)(features, boxes))
+        whole = head(RegionPool(mode=mode)(features, boxes))
+        parts = head(RegionPool(mode=mode, max_regions=2)(features, boxes))
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -123,7 +110,7 @@ def test_a_bound_on_the_regions_at_once_changes_nothing(name, mode):
 def test_no_region_at_all_passes(name, max_regions):
     head, features, boxes = head_and_regions(name)
     with torch.no_grad():
-        vectors = head.eval()(SharedRegionPool(max_regions=max_regions)(features, [b[:0] for b in boxes]))
+        vectors = head.eval()(RegionPool(max_regions=max_regions)(features, [b[:0] for b in boxes]))
     assert vectors.shape == (0, head.out_channels)
 
 
@@ -143,7 +130,7 @@ def test_the_fused_form_gives_the_same_features_within_1e_4_of_the_largest(name,
             (backbone(images), fused(images)),
             (
                 backbone.roi_head(RegionPool()(features, boxes)),
-                fused.roi_head(SharedRegionPool(max_regions=3)(features, boxes)),
+                fused.roi_head(RegionPool(max_regions=3)(features, boxes)),
             ),
         ):
             assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max()
@@ -163,7 +150,7 @@ def test_winograd_products_equal_the_convolution(size):
 
 
 def test_winograd_replaces_only_convolutions_of_stride_1_and_keeps_the_features(monkeypatch):
-    monkeypatch.setattr("backbones.fuse._time", lambda *args: 0.5)
+    monkeypatch.setattr("backbones.kernels.winograd._time", lambda *args: 0.5)
     head = fuse(randomize_norms(create_backbone("resnet50", width=16)).eval()).roi_head
     crops = torch.rand(3, 256, 14, 14)
     with torch.no_grad():
@@ -175,7 +162,7 @@ def test_winograd_replaces_only_convolutions_of_stride_1_and_keeps_the_features(
 
 
 def test_winograd_stays_off_where_it_is_not_faster(monkeypatch):
-    monkeypatch.setattr("backbones.fuse._time", lambda *args: 1.0)
+    monkeypatch.setattr("backbones.kernels.winograd._time", lambda *args: 1.0)
     head = create_backbone("resnet18", width=8).roi_head
     assert use_winograd(head.stage5) == 0
     assert not any(isinstance(layer, WinogradConv2d) for layer in head.modules())
@@ -196,7 +183,7 @@ def test_activation_checkpointing_changes_neither_gradients_nor_statistics(norm,
         backbone.roi_head.shared_projection = shared
         torch.manual_seed(1)
         features = backbone.trunk(torch.rand(2, 3, 128, 160, dtype=torch.float64))
-        vectors = backbone.roi_head(SharedRegionPool()(features, [boxes.double() for boxes in BOXES]))
+        vectors = backbone.roi_head(RegionPool()(features, [boxes.double() for boxes in BOXES]))
         vectors.square().sum().backward()
         outcomes.append(([p.grad for p in backbone.parameters()], list(backbone.buffers())))
     for kept, recomputed in zip(*(o[0] for o in outcomes), strict=True):

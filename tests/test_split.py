@@ -6,8 +6,8 @@ from cut_networks import ALL, backbone_of, pooled_features, timm, uncut_and_cut
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones import create_backbone, cut
-from backbones.split import layer_path
+from backbones import create_backbone, cut_network
+from backbones.cut.split import layer_path
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -56,7 +56,7 @@ def test_vgg_is_cut_before_conv5_x_since_only_a_pool_follows_it():
 def test_stochastic_depth_draws_in_training_as_the_uncut_network_does_and_not_in_evaluation():
     torch.manual_seed(0)
     network = timm.create_model("convnext_atto", drop_path_rate=0.5)
-    backbone, images = cut(network, "convnext"), torch.rand(4, 3, 64, 96)
+    backbone, images = cut_network(network, "convnext"), torch.rand(4, 3, 64, 96)
     outcomes = {}
     for mode in (True, False):
         network.train(mode), backbone.train(mode)
@@ -104,7 +104,7 @@ class Tiny(nn.Module):
 
 
 def test_a_functional_dropout_is_active_in_training_only():
-    backbone, images = cut(Tiny("dropout"), "tiny"), torch.rand(1, 3, 64, 64)
+    backbone, images = cut_network(Tiny("dropout"), "tiny"), torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         first, second = (backbone.train()(images) for _ in range(2))
         assert not torch.equal(first, second)
@@ -129,7 +129,7 @@ def test_a_functional_dropout_is_active_in_training_only():
 )
 def test_a_network_that_cannot_be_cut_is_refused_with_the_reason(between, reason):
     with pytest.raises(ValueError, match=f"^tiny cannot be cut at stride 16: {reason}"):
-        cut(Tiny(between), "tiny")
+        cut_network(Tiny(between), "tiny")
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,9 @@ def test_train_refuses_in_one_line(run_tool, recipe, tmp_path, arguments, messag
 def test_an_unknown_key_is_refused_with_the_nearest_one(run_tool, recipe, tmp_path):
     status, _, error = run_tool("train", recipe, "train.epoch=3", "--output", tmp_path / "run")
     assert (
-        status == 1 and "unknown key train.epoch; did you mean epochs?" in error and "Traceback" not in error
+        status == 1
+        and "unknown key train.epoch; did you mean 'epochs'?" in error
+        and "Traceback" not in error
     )
     status, _, error = run_tool("train", recipe, "train.epochs=many", "--output", tmp_path / "run")
     assert status == 1 and "train.epochs is 'many'" in error
@@ -216,7 +218,7 @@ def test_evaluate_names_an_unknown_key(run_tool, weights, tmp_path):
     status, _, error = run_tool(
         "evaluate", "--weights", weights, "data.rot=/data", "--output", tmp_path / "out"
     )
-    assert status == 1 and "unknown key data.rot; did you mean root?" in error and "Traceback" not in error
+    assert status == 1 and "unknown key data.rot; did you mean 'root'?" in error and "Traceback" not in error
 
 
 # infer.py
@@ -333,4 +335,4 @@ def test_infer_takes_settings_of_the_recipe_beside_the_pictures(run_tool, weight
     status, _, error = run_tool(
         "infer", "--weights", weights, pictures, "model.box_nms_tresh=0.4", "--output", tmp_path / "wrong"
     )
-    assert status == 1 and "did you mean box_nms_thresh?" in error
+    assert status == 1 and "did you mean 'box_nms_thresh'?" in error

@@ -8,7 +8,7 @@ import torch
 import detector.run
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, load_checkpoint, load_training_state, save_checkpoint
-from detector.convert.converted import CAFFE
+from detector.convert.converted import CAFFE_RESNET
 from detector.run import train
 from detector.transfer import start_from
 
@@ -22,7 +22,7 @@ def trained(tiny_config):
     """A detector of other classes, with Caffe's preprocessing."""
     config = tiny_config()
     torch.manual_seed(1)
-    return Checkpoint(build_model(config.model, 6).state_dict(), config, THEIRS, CAFFE)
+    return Checkpoint(build_model(config.model, 6).state_dict(), config, THEIRS, CAFFE_RESNET)
 
 
 def test_classes_of_the_same_name_keep_their_rows_and_the_others_are_new(trained, tiny_config):
@@ -43,7 +43,7 @@ def test_classes_of_the_same_name_keep_their_rows_and_the_others_are_new(trained
             assert torch.equal(new[[0, 1, 4]], theirs[[0, 4, 2]]) and torch.equal(new[2:4], old[2:4])
     others = [name for name in after if not name.startswith(PREDICTOR)]
     assert all(torch.equal(after[name], given[name]) for name in others)
-    assert model.transform.preprocessing == CAFFE and not start.new and not start.other_settings
+    assert model.transform.preprocessing == CAFFE_RESNET and not start.new and not start.other_settings
     said = start.describe()
     assert "classes kept by name: circle, star" in said and "new classes: cross, triangle" in said
     assert f"kept: {len(after)} tensors: trunk " in said
@@ -102,7 +102,7 @@ def test_a_run_starts_from_a_checkpoint_and_keeps_its_preprocessing_when_resumed
     said = capsys.readouterr().out
     assert f"start from {tmp_path / 'theirs.safetensors'}" in said and "new classes: cross, triangle" in said
     last = load_checkpoint(output / "last.safetensors")
-    assert last.preprocessing == CAFFE and last.class_names == OURS
+    assert last.preprocessing == CAFFE_RESNET and last.class_names == OURS
     name = "backbone.stage4.0.branch.conv1.weight"
     torch.testing.assert_close(last.state_dict[name], trained.state_dict[name], rtol=0, atol=1e-6)
     assert load_training_state(output / "training_state.pt")["preprocessing"]["channel_order"] == "bgr"

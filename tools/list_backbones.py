@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 
 from backbones import Preprocessing, list_backbones
-from backbones.backbone import nearest
+from backbones.messages import nearest
 from backbones.summary import Summary, summarize
 from detector.tables import format_table
 

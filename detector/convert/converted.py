@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backbones import Preprocessing
+from backbones.messages import misfit
 
 from ..build import build_model
 from ..checkpoint import Checkpoint, save_checkpoint
@@ -20,7 +21,7 @@ from ..files import write_atomically
 BACKBONE_FORMAT = "fasterrcnn-c4-backbone"
 
 # What Caffe's networks, and after them Detectron2's and MMDetection's "caffe" ones, expect: BGR in 0..255.
-CAFFE = Preprocessing((103.530, 116.280, 123.675), (1.0, 1.0, 1.0), "bgr", 255.0)
+CAFFE_RESNET = Preprocessing((103.530, 116.280, 123.675), (1.0, 1.0, 1.0), "bgr", 255.0)
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,5 @@ def check_fits(checkpoint: Checkpoint, source: str) -> None:
     with torch.device("meta"):  # names and shapes alone
         num_classes = Config.num_classes(checkpoint.class_names)
         wanted = build_model(checkpoint.config.model, num_classes, load_weights=False).state_dict()
-    given = checkpoint.state_dict
-    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in given if name not in wanted]
-    shapes = [
-        f"{name} {tuple(given[name].shape)} for {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in given and given[name].shape != wanted[name].shape
-    ]
-    parts = [
-        f"{label} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for label, names in (("missing:", missing), ("unknown:", unknown), ("of another shape:", shapes))
-        if names
-    ]
-    if parts:
-        raise ValueError(f"{source} is another architecture: {'; '.join(parts)}")
+    if differences := misfit(wanted, checkpoint.state_dict):
+        raise ValueError(f"{source} is another architecture: {differences}")

@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from ..config import Config, parse_config
 from .architecture import name_resnet
 from .class_names import choose_class_names
-from .converted import CAFFE, Converted, check_fits
+from .converted import CAFFE_RESNET, Converted, check_fits
 from .read import ForeignFile
 
 # Where Detectron2's C4 models differ from torchvision's detector, as options of the config's model section.
@@ -174,7 +174,7 @@ def check_delta_rows(scores: Tensor, deltas: Tensor, source: str) -> None:
 def _preprocessing(state: dict[str, Tensor]) -> Preprocessing:
     """What the file says of an image's mean and deviation, in BGR unless the mean descends as ImageNet's RGB does."""
     if "pixel_mean" not in state or "pixel_std" not in state:
-        return CAFFE
+        return CAFFE_RESNET
     stored = [state[f"pixel_{name}"].flatten().float().numpy() for name in ("mean", "std")]
     mean, std = (tuple(float(str(v)) for v in values) for values in stored)  # 103.53, not 103.52999877929688
     return Preprocessing(mean, std, "rgb" if mean[0] > mean[2] else "bgr", 255.0)

@@ -10,7 +10,7 @@ from backbones.resnet import TORCHVISION_NAMES
 from backbones.weights import NameTable, rename
 
 from .class_names import choose_class_names
-from .converted import CAFFE, Converted
+from .converted import CAFFE_RESNET, Converted
 from .detectron2 import (
     AS_DETECTOR,
     CONVENTIONS,
@@ -64,7 +64,7 @@ def convert_mmdetection(
     num_classes = len(state["roi_head.bbox_head.fc_cls.weight"]) - 1
     names = choose_class_names(num_classes, class_names, _stored_names(file.rest))
     ours = background_first(rename(state, _TO_OURS))
-    checkpoint = build_checkpoint(ours, MMDETECTION_CONVENTIONS, names, CAFFE, overrides, source)
+    checkpoint = build_checkpoint(ours, MMDETECTION_CONVENTIONS, names, CAFFE_RESNET, overrides, source)
     return Converted(checkpoint, tuple(f"left out: {head}*, which boxes do not need" for head in other_heads))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from backbones.weights import NameTable, rename
 
 from .architecture import name_resnet
-from .converted import CAFFE, BackboneWeights, Converted
+from .converted import CAFFE_RESNET, BackboneWeights, Converted
 from .read import ForeignFile
 
 EPS = 1e-5  # of our batch norms and frozen batch norms alike
@@ -56,7 +56,7 @@ def convert_msra(file: ForeignFile) -> Converted:
     if stem_bias is not None:
         state["trunk.stage1.bn1.running_mean"] = -stem_bias
     backbone = name_resnet(state, str(file.path)) | {"stride_in": "1x1"}
-    return Converted(BackboneWeights(state, backbone, CAFFE))
+    return Converted(BackboneWeights(state, backbone, CAFFE_RESNET))
 
 
 def with_statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,12 +4,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
+
+from backbones.messages import nearest
 
 from ..settings import Section
 from .dataset import DetectionDataset, find_faulty_boxes, offsets_of, refuse_problems
@@ -173,9 +174,7 @@ def _check_names(names: list[str], known: list[str], path: Path) -> None:
         if names.count(name) > 1:
             raise ValueError(f"class_names holds {name!r} twice")
         if name not in known:
-            nearest = get_close_matches(name, known, n=1, cutoff=0.5)
-            advice = f"did you mean {nearest[0]!r}?" if nearest else f"its categories are {known}"
-            raise ValueError(f"{path}: has no category {name!r}; {advice}")
+            raise ValueError(f"{path}: has no category {name!r}; {nearest(name, known)}")
 
 
 def _read_annotations(

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from backbones.backbone import nearest
+from backbones.messages import nearest
 
 from ..settings import NotNegative, Section
 

@@ -16,13 +16,13 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from backbones import Backbone, Preprocessing
+from backbones.regions import RegionPool
 
 from ..settings import Count, Positive, Probability, checked
 from .anchors import STRIDE, MapAnchors, Numbers, check_anchor_sizes
 from .conventions import TORCHVISION, Conventions
 from .network_input import NetworkTransform
 from .proposals import Float32RPNHead, ProposalNetwork
-from .region_pool import SharedRegionPool
 from .roi_heads import BoxHeads, Classified, Float32Predictor
 
 CROP_SIZE = 14
@@ -258,7 +258,7 @@ def build_faster_rcnn(
             score_thresh=rpn_score_thresh,
         ),
         BoxHeads(
-            SharedRegionPool(
+            RegionPool(
                 CROP_SIZE,
                 sampling_ratio=conventions.roi_align_sampling_ratio,
                 stride=STRIDE,

@@ -6,13 +6,11 @@ Letters: N images, A anchors an image.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, nms, remove_small_boxes
-
-from backbones.folding import Layers
 
 from .conventions import Conventions
 from .losses import rpn_losses
@@ -24,10 +22,6 @@ class Float32RPNHead(RPNHead):
 
     bfloat16 leaves some 1500 distinct values among 6000 logits, too few to rank proposals by.
     """
-
-    def __init__(self, in_channels: int, num_anchors: int) -> None:
-        super().__init__(in_channels, num_anchors)
-        self.conv = nn.Sequential(*(Layers(*block) for block in self.conv))  # a faster weight gradient
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         hidden = [self.conv(feature) for feature in x]

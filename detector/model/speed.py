@@ -3,11 +3,12 @@
 import torch
 
 from backbones.folding import set_folding
-from backbones.fuse import fuse, use_winograd
+from backbones.fuse import fuse
+from backbones.kernels.winograd import use_winograd
+from backbones.regions import CPU_REGIONS
 
 from ..settings import Section
 from .faster_rcnn import C4FasterRCNN
-from .region_pool import CPU_REGIONS
 
 
 class Speed(Section):

@@ -1,4 +1,4 @@
-"""Cut a convolutional classifier in two by tracing it: `cut(network)` is a Backbone on the same parameters.
+"""Cut a convolutional classifier in two by tracing it: `cut_network(network)` is a Backbone on the same parameters.
 
 The trunk ends at the last block boundary of stride 16 through which all data flow, the head at the last such map of
 stride 32, before pooling. Letters: N images, R regions, C4 and C5 channels of the two maps.
@@ -12,8 +12,9 @@ from itertools import pairwise
 import torch
 from torch import fx, nn
 
-from .backbone import CROP, NUM_TRUNK_STAGES, Backbone, Preprocessing, RoIHead, Trunk, first_line
-from .graph_block import Block, is_batch_norm
+from ..backbone import CROP, NUM_TRUNK_STAGES, Backbone, Preprocessing, RoIHead, Trunk
+from ..messages import first_line
+from .block import Block, is_batch_norm
 from .tracing import MapSizes, data_flow, node_paths, output_node, subgraph, trace, waists, writes_into
 
 Sizes = dict[fx.Node, tuple[int, ...]]
@@ -47,7 +48,7 @@ class Waist:
     layer: str
 
 
-def cut(network: nn.Module, name: str, preprocessing: Preprocessing | None = None) -> Backbone:
+def cut_network(network: nn.Module, name: str, preprocessing: Preprocessing | None = None) -> Backbone:
     """The network's layers up to its last map, as trunk and head; ValueError says why where it cannot be cut."""
     try:
         return _cut(network, name, preprocessing)

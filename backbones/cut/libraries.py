@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torchvision.models import get_model, list_models
 
-from .backbone import NUM_TRUNK_STAGES, Backbone, Preprocessing, nearest, register_library
-from .layers import FrozenBatchNorm, norm_layer
-from .split import cut, layer_path
-from .weights import (
+from ..backbone import NUM_TRUNK_STAGES, Backbone, Preprocessing
+from ..layers import FrozenBatchNorm, norm_layer
+from ..messages import nearest
+from ..registry import register_library
+from ..weights import (
     DEFERRED,
     load_into,
     published_weights,
@@ -23,6 +24,7 @@ from .weights import (
     torchvision_entry,
     torchvision_preprocessing,
 )
+from .split import cut_network, layer_path
 
 CUT_NORMS = ("batch", "frozen")
 
@@ -104,7 +106,7 @@ def cut_classifier(
     if options.norm == "frozen":
         freeze_norms(network, options.name)
     uncut = set(network.state_dict())
-    backbone = cut(network, options.name, preprocessing)
+    backbone = cut_network(network, options.name, preprocessing)
     if tag is None and options.weights not in (None, DEFERRED):
         _load_file(backbone, options.weights, uncut)
     return _freeze(backbone, options.frozen_stages)

@@ -1,6 +1,5 @@
-"""A piece of a network's graph as a module, which can run its opening 1x1 convolutions on a shared map."""
+"""A piece of a network's graph as a module."""
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -8,15 +7,12 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from .backbone import Regions
-from .layers import is_projection, project
-
 
 class Block(nn.Module):
     """The part of a network between two of its waists: (N, C, H, W) -> (N, C', H', W').
 
-    It owns the layers of that part, under their paths in the network. `projected` names the 1x1 convolutions that
-    read the block's input, which `enter` runs on the shared map.
+    It owns the layers of that part, under their paths in the network. `conv_norms` names the convolutions and the norms
+    behind them, which the form for inference makes one.
     """
 
     def __init__(self, network: nn.Module, graphs: dict[bool, fx.Graph]) -> None:
@@ -26,10 +22,8 @@ class Block(nn.Module):
                 for node in graph.nodes:
                     if node.op == op:
                         self._adopt(network, node.target)
-        self.projected = tuple(dict.fromkeys(n.target for n in _projections(graphs[False], self)))
         self.conv_norms = tuple(_conv_norms(graphs[False], self))
         self._forwards = {mode: self._compiled(graph) for mode, graph in graphs.items()}
-        self._entries = {mode: self._compiled(_entry(graph, self)) for mode, graph in graphs.items()}
 
     def forward(self, features: Tensor) -> Tensor:
         try:
@@ -38,15 +32,6 @@ class Block(nn.Module):
             if len(features):
                 raise
             return self._of_none(features)
-
-    def enter(self, regions: Regions) -> Tensor:
-        """forward(regions.crop()), the opening 1x1 convolutions run on the shared map."""
-        try:
-            return self._entries[self.training](self, regions)
-        except RuntimeError:
-            if len(regions.crop()):
-                raise
-            return self._of_none(regions.crop())
 
     def _of_none(self, features: Tensor) -> Tensor:
         """The value of (0, C, H, W) where the network refuses it: a size of -1 is not known without elements."""
@@ -77,39 +62,6 @@ class Block(nn.Module):
     def _compiled(self, graph: fx.Graph) -> Callable:
         """The graph as a function of the module that owns its layers, and of its input."""
         return type(fx.GraphModule(self, graph)).forward
-
-
-def _run_projection(conv: nn.Conv2d, regions: Regions) -> Tensor:
-    return project(regions, conv.weight, conv.bias, conv.stride[0])
-
-
-def _projections(graph: fx.Graph, owner: nn.Module) -> list[fx.Node]:
-    """The calls of ungrouped 1x1 convolutions that read the graph's input."""
-    features = next(iter(graph.nodes))
-    return [node for node in features.users if node.args == (features,) and _is_1x1(node, owner)]
-
-
-def _is_1x1(node: fx.Node, owner: nn.Module) -> bool:
-    return node.op == "call_module" and is_projection(owner.get_submodule(node.target))
-
-
-def _entry(graph: fx.Graph, owner: nn.Module) -> fx.Graph:
-    """The same graph of `Regions`: its opening 1x1 convolutions on the shared map, all else on crops."""
-    graph = copy.deepcopy(graph)
-    regions = next(iter(graph.nodes))
-    projections = _projections(graph, owner)
-    others = [node for node in regions.users if node not in projections]
-    for node in projections:
-        with graph.inserting_before(node):
-            conv = graph.get_attr(node.target)
-            node.replace_all_uses_with(graph.call_function(_run_projection, (conv, regions)))
-        graph.erase_node(node)
-    if others:
-        with graph.inserting_after(regions):
-            crop = graph.call_method("crop", (regions,))
-        for node in others:
-            node.replace_input_with(regions, crop)
-    return graph
 
 
 def _conv_norms(graph: fx.Graph, owner: nn.Module) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,1 @@
+"""Any convolutional classifier, cut in two by tracing it."""

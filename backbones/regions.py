@@ -1,0 +1,260 @@
+"""Regions of a map: the pool that makes them of boxes, and crops that are made as late, and as little, as can be.
+
+RoIAlign is linear, and so is a 1x1 convolution at each position: the two commute. A head that opens with 1x1
+convolutions runs them once on the map in place of once a region, with the same result.
+
+Letters: N images, C channels, H x W map, R regions, P x Q bins a region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+from torchvision.ops import MultiScaleRoIAlign
+
+from .kernels.gradients import conv2d
+from .kernels.roi_align import BinWeights, bin_weights, flatten_boxes, pair, sparse_roi_align
+
+# Regions that a head takes at once without gradients. A part's largest activation is 0.4 MB a region: 64 stay below the
+# 32 MB that the C allocator keeps for the next part, and faulting in fresh pages costs more than the sums in them.
+CPU_REGIONS, GPU_REGIONS = 64, 1024
+
+
+class RegionPool(MultiScaleRoIAlign):
+    """Regions of one feature map: RoIAlign, or RoIPool with `mode="max"`.
+
+    A `MultiScaleRoIAlign`, since `FasterRCNN` asks for one, whose scale is told. torchvision's guesses it
+    from the first images and keeps it: 40 pixels, padded to 64, have 4 rows at stride 16, and 4 / 40 rounds
+    to 1/8.
+
+    Args:
+        output_size: bins a region, P = Q or (P, Q).
+        sampling_ratio: as in `bin_weights`; not used by `mode="max"`.
+        stride: pixels of the image a position of the map.
+        aligned: as in `bin_weights`; `mode="max"` has no such form.
+        mode: "align" averages bilinear samples (He et al. 2017), "max" is RoIPool (Girshick 2015).
+        sparse: RoIAlign as a sparse product where that is faster, equal to rounding; False: torchvision's kernel.
+        max_regions: the most regions that a head takes at once without gradients, which bounds its memory whatever
+            the number of proposals; None: 64 on a CPU, 1024 elsewhere.
+    """
+
+    def __init__(
+        self,
+        output_size: int | tuple[int, int] = 14,
+        sampling_ratio: int = 2,
+        *,
+        stride: int = 16,
+        aligned: bool = False,
+        mode: str = "align",
+        sparse: bool = True,
+        max_regions: int | None = None,
+    ):
+        if not stride > 0:
+            raise ValueError(f"stride must be positive, got {stride}")
+        if mode not in ("align", "max"):
+            raise ValueError(f'mode must be "align" or "max", got {mode!r}')
+        if aligned and mode == "max":
+            raise ValueError('aligned=True needs mode="align": RoIPool rounds its boxes to positions')
+        super().__init__(["0"], pair(output_size, "output_size"), sampling_ratio)
+        self.stride, self.aligned, self.mode, self.sparse = stride, aligned, mode, sparse
+        self.scales, self.max_regions = [1 / stride], max_regions
+
+    def forward(
+        self,
+        x: dict[str, Tensor] | Tensor,
+        boxes: list[Tensor],
+        image_shapes: list[tuple[int, int]] | None = None,
+    ) -> Regions:
+        """(N, C, H, W), alone or in a dict of one, and N (R_i, 4) boxes in pixels -> (R, C, P, Q), cropped late.
+
+        `image_shapes` is torchvision's signature; the scale does not depend on it.
+        """
+        return Regions.of_map(self, _only_map(x), list(boxes))
+
+    def is_sparse(self, features: Tensor) -> bool:
+        """Whether this pool reads such a map by the sparse product."""
+        return self.sparse and self.mode == "align" and _prefers_sparse(features)
+
+    def crop(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
+        """(N, C, H, W) and N x (R_i, 4) boxes in pixels -> (R, C, P, Q), at once: the definition."""
+        if self.is_sparse(features):
+            return sparse_roi_align(features, self.bin_weights(features, boxes))
+        return self._dense(features, boxes)
+
+    def bin_weights(self, features: Tensor, boxes: list[Tensor]) -> BinWeights:
+        """The weights by which this pool reads an (N, C, H, W) map, or any other of its N, H and W."""
+        if self.mode != "align":
+            raise ValueError(f'only mode="align" is a weighted sum, this pool has mode={self.mode!r}')
+        return bin_weights(
+            boxes,
+            features.shape[-2:],
+            features.shape[0],
+            spatial_scale=1 / self.stride,
+            output_size=self.output_size,
+            sampling_ratio=self.sampling_ratio,
+            aligned=self.aligned,
+        )
+
+    def _dense(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
+        """torchvision's kernels. They want one dtype for both, and 16 bits would move the boxes by pixels."""
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        images, flat = flatten_boxes(boxes, features.shape[0])
+        rois = torch.cat((images[:, None], flat), dim=1).to(dtype)
+        wide = features.to(dtype)
+        if self.mode == "max":
+            pooled = torchvision.ops.roi_pool(wide, rois, self.output_size, 1 / self.stride)
+        else:
+            pooled = torchvision.ops.roi_align(
+                wide, rois, self.output_size, 1 / self.stride, self.sampling_ratio, self.aligned
+            )
+        return pooled.to(features.dtype)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(output_size={self.output_size}, sampling_ratio={self.sampling_ratio}, "
+            f"stride={self.stride}, aligned={self.aligned}, mode={self.mode!r})"
+        )
+
+
+class Regions(Tensor):
+    """The crops (R, C, P, Q) of a map's regions, computed when something reads them.
+
+    A tensor to every network. A 1x1 convolution of it runs on the map where that is less work, and its result is
+    cropped. Every other operation reads the crops. Its own elements are NaN: what passes by torch's functions shows.
+
+    features: the map, (N, C, H, W). boxes: N x (R_i, 4) xyxy, in pixels. projected: by the id of a weight, the weight
+    (kept alive, so that its id stays its own) and the map that its convolution made.
+    """
+
+    @classmethod
+    def of_map(cls, pool: RegionPool, features: Tensor, boxes: list[Tensor]) -> Regions:
+        """The regions that `pool` makes of an (N, C, H, W) map and N x (R_i, 4) boxes in pixels."""
+        size = (sum(len(b) for b in boxes), features.shape[1], *pool.output_size)
+        regions = features.detach().new_full((), float("nan")).expand(size).as_subclass(cls)
+        regions.pool, regions.features, regions.boxes = pool, features, boxes
+        regions._all_regions = size[0]
+        regions.projected: dict[int, tuple[Tensor, Tensor]] = {}
+        regions._weights: dict[int, BinWeights] = {}
+        regions._crops: dict[int, Tensor] = {}
+        return regions
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _SIZES:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func is torch.conv2d and isinstance(args[0], cls):
+            return args[0]._conv2d(*args[1:], **(kwargs or {}))
+        return func(*_cropped(args), **_cropped(kwargs or {}))
+
+    def of(self, features: Tensor) -> Regions:
+        """The same regions of another map (N, C, H, W), or of this one with nothing computed yet."""
+        return Regions.of_map(self.pool, features, self.boxes)
+
+    def crop(self, stride: int = 1) -> Tensor:
+        """The bins ::stride of the regions as a plain tensor, (R, C, P/stride, Q/stride)."""
+        if stride not in self._crops:
+            whole, gradients = self._crops.get(1), torch.is_grad_enabled()
+            # A tensor of inference mode does not count the times that it is written into.
+            with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+                made = self._read(self.features, stride) if whole is None else whole[:, :, ::stride, ::stride]
+            self._crops[stride] = made
+            if stride == 1:
+                self._first_version = made._version
+        return self._crops[stride]
+
+    def parts(self, max_regions: int | None = None) -> Iterator[Regions]:
+        """Parts of at most so many regions (None: the pool's bound), which share the maps that were projected.
+
+        They come one after another: what a part cropped is free when the next is made.
+        """
+        default = CPU_REGIONS if self.features.device.type == "cpu" else GPU_REGIONS
+        most = max_regions or self.pool.max_regions or default
+        if len(self) <= most:
+            yield self
+            return
+        for image, boxes in enumerate(self.boxes):
+            for chunk in boxes.split(most):
+                alone = [b[:0] for b in self.boxes]
+                alone[image] = chunk
+                part = Regions.of_map(self.pool, self.features, alone)
+                part._all_regions, part.projected = self._all_regions, self.projected
+                yield part
+
+    def _conv2d(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """`torch.nn.functional.conv2d` of the crops."""
+        down, right = (stride, stride) if isinstance(stride, int) else stride
+        commutes = weight.shape[2:] == (1, 1) and padding in (0, (0, 0), "valid", "same") and groups == 1
+        if not commutes or down != right or self._is_changed():
+            return F.conv2d(self.crop(), weight, bias, stride, padding, dilation, groups)
+        projected = self._project(weight, down)
+        # A bias does not commute: bins outside the map are 0.
+        return projected if bias is None else projected + bias.to(projected.dtype)[:, None, None]
+
+    def _project(self, weight: Tensor, stride: int) -> Tensor:
+        """The 1x1 convolution on the map or on the crops, whichever is less work; weight (C', C, 1, 1)."""
+        rows, columns = self.pool.output_size
+        num_bins = self._all_regions * -(-rows // stride) * -(-columns // stride)
+        num_positions = self.features.shape[0] * self.features.shape[2] * self.features.shape[3]
+        if self.pool.mode == "max" or num_bins < num_positions:
+            return conv2d(self.crop(stride), weight)
+        if id(weight) not in self.projected:
+            self.projected[id(weight)] = weight, conv2d(self.features, weight)
+        return self._read(self.projected[id(weight)][1], stride)
+
+    def _is_changed(self) -> bool:
+        """Whether somebody wrote into the crops: from then on they, and not the map, are the regions."""
+        return 1 in self._crops and self._crops[1]._version != self._first_version
+
+    def _read(self, features: Tensor, stride: int) -> Tensor:
+        """The bins ::stride of the regions of an (N, C', H, W) map."""
+        if not self.pool.is_sparse(features):
+            return self.pool.crop(features, self.boxes)[:, :, ::stride, ::stride]
+        if 1 not in self._weights:
+            self._weights[1] = self.pool.bin_weights(features, self.boxes)
+        if stride not in self._weights:
+            self._weights[stride] = self._weights[1].select(slice(None, None, stride))
+        return sparse_roi_align(features, self._weights[stride])
+
+
+# What a tensor says of itself without its elements.
+_SIZES = {
+    *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__),
+    *(Tensor.size, Tensor.dim, Tensor.__len__),
+}
+
+
+def _cropped(value: Any) -> Any:
+    """The arguments of a function with crops in place of `Regions`."""
+    if isinstance(value, Regions):
+        return value.crop()
+    if isinstance(value, dict):
+        return {key: _cropped(v) for key, v in value.items()}
+    return type(value)(map(_cropped, value)) if type(value) in (list, tuple) else value
+
+
+def _prefers_sparse(features: Tensor) -> bool:
+    """The sparse product is faster on a CPU; elsewhere: to be measured. Exporters know torchvision's op."""
+    return features.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+
+
+def _only_map(x: dict[str, Tensor] | Tensor) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    if len(x) != 1:
+        raise ValueError(f"RegionPool reads one feature map, got {len(x)}: {list(x)}")
+    return next(iter(x.values()))

@@ -1,0 +1,90 @@
+"""Names of backbones: `register_backbone`, `create_backbone`, `list_backbones`."""
+
+import inspect
+from collections.abc import Callable
+from fnmatch import fnmatch
+from functools import partial
+
+from .backbone import Backbone
+from .messages import did_you_mean, nearest
+
+_BUILDERS: dict[str, Callable[..., Backbone]] = {}
+_LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[..., Backbone]]] = {}
+
+
+def register_backbone(*, options_of: Callable[..., Backbone] | None = None) -> Callable:
+    """Decorator: the function's name becomes a name for `create_backbone`.
+
+    The keyword-only parameters of `options_of`, a family's builder, are the options that the name takes, and become
+    the decorated function's signature; None: the function's own.
+    """
+
+    def register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
+        parameters = inspect.signature(options_of or builder).parameters.values()
+        options = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+        name = builder.__name__
+        if name in _BUILDERS:
+            raise ValueError(f"a backbone named {name!r} is registered already")
+        builder.__signature__ = inspect.Signature(options, return_annotation=Backbone)
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def register_library(library: str, *, names: Callable[[], list[str]]) -> Callable:
+    """Decorator: "library/NAME" becomes a name for `create_backbone`, built by the decorated function of NAME.
+
+    `names` lists every NAME; it is called only when a name of the library is asked for.
+    """
+
+    def register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
+        if library in _LIBRARIES:
+            raise ValueError(f"a library named {library!r} is registered already")
+        _LIBRARIES[library] = names, builder
+        return builder
+
+    return register
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Names that `create_backbone` takes, sorted, as far as they match the shell-style pattern.
+
+    Networks of a library are listed where the pattern names it, as "timm/resnet*" does; not each can be cut.
+    """
+    library, slash, _ = pattern.partition("/")
+    if slash and library in _LIBRARIES:
+        return sorted(
+            f for f in (f"{library}/{name}" for name in _LIBRARIES[library][0]()) if fnmatch(f, pattern)
+        )
+    return sorted(name for name in _BUILDERS if fnmatch(name, pattern))
+
+
+def _builder(name: str) -> Callable[..., Backbone]:
+    library, slash, network = str(name).partition("/")
+    if slash and library in _LIBRARIES:
+        names, builder = _LIBRARIES[library]
+        accepted = names()
+        if network not in accepted:
+            hint = did_you_mean(network, accepted)
+            raise ValueError(
+                f"{library} has no network {network!r}; {hint}all: list_backbones('{library}/*')"
+            )
+        return partial(builder, network)
+    if name not in _BUILDERS:
+        raise ValueError(f"there is no backbone {name!r}; {nearest(name, list_backbones())}")
+    return _BUILDERS[name]
+
+
+def backbone_options(name: str) -> dict[str, inspect.Parameter]:
+    """The options of a named backbone with their annotations and defaults."""
+    return dict(inspect.signature(_builder(name)).parameters)
+
+
+def create_backbone(name: str, **options: object) -> Backbone:
+    """Build a backbone by name, for example `create_backbone("resnet50", weights="imagenet_v2", frozen_stages=2)`."""
+    accepted = backbone_options(name)
+    for option in options:
+        if option not in accepted:
+            raise TypeError(f"{name} has no option {option!r}; {nearest(option, list(accepted))}")
+    return _builder(name)(**options)
