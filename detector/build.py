@@ -1,4 +1,6 @@
-"""A configuration -> the detector that it describes."""
+"""A configuration -> the detector that it describes, and its training."""
+
+import math
 
 import torch
 from torch import nn
@@ -6,7 +8,8 @@ from torch import nn
 from backbones import create_backbone
 from backbones.weights import DEFERRED
 
-from .config import ModelConfig
+from .config import Config, ModelConfig
+from .engine import Training, build_ema, build_schedule, parameter_groups
 from .model.faster_rcnn import C4FasterRCNN, build_faster_rcnn
 
 
@@ -22,3 +25,27 @@ def build_model(config: ModelConfig, num_classes: int, *, load_weights: bool = T
     backbone = create_backbone(options.pop("name"), **options)
     model: nn.Module = build_faster_rcnn(backbone, num_classes, **settings)
     return model.to(memory_format=torch.channels_last)
+
+
+def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device: torch.device) -> Training:
+    """Optimizer, schedule, scaler and averages around a model; `num_batches` are an epoch's."""
+    options = config.train
+    groups = parameter_groups(model, options.weight_decay, options.norm_decay)
+    fused = device.type in ("cpu", "cuda")
+    if options.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=fused)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=fused)
+    updates = math.ceil(num_batches / options.accumulate)
+    schedule = build_schedule(
+        optimizer,
+        updates * options.epochs,
+        kind=options.schedule,
+        milestones=[round(m * updates) for m in options.milestones],
+        gamma=options.gamma,
+        warmup_steps=options.warmup_steps,
+        warmup_factor=options.warmup_factor,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    ema = None if options.ema is None else build_ema(model, options.ema)
+    return Training(model, optimizer, schedule, scaler, ema)

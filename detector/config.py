@@ -1,27 +1,18 @@
 """The configuration: a YAML file of names and numbers -> frozen typed models. It stops at the door."""
 
-import inspect
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from backbones import backbone_options
-from backbones.messages import nearest
 
-from .data.sources import SOURCES, DataConfig
+from .data.sources import DataConfig
 from .model.faster_rcnn import build_faster_rcnn
 from .model.speed import Speed
-from .settings import Section, sentence
+from .settings import Section, parse, section_of, sentence
 
 
 class ModelConfig(build_faster_rcnn.settings):
@@ -59,22 +50,9 @@ class ModelConfig(build_faster_rcnn.settings):
         """Types of the options as the named backbone's builder declares them."""
         if "name" not in value:
             raise ValueError(f"backbone needs a name; got {value}")
-        options = backbone_options(value["name"])
-        checked = {"name": value["name"]}
-        for key, given in value.items():
-            if key == "name":
-                continue
-            if key not in options:
-                raise ValueError(f"{value['name']} has no option {key!r}; {nearest(key, ['name', *options])}")
-            annotation = options[key].annotation
-            if annotation is inspect.Parameter.empty:
-                checked[key] = given
-                continue
-            try:
-                checked[key] = TypeAdapter(annotation).validate_python(given)
-            except ValidationError as error:
-                raise ValueError(f"option {key} is {given!r}: {error.errors()[0]['msg']}") from error
-        return checked
+        options = section_of(value["name"], backbone_options(value["name"]).values())
+        given = {key: option for key, option in value.items() if key != "name"}
+        return {"name": value["name"], **parse(options, given).model_dump(exclude_unset=True)}
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "ModelConfig":
@@ -198,7 +176,7 @@ def parse_config(values: Any, overrides: list[str] | tuple[str, ...] = (), sourc
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = "\n".join(f"  {_sentence(e, values)}" for e in error.errors())
+        lines = "\n".join(f"  {sentence(e)}" for e in error.errors())
         raise ValueError(f"{source} is not a valid config:\n{lines}") from None
 
 
@@ -231,29 +209,3 @@ def _override(values: Any, override: str) -> Any:
         return {**node, parts[0]: put(node.get(parts[0]), parts[1:])}
 
     return put(values, key.split("."))
-
-
-def _sentence(error: dict[str, Any], values: dict[str, Any]) -> str:
-    """One pydantic error as a sentence: where, what was got, what is accepted."""
-    names = [str(part) for part in error["loc"]]
-    where = ".".join(names) or "config"
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {where}; {nearest(names[-1], _fields_beside(error['loc'], values))}"
-    return sentence(error)
-
-
-def _fields_beside(location: tuple[Any, ...], values: dict[str, Any]) -> list[str]:
-    """Names of the fields of the section in which an unknown key stands."""
-    sources = {get_args(s.model_fields["format"].annotation)[0]: s for s in SOURCES}
-    section: type[BaseModel] = Config
-    for part in location[:-1]:
-        if part in sources and section is DataConfig:
-            return list(sources[part].model_fields)
-        field = section.model_fields.get(part) if isinstance(part, str) else None
-        if (
-            field is not None
-            and isinstance(field.annotation, type)
-            and issubclass(field.annotation, BaseModel)
-        ):
-            section = field.annotation
-    return list(section.model_fields)

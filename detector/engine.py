@@ -18,7 +18,7 @@ from .model.losses import LOSSES
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(FloatingPointError):
     """A loss became infinite or NaN; the message has the image ids and the four losses."""
 
 
@@ -81,6 +81,10 @@ class Training:
     step: int = 0  # updates
     best: float = -math.inf
     evaluations_since_best: int = 0
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
 
     @property
     def evaluated_model(self) -> C4FasterRCNN:

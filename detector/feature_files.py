@@ -2,8 +2,6 @@
 
 import base64
 import os
-import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from .features import RegionFeatures
 from .files import write_atomically
+from .names import file_names, image_ids
 
 # The columns of bottom-up attention's files (Anderson et al. 2018, arXiv 1707.07998), which have no header.
 TSV_FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
@@ -89,28 +88,3 @@ def _ids_in(path: Path) -> set[str]:
         return set()
     with open(path, encoding="utf-8", newline="") as file:
         return {line.split("\t", 1)[0] for line in file}
-
-
-def file_names(images: Sequence[Path]) -> dict[Path, str]:
-    """A name for each picture's file: its own without suffix, with its folder's before it where two agree."""
-    stems = Counter(image.stem for image in images)
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
-    for image in images:
-        base = image.stem if stems[image.stem] == 1 else f"{image.resolve().parent.name}_{image.stem}"
-        name, number = base, 1
-        while name in taken:
-            number += 1
-            name = f"{base}_{number}"
-        names[image] = name
-        taken.add(name)
-    return names
-
-
-def image_ids(images: Sequence[Path]) -> dict[Path, str]:
-    """Ids as readers expect them: the number that ends each name, as in COCO's; else, for all, the files' names."""
-    numbers = [re.search(r"(\d+)$", image.stem) for image in images]
-    ids = [str(int(number[1])) for number in numbers if number]
-    if len(ids) == len(images) and len(set(ids)) == len(ids):
-        return dict(zip(images, ids, strict=True))
-    return file_names(images)

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .engine import Training
 from .files import write_atomically
+from .model.losses import LOSSES
+from .progress import Progress, memory_mb
 
 
 class RunLog:
@@ -18,63 +21,72 @@ class RunLog:
     A line is `{"kind": "train" or "val", "epoch": ..., "step": ..., <name>: <number>, ...}`, on disk when
     `write` returns. JSON has no NaN or infinity: they are written as null. An existing file is continued; the
     torn last line of a killed run is dropped.
+
+    after_step: drop the lines of later steps, which a run resumed there will write again; None drops none.
     """
 
-    def __init__(self, run_dir: str | Path, *, tensorboard: bool = True) -> None:
-        self.run_dir = Path(run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.path = self.run_dir / "metrics.jsonl"
-        self._tensorboard = tensorboard
-        self._writer: Any = None
-        self._purge_step: int | None = None
-        if self.path.exists():
-            self._rewrite(read_log(self.path))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (held for the run)
+    def __init__(
+        self, run_dir: str | Path, *, after_step: int | None = None, tensorboard: bool = True
+    ) -> None:
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "metrics.jsonl"
+        before = read_log(self.path) if self.path.exists() else []
+        kept = [line for line in before if after_step is None or line["step"] <= after_step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        purged_from = None if after_step is None else after_step + 1
+        self._writer = _open_tensorboard(run_dir, purged_from) if tensorboard else None
 
     def write(self, kind: str, *, epoch: int, step: int, **numbers: Any) -> None:
         """Append one line. Numbers may be Python's, numpy's or tensors of one element, and dicts of them."""
         line = _plain({"kind": kind, "epoch": epoch, "step": step, **numbers})
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        self._write_events(kind, step, line)
-
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which a run resumed there will write again."""
-        self._file.close()
-        self._rewrite([line for line in read_log(self.path) if line["step"] <= step])
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self._close_events()
-        self._purge_step = step + 1
-
-    def close(self) -> None:
-        self._file.close()
-        self._close_events()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._writer is not None:
+            for name, value in line.items():
+                if name not in ("kind", "step") and isinstance(value, (int, float)):
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+            self._writer.flush()
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _rewrite(self, lines: list[dict]) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-    def _write_events(self, kind: str, step: int, line: Mapping[str, Any]) -> None:
-        if self._tensorboard and self._writer is None:
-            self._writer = _open_tensorboard(self.run_dir, self._purge_step)
-            self._tensorboard = self._writer is not None
-        if self._writer is None:
-            return
-        for name, value in line.items():
-            if name not in ("kind", "step") and isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
-        self._writer.flush()
-
-    def _close_events(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
+
+
+class StepLog:
+    """The steps of an epoch: shown as they come, and written to the log as means over `interval` updates."""
+
+    def __init__(self, log: RunLog, progress: Progress, training: Training, interval: int) -> None:
+        self.log, self.progress, self.training, self.interval = log, progress, training, interval
+        self._losses: list[dict[str, float]] = []
+        self._written = training.step
+
+    def add(self, losses: list[dict[str, float]], num_images: int, last: bool) -> None:
+        """The losses read after a batch of `num_images`; the last batch has a line whatever the interval."""
+        self._losses += losses
+        shown = {"loss": sum(losses[-1].values()), **losses[-1]} if losses else {}
+        self.progress.update(num_images, **shown, lr=self.training.lr)
+        if self._losses and (last or self.training.step - self._written >= self.interval):
+            self._write()
+
+    def _write(self) -> None:
+        training = self.training
+        means = {name: float(np.mean([step[name] for step in self._losses])) for name in LOSSES}
+        self.log.write(
+            "train",
+            epoch=training.epoch + 1,
+            step=training.step,
+            lr=training.lr,
+            loss=sum(means.values()),
+            **means,
+            images_per_second=self.progress.images_per_second,
+            memory_mb=memory_mb(),
+        )
+        self._losses, self._written = [], training.step
 
 
 def read_log(path: str | Path) -> list[dict]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backbones.messages import misfit
+
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .model.faster_rcnn import C4FasterRCNN
@@ -81,16 +83,18 @@ def start_from(
 def _refuse_other_network(
     wanted: dict[str, Tensor], given: dict[str, Tensor], config: ModelConfig, theirs: ModelConfig
 ) -> None:
-    other = [
-        name
-        for name in wanted
-        if name.startswith(("backbone.", "roi_heads.box_head.")) and not name.endswith(_COUNTER)
-        if name not in given or given[name].shape != wanted[name].shape
-    ]
-    if other:
+    networks = (
+        {
+            name: value
+            for name, value in state.items()
+            if name.startswith(("backbone.", "roi_heads.box_head."))
+        }
+        for state in (wanted, given)
+    )
+    if differences := misfit(*networks):
         raise ValueError(
             f"the weights to start from are of {theirs.backbone['name']}, the recipe's backbone is "
-            f"{config.backbone['name']}: {len(other)} tensors differ, first {', '.join(other[:3])}"
+            f"{config.backbone['name']}; {differences}"
         )
 
 

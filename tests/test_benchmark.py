@@ -27,7 +27,7 @@ def run_benchmark(monkeypatch, capsys, tmp_path):
     def run(*arguments):
         output = tmp_path / "measured.json"
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--output", str(output)])
-        status = tool.main()
+        status = tool.main(tool.__doc__)
         measured = json.loads(output.read_text()) if output.exists() else None
         return status, measured, *capsys.readouterr()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from detector.build import build_model
+from detector.build import build_model, build_training
 from detector.engine import (
     LOSSES,
     LossMonitor,
@@ -22,7 +22,6 @@ from detector.engine import (
     to_device,
     train_one_epoch,
 )
-from detector.run import build_training
 
 CPU = torch.device("cpu")
 GROUP = "model.backbone={name: resnet18, width: 8, norm: group}"  # no state but the weights: images are independent

@@ -18,9 +18,10 @@ from detector import Detector
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, save_checkpoint
 from detector.convert.converted import CAFFE_RESNET
-from detector.feature_files import TSV_FIELDS, file_names, image_ids
+from detector.feature_files import TSV_FIELDS
 from detector.features import check_boxes, extract_regions, read_boxes
 from detector.inference import to_tensor
+from detector.names import file_names, image_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("circle", "cross", "triangle", "star")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detector.config import load_config
-from detector.run import train
+from detector.run import Run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -18,7 +18,7 @@ def test_eight_photographs_of_coco128_are_learned_by_heart(shared, tmp_path):
         [f"data.root={shared / 'data' / 'coco128'}", "loader.num_workers=1"],
     )
     assert config.data.train[0].limit == 8
-    metrics = train(config, tmp_path, torch.device("cpu"))
+    metrics = Run(config, tmp_path, torch.device("cpu")).train()
     assert metrics["AP50"] >= 0.9
 
 

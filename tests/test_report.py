@@ -31,14 +31,13 @@ def train_line(step: int, **numbers: float) -> dict:
 
 
 def test_lines_are_on_disk_at_once_and_read_back(tmp_path):
-    log = RunLog(tmp_path / "run", tensorboard=False)
-    log.write("train", epoch=1, step=1, loss=torch.tensor(0.5), lr=np.float32(0.25))
-    log.write("val", epoch=1, step=1, AP=0.5, per_class={"cat": {"AP": None}})
-    assert read_log(tmp_path / "run" / "metrics.jsonl") == [
-        {"kind": "train", "epoch": 1, "step": 1, "loss": 0.5, "lr": 0.25},
-        {"kind": "val", "epoch": 1, "step": 1, "AP": 0.5, "per_class": {"cat": {"AP": None}}},
-    ]
-    log.close()
+    with RunLog(tmp_path / "run", tensorboard=False) as log:
+        log.write("train", epoch=1, step=1, loss=torch.tensor(0.5), lr=np.float32(0.25))
+        log.write("val", epoch=1, step=1, AP=0.5, per_class={"cat": {"AP": None}})
+        assert read_log(tmp_path / "run" / "metrics.jsonl") == [
+            {"kind": "train", "epoch": 1, "step": 1, "loss": 0.5, "lr": 0.25},
+            {"kind": "val", "epoch": 1, "step": 1, "AP": 0.5, "per_class": {"cat": {"AP": None}}},
+        ]
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, np.float64("nan"), torch.tensor(math.inf)])
@@ -75,7 +74,7 @@ def test_resuming_drops_later_steps(tmp_path):
     with RunLog(tmp_path, tensorboard=False) as log:
         for step in range(1, 6):
             log.write("train", epoch=1, step=step)
-        log.truncate_after(3)
+    with RunLog(tmp_path, after_step=3, tensorboard=False) as log:
         log.write("val", epoch=1, step=4)
     assert [(line["kind"], line["step"]) for line in read_log(log.path)] == [
         ("train", 1),
@@ -90,7 +89,8 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with RunLog(tmp_path) as log:
         log.write("train", epoch=1, step=7, loss=0.5, broken=math.nan)
-        log.truncate_after(7)
+        log.write("train", epoch=1, step=8, loss=9.0)
+    with RunLog(tmp_path, after_step=7) as log:
         log.write("val", epoch=1, step=8, AP=0.25)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 0.5)]

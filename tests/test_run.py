@@ -18,8 +18,9 @@ from detector.checkpoint import load_checkpoint, load_training_state
 from detector.config import load_config
 from detector.describe import describe
 from detector.engine import NonFiniteLossError
-from detector.run import Interrupted, _stop_on_signal, check_resumable, train
+from detector.run import Run, check_resumable
 from detector.run_log import read_log
+from detector.stop import Interrupted, StopSignal
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,7 @@ def same_tensors(one, two):
 @pytest.fixture(scope="module")
 def finished(tiny_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "shapes"
-    return folder, train(tiny_config(), folder, CPU)
+    return folder, Run(tiny_config(), folder, CPU).train()
 
 
 def test_a_run_writes_its_files(finished):
@@ -102,7 +103,7 @@ def test_its_checkpoint_is_the_model_of_the_last_step(finished, tiny_config):
 def test_resuming_a_finished_run_does_nothing_and_gives_its_best(finished, tiny_config):
     folder, metrics = finished
     before = (folder / "last.safetensors").read_bytes()
-    assert train(tiny_config(), folder, CPU, resume=True) == json.loads(json.dumps(metrics))
+    assert Run(tiny_config(), folder, CPU, resume=True).train() == json.loads(json.dumps(metrics))
     assert (folder / "last.safetensors").read_bytes() == before and len(lines(folder, "val")) == 2
 
 
@@ -142,7 +143,7 @@ def varied(tiny_config):
 @pytest.fixture(scope="module")
 def unbroken(varied, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    train(varied, folder, CPU)
+    Run(varied, folder, CPU).train()
     return folder
 
 
@@ -154,9 +155,9 @@ def test_resuming_equals_not_stopping(varied, unbroken, tmp_path, monkeypatch, n
             with pytest.raises(
                 Interrupted, match=f"stopped after update {sum(updates[: i + 1])}; continue with --resume"
             ):
-                train(varied, tmp_path, CPU, resume=i > 0)
+                Run(varied, tmp_path, CPU, resume=i > 0).train()
         torch.manual_seed(99)  # a new process has another state
-    metrics = train(varied, tmp_path, CPU, resume=True)
+    metrics = Run(varied, tmp_path, CPU, resume=True).train()
     one, two = (load_training_state(folder / "training_state.pt") for folder in (tmp_path, unbroken))
     assert same_tensors(one["model"], two["model"]) and same_tensors(one["ema"], two["ema"])
     assert one["schedule"] == two["schedule"] and one["step"] == two["step"] == 6
@@ -168,14 +169,14 @@ def test_resuming_equals_not_stopping(varied, unbroken, tmp_path, monkeypatch, n
 
 def test_a_stop_in_the_last_update_is_a_finished_run(varied, unbroken, tmp_path, monkeypatch, no_curves):
     stop_after(monkeypatch, 6)
-    assert train(varied, tmp_path, CPU) == json.loads((unbroken / "best_metrics.json").read_text())
+    assert Run(varied, tmp_path, CPU).train() == json.loads((unbroken / "best_metrics.json").read_text())
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
 def test_signals_are_as_before_after_a_run_and_an_ignored_one_stays_ignored(handler):
     before = signal.signal(signal.SIGINT, handler)
     try:
-        with _stop_on_signal():
+        with StopSignal():
             assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) == (handler is signal.SIG_IGN)
         assert signal.getsignal(signal.SIGINT) is handler
     finally:
@@ -184,7 +185,7 @@ def test_signals_are_as_before_after_a_run_and_an_ignored_one_stays_ignored(hand
 
 def test_signals_are_as_before_after_a_whole_run(tiny_config, tmp_path, no_curves):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    train(tiny_config(), tmp_path / "run", CPU)
+    Run(tiny_config(), tmp_path / "run", CPU).train()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -202,10 +203,10 @@ def test_lines_written_after_the_saved_state_are_dropped_on_resuming(
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Interrupted):
-            train(varied, tmp_path, CPU)
+            Run(varied, tmp_path, CPU).train()
     with open(tmp_path / "metrics.jsonl", "a") as file:  # a run killed before it saved again
         file.write('{"kind": "val", "epoch": 9, "step": 400, "AP": 1.0}\n{"kind": "tr')
-    train(varied, tmp_path, CPU, resume=True)
+    Run(varied, tmp_path, CPU, resume=True).train()
     assert [line["epoch"] for line in lines(tmp_path, "val")] == [1, 2, 3]
 
 
@@ -214,7 +215,7 @@ def test_lines_written_after_the_saved_state_are_dropped_on_resuming(
 
 def test_resuming_without_a_run_is_refused(tiny_config, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to resume from: .*training_state.pt does not exist"):
-        train(tiny_config(), tmp_path / "new", CPU, resume=True)
+        Run(tiny_config(), tmp_path / "new", CPU, resume=True).train()
     assert not (tmp_path / "new").exists()
 
 
@@ -222,7 +223,7 @@ def test_a_new_run_into_a_used_folder_is_refused(finished, tiny_config):
     with pytest.raises(
         ValueError, match="holds a run already: continue it with --resume, or give another --output"
     ):
-        train(tiny_config(), finished[0], CPU)
+        Run(tiny_config(), finished[0], CPU).train()
 
 
 def test_resuming_with_other_classes_is_refused(finished, tiny_config):
@@ -235,12 +236,12 @@ def test_resuming_with_another_model_is_refused_in_a_sentence(finished, tiny_con
     with pytest.raises(
         ValueError, match="continues a run with its own settings; model.backbone was .*now .*'width': 16"
     ):
-        train(tiny_config("model.backbone.width=16"), finished[0], CPU, resume=True)
+        Run(tiny_config("model.backbone.width=16"), finished[0], CPU, resume=True).train()
 
 
 def train_as_coco(config, folder, **options):
     """The same pictures read as COCO, which takes a list of classes and a limit."""
-    return train(config.model_copy(update={"data": as_coco(config.data)}), folder, CPU, **options)
+    return Run(config.model_copy(update={"data": as_coco(config.data)}), folder, CPU, **options).train()
 
 
 def as_coco(data, **source):
@@ -253,7 +254,7 @@ def as_coco(data, **source):
 
 def test_limit_takes_the_first_annotated_pictures(tiny_config, tmp_path, no_curves, capsys):
     config = tiny_config("train.epochs=1")
-    train(config.model_copy(update={"data": as_coco(config.data, limit=3)}), tmp_path, CPU)
+    Run(config.model_copy(update={"data": as_coco(config.data, limit=3)}), tmp_path, CPU).train()
     assert "train: 3 images" in capsys.readouterr().out
     assert lines(tmp_path, "train")[-1]["step"] == 2  # two batches of 2
 
@@ -278,15 +279,15 @@ def test_strict_refuses_a_box_without_area_and_otherwise_it_is_told_and_skipped(
     source = spoil(tiny_shapes, tmp_path, lambda a: a["annotations"][1].update(bbox=[5, 5, 0, 10]))
     config = tiny_config("train.epochs=1")
     with pytest.raises(ValueError, match=r"1 problem\(s\), and strict=True refuses any:\n.*has no area"):
-        train(with_train(config, source, strict=True), tmp_path / "strict", CPU)
-    train(with_train(config, source), tmp_path / "run", CPU)
+        Run(with_train(config, source, strict=True), tmp_path / "strict", CPU).train()
+    Run(with_train(config, source), tmp_path / "run", CPU).train()
     assert "skipped: " in (out := capsys.readouterr().out) and "has no area" in out
 
 
 def test_training_data_without_a_box_are_refused(tiny_config, tiny_shapes, tmp_path):
     source = spoil(tiny_shapes, tmp_path, lambda a: a["annotations"].clear())
     with pytest.raises(ValueError, match="the training data have no box to learn"):
-        train(with_train(tiny_config(), source), tmp_path / "run", CPU)
+        Run(with_train(tiny_config(), source), tmp_path / "run", CPU).train()
 
 
 def test_category_ids_with_gaps_and_pictures_without_objects_train(
@@ -299,7 +300,7 @@ def test_category_ids_with_gaps_and_pictures_without_objects_train(
         annotations["annotations"] = [a for a in annotations["annotations"] if a["image_id"] > 3]
 
     source = spoil(tiny_shapes, tmp_path, change)
-    metrics = train(with_train(tiny_config("train.epochs=1"), source), tmp_path / "run", CPU)
+    metrics = Run(with_train(tiny_config("train.epochs=1"), source), tmp_path / "run", CPU).train()
     assert metrics["epoch"] == 1 and lines(tmp_path / "run", "train")[0]["step"] == 4
 
 
@@ -307,7 +308,7 @@ def test_category_ids_with_gaps_and_pictures_without_objects_train(
 
 
 def test_without_validation_data_it_trains_and_keeps_the_last(tiny_config, tmp_path, no_curves):
-    assert train(tiny_config("data.val=null", "train.epochs=1"), tmp_path, CPU) == {}
+    assert Run(tiny_config("data.val=null", "train.epochs=1"), tmp_path, CPU).train() == {}
     assert (tmp_path / "last.safetensors").exists() and not (tmp_path / "best.safetensors").exists()
 
 
@@ -322,20 +323,20 @@ def test_patience_stops_early_and_a_resumed_run_stays_stopped(
 
     monkeypatch.setattr(detector.run, "evaluate_coco", evaluate_coco)
     config = tiny_config("train.epochs=10", "train.patience=2")
-    assert train(config, tmp_path, CPU)["epoch"] == 1
+    assert Run(config, tmp_path, CPU).train()["epoch"] == 1
     assert "no better AP in 2 evaluations: stopping early" in capsys.readouterr().out
     assert [line["AP"] for line in lines(tmp_path, "val")] == [0.3, 0.2, 0.3]
-    assert train(config, tmp_path, CPU, resume=True)["epoch"] == 1
+    assert Run(config, tmp_path, CPU, resume=True).train()["epoch"] == 1
     assert len(lines(tmp_path, "val")) == 3
 
 
 def test_evaluation_comes_every_so_many_epochs_and_after_the_last(tiny_config, tmp_path, no_curves):
-    train(tiny_config("train.epochs=3", "train.eval_every=2"), tmp_path, CPU)
+    Run(tiny_config("train.epochs=3", "train.eval_every=2"), tmp_path, CPU).train()
     assert [line["epoch"] for line in lines(tmp_path, "val")] == [2, 3]
 
 
 def test_log_every_counts_updates(tiny_config, tmp_path, no_curves):
-    train(tiny_config("train.epochs=1", "train.batch_size=1", "train.log_every=3"), tmp_path, CPU)
+    Run(tiny_config("train.epochs=1", "train.batch_size=1", "train.log_every=3"), tmp_path, CPU).train()
     assert [line["step"] for line in lines(tmp_path, "train")] == [3, 6, 8]
 
 
@@ -344,12 +345,14 @@ def test_a_diverging_run_stops_with_ids_and_losses(tiny_config, tmp_path, no_cur
     with pytest.raises(
         NonFiniteLossError, match=r"image ids \[\d+, \d+\]: loss_classifier .*loss_rpn_box_reg"
     ):
-        train(config, tmp_path, CPU)
+        Run(config, tmp_path, CPU).train()
 
 
 def test_two_runs_are_equal_whatever_the_number_of_workers(tiny_config, tmp_path, no_curves):
     for workers in (0, 2):
-        train(tiny_config("train.epochs=1", f"loader.num_workers={workers}"), tmp_path / str(workers), CPU)
+        Run(
+            tiny_config("train.epochs=1", f"loader.num_workers={workers}"), tmp_path / str(workers), CPU
+        ).train()
     states = [load_checkpoint(tmp_path / str(workers) / "last.safetensors").state_dict for workers in (0, 2)]
     assert same_tensors(*states)
 
@@ -401,5 +404,5 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_resumes(tiny_config, tmp_path, n
     resumed = config.model_copy(
         update={"train": config.train.model_copy(update={"patience": 1, "eval_every": 1})}
     )
-    train(resumed, folder, CPU, resume=True)
+    Run(resumed, folder, CPU, resume=True).train()
     assert load_training_state(folder / "training_state.pt")["step"] > state["step"]

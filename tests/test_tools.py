@@ -274,7 +274,7 @@ def test_a_broken_picture_is_named_and_the_others_are_done(run_tool, weights, pi
 
 def test_drawings_never_overwrite_the_pictures(run_tool, weights, pictures):
     before = (pictures / "a.jpg").read_bytes()
-    status, _, error = run_tool("infer", pictures, "--weights", weights, "--output", pictures)
+    status, _, error = run_tool("infer", pictures / "a.jpg", "--weights", weights, "--output", pictures)
     assert status == 1 and one_line(error) and "would overwrite the pictures" in error
     assert (pictures / "a.jpg").read_bytes() == before and not (pictures / "detections.json").exists()
 

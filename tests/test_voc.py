@@ -172,7 +172,7 @@ def test_missing_things_are_named(write, tmp_path):
 
 def test_malformed_xml_and_a_split_without_objects_are_errors(write):
     root = write({"a": []})
-    with pytest.raises(ValueError, match="split 'train' has no object, so no class names"):
+    with pytest.raises(ValueError, match="split 'train': has no object, so no class names"):
         load_voc(root, "train")
     assert len(load_voc(root, "train", class_names=["cat"])) == 1
     (root / "Annotations/a.xml").write_text("<annotation><object>")

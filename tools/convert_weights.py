@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from detector.checkpoint import Checkpoint, load_checkpoint
+from detector.command_line import exit_status, make_parser
 from detector.convert import (
     SOURCES,
     BackboneWeights,
@@ -30,9 +31,7 @@ from detector.convert import (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="the checkpoint to convert")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings of the detector, as model.min_size=600"
@@ -45,12 +44,7 @@ def main() -> int:
     )
     parser.add_argument("--backbone", metavar="NAME", help="the network of a classifier that is no ResNet")
     args = parser.parse_intermixed_args()
-    try:
-        export(args) if args.to else convert(args)
-    except (ValueError, OSError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(export if args.to else convert, args)
 
 
 def convert(args: argparse.Namespace) -> None:

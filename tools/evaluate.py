@@ -10,19 +10,18 @@ import sys
 from pathlib import Path
 
 from detector.checkpoint import load_checkpoint
+from detector.command_line import DEVICE_HELP, exit_status, make_parser
 from detector.config import load_config
 from detector.data import build_dataset
+from detector.evaluate import Evaluation, score
 from detector.evaluation import format_coco, format_voc, load_results
 from detector.files import write_json
 from detector.inference import choose_device
 from detector.model.speed import apply_speed
-from detector.run import run_evaluation, score
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.root=/data/voc")
     parser.add_argument("--weights", help="a checkpoint of tools/train.py")
     parser.add_argument(
@@ -33,14 +32,8 @@ def main() -> int:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for metrics.json and detections.json"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
-    args = parser.parse_intermixed_args()
-    try:
-        evaluate(args)
-    except (ValueError, OSError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    parser.add_argument("--device", help=DEVICE_HELP)
+    return exit_status(evaluate, parser.parse_intermixed_args())
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -65,9 +58,8 @@ def evaluate(args: argparse.Namespace) -> None:
     else:
         device = choose_device(args.device)
         config = config.model_copy(update={"model": checkpoint.config.model})
-        results, losses = run_evaluation(
-            apply_speed(checkpoint.build(), config.speed).to(device), dataset, config, device
-        )
+        model = apply_speed(checkpoint.build(), config.speed).to(device)
+        results, losses = Evaluation(dataset, config, device).run(model)
         write_json(output / "detections.json", results)
     metrics = score(dataset, results)
     write_json(output / "metrics.json", {**metrics, "losses": losses}, indent=2)

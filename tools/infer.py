@@ -13,36 +13,26 @@ from PIL import Image
 
 from detector import Detector
 from detector.checkpoint import load_checkpoint
+from detector.command_line import DEVICE_HELP, PATHS_HELP, exit_status, make_parser, report_skipped
 from detector.config import split_overrides
 from detector.data import list_images, load_image
 from detector.files import write_atomically, write_json
 from detector.inference import choose_device
+from detector.names import drawing_paths
 from detector.progress import Progress
 from detector.visualize import draw_boxes
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help="pictures, folders, or patterns such as 'a/*.jpg'; also key=value, a setting of the recipe",
-    )
+    parser = make_parser(__doc__)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=PATHS_HELP)
     parser.add_argument("--weights", required=True, help="a checkpoint of tools/train.py")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the drawings and detections.json"
     )
     parser.add_argument("--score-thresh", type=float, default=0.5, help="the lowest score kept (default 0.5)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
-    args = parser.parse_intermixed_args()
-    try:
-        return infer(args)
-    except (ValueError, OSError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    parser.add_argument("--device", help=DEVICE_HELP)
+    return exit_status(infer, parser.parse_intermixed_args())
 
 
 def infer(args: argparse.Namespace) -> int:
@@ -86,28 +76,7 @@ def infer(args: argparse.Namespace) -> int:
     print(
         f"{count} objects in {len(found)} of {len(paths)} pictures; drawings and detections.json are in {args.output}"
     )
-    for message in unreadable:
-        print(f"skipped: {message}", file=sys.stderr)
-    return 1 if unreadable else 0
-
-
-def drawing_paths(paths: list[Path], output: Path) -> dict[Path, Path]:
-    """A JPEG for each picture, of its own name where that is unique, else with its folder's name before it."""
-    taken: dict[Path, Path] = {}
-    for path in paths:
-        stem = path.stem
-        if output / f"{stem}.jpg" in taken.values():
-            stem = f"{path.resolve().parent.name}_{path.stem}"
-        number, name = 1, stem
-        while output / f"{name}.jpg" in taken.values():
-            number, name = number + 1, f"{stem}_{number + 1}"
-        taken[path] = output / f"{name}.jpg"
-    overwritten = {path.resolve() for path in paths} & {drawing.resolve() for drawing in taken.values()}
-    if overwritten:
-        raise ValueError(
-            f"the drawings would overwrite the pictures in {output}: give another --output folder"
-        )
-    return taken
+    return report_skipped(unreadable)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from backbones import Preprocessing, list_backbones
 from backbones.messages import nearest
 from backbones.summary import Summary, summarize
+from detector.command_line import exit_status, make_parser
 from detector.tables import format_table
 
 HEADER = ("name", "C4", "C5", "parameters, M", "trunk, GMAC", "head, GMAC", "weights", "norm", "image")
@@ -24,9 +25,7 @@ NOTE = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("patterns", nargs="*", default=["*"], help="names, with * and ? (default: all)")
     parser.add_argument(
         "--size", nargs=2, type=int, default=(800, 1216), metavar=("HEIGHT", "WIDTH"), help="of the image"
@@ -34,15 +33,14 @@ def main() -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="a table for a README")
     form.add_argument("--json", action="store_true", help="exact numbers")
-    args = parser.parse_args()
-    try:
-        if min(args.size) < 32:
-            raise ValueError(f"--size is {args.size[0]} {args.size[1]}; accepted: 32 pixels or more each")
-        names = matching(args.patterns)
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    summaries = summarize_all(names, tuple(args.size))
+    return exit_status(show, parser.parse_args())
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print the table; 1 where none of the networks can be cut."""
+    if min(args.size) < 32:
+        raise ValueError(f"--size is {args.size[0]} {args.size[1]}; accepted: 32 pixels or more each")
+    summaries = summarize_all(matching(args.patterns), tuple(args.size))
     if not summaries:
         return 1
     if args.json:

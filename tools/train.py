@@ -9,16 +9,15 @@ python tools/train.py configs/detectron2_resnet50_c4.yaml --start-from r50_c4.sa
 import argparse
 import sys
 
+from detector.command_line import DEVICE_HELP, exit_status, make_parser
 from detector.config import load_config
-from detector.engine import NonFiniteLossError
 from detector.inference import choose_device
-from detector.run import Interrupted, train
+from detector.run import Run
+from detector.stop import Interrupted
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("config", help="a YAML recipe, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.01")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run's files")
@@ -28,18 +27,18 @@ def main() -> int:
         metavar="FILE",
         help="a detector's checkpoint; what fits is kept, classes by their names",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
-    args = parser.parse_intermixed_args()
+    parser.add_argument("--device", help=DEVICE_HELP)
+    return exit_status(train, parser.parse_intermixed_args())
+
+
+def train(args: argparse.Namespace) -> int:
+    config, device = load_config(args.config, args.overrides), choose_device(args.device)
+    run = Run(config, args.output, device, resume=args.resume, start_from_path=args.start_from)
     try:
-        config = load_config(args.config, args.overrides)
-        device = choose_device(args.device)
-        metrics = train(config, args.output, device, resume=args.resume, start_from_path=args.start_from)
+        metrics = run.train()
     except Interrupted as stop:
         print(stop)
         return 130
-    except (ValueError, OSError, TypeError, NonFiniteLossError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     if metrics:
         name = config.train.best_metric
         print(f"best {name} {metrics[name]:.3f} (AP50 {metrics['AP50']:.3f}) after epoch {metrics['epoch']}")

@@ -1,32 +1,57 @@
 """COCO's annotation JSON into a DetectionDataset."""
 
-import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-import numpy as np
-from pydantic import Field
-
-from backbones.messages import nearest
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError, with_config
+from typing_extensions import NotRequired, TypedDict
 
 from ..settings import Section
-from .dataset import DetectionDataset, find_faulty_boxes, offsets_of, refuse_problems
+from .dataset import DetectionDataset
+from .records import Annotations, Object, Picture
 
-_REQUIRED = {
-    "images": ("id", "file_name", "width", "height"),
-    "categories": ("id", "name"),
-    "annotations": ("image_id", "category_id", "bbox"),
-}
+# Ids and sizes are whole numbers that numpy and pycocotools can hold.
+_Id = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_Side = Annotated[int, Field(ge=1, lt=2**31)]
+_Name = Annotated[str, Field(min_length=1)]
+_Flag = Annotated[int, Strict(False)]
 
 
-class _Annotation(NamedTuple):
-    index: int  # in the file's list
-    entry: dict
-    row: int  # of its image, in ascending order of image ids
-    label: int
+@with_config(ConfigDict(strict=True))
+class _Image(TypedDict):
+    id: _Id
+    file_name: _Name
+    width: _Side
+    height: _Side
+
+
+@with_config(ConfigDict(strict=True))
+class _Category(TypedDict):
+    id: _Id
+    name: _Name
+
+
+@with_config(ConfigDict(strict=True))
+class _Annotation(TypedDict):
+    image_id: _Id
+    category_id: _Id
+    bbox: Any
+    area: NotRequired[Any]
+    iscrowd: NotRequired[_Flag]
+    difficult: NotRequired[_Flag]
+
+
+class _Content(TypedDict):
+    """What is read of the file; all else in it is passed over."""
+
+    images: list[_Image]
+    categories: list[_Category]
+    annotations: list[_Annotation]
+
+
+_CONTENT = TypeAdapter(_Content)
 
 
 class CocoSource(Section):
@@ -47,216 +72,119 @@ def load_coco(
     annotations_path: str | Path,
     *,
     class_names: Sequence[str] | None = None,
-    limit: int | None = None,
-    strict: bool = False,
-    use_difficult: bool = True,
     check_pictures: bool = True,
+    **options: Any,
 ) -> DetectionDataset:
     """Read COCO JSON; images in ascending order of their ids, those without annotations too.
 
     Category ids may have gaps: labels 1..K-1 go in ascending order of them, or in the order of `class_names`.
+    An annotation may say `"difficult": 1`, an extension of the format.
 
     Args:
         class_names: the categories to keep, in this order; all of them by default.
-        limit: only the first `limit` images with a box to learn.
-        strict: refuse annotations that cannot be used, in place of skipping them with a line in `problems`.
-        use_difficult: learn objects whose annotation says `"difficult": 1` (an extension of the format).
         check_pictures: refuse a set with absent pictures; False where only its annotations are used.
+        options: `limit`, `strict` and `use_difficult` of `Annotations.to_dataset`.
 
     Raises:
         FileNotFoundError: the JSON, the folder, or a picture that the JSON lists is missing.
         ValueError: the JSON is malformed; the message names the file and the entry.
     """
-    images_dir, annotations_path = Path(images_dir), Path(annotations_path)
-    content = _read_json(annotations_path)
-    names, category_ids, notes = _select_classes(content, class_names, annotations_path)
+    images_dir, path = Path(images_dir), Path(annotations_path)
+    content = _read_json(path)
     images = sorted(content["images"], key=lambda image: image["id"])
-    columns, problems = _read_annotations(content, images, category_ids, annotations_path)
-    if strict:
-        refuse_problems(problems, annotations_path)
-    dataset = DetectionDataset(
-        class_names=names,
-        category_ids=category_ids,
-        image_paths=[os.path.join(images_dir, image["file_name"]) for image in images],
-        image_ids=[image["id"] for image in images],
-        image_sizes=[(image["height"], image["width"]) for image in images],
-        use_difficult=use_difficult,
-        problems=problems,
-        notes=notes,
-        **columns,
-    ).first_annotated(limit)
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    objects, problems = _match(content["annotations"], images, names, path)
+
+    def describe(found: Object) -> tuple[str, str]:
+        place = f"{path}: annotations[{found.index}] ({images[found.picture]['file_name']})"
+        return place, f"bbox {content['annotations'][found.index]['bbox']} (x, y, width, height)"
+
+    pictures = [
+        Picture(os.path.join(images_dir, i["file_name"]), i["id"], (i["height"], i["width"])) for i in images
+    ]
+    ids = {name: id for id, name in names.items()}
+    found = Annotations(str(path), pictures, objects, describe, ids, problems)
+    dataset = found.to_dataset(class_names, **options)
     if check_pictures:
-        _check_pictures_exist(dataset.image_paths.tolist(), images_dir, annotations_path)
+        _check_pictures_exist(dataset.image_paths.tolist(), images_dir, path)
     return dataset
 
 
-def _read_json(path: Path) -> dict:
-    """The parsed file, with every key that is read later present and every id a whole number."""
+def _read_json(path: Path) -> _Content:
+    """The parsed file, with every key that is read later present and of its type."""
     try:
-        content = json.loads(path.read_bytes())
+        content = _CONTENT.validate_json(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such annotation file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: expected an object with images, annotations and categories, "
-            f"got a {type(content).__name__} (a file of results is no ground truth)"
-        )
-    for section, keys in _REQUIRED.items():
-        if not isinstance(content.get(section), list):
-            raise ValueError(f"{path}: has no list {section!r}, its keys are {sorted(content)}")
-        _check_entries(content[section], section, keys, path)
-    _check_unique(content["images"], "images", "id", path)
-    _check_unique(content["categories"], "categories", "id", path)
-    _check_unique(content["categories"], "categories", "name", path)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_sentence(error.errors()[0])}") from None
+    for section, key in (("images", "id"), ("categories", "id"), ("categories", "name")):
+        seen: dict[Any, int] = {}
+        for index, entry in enumerate(content[section]):
+            first = seen.setdefault(entry[key], index)
+            if first != index:
+                raise ValueError(
+                    f"{path}: {section}[{first}] and {section}[{index}] share {key} {entry[key]!r}"
+                )
     return content
 
 
-def _check_entries(entries: list, section: str, keys: tuple[str, ...], path: Path) -> None:
-    integers = [key for key in keys if key not in ("file_name", "name", "bbox")]
-    strings = [key for key in keys if key in ("file_name", "name")]
-    for index, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}: {section}[{index}] is a {type(entry).__name__}, not an object")
-        for key in keys:
-            if key not in entry:
-                raise ValueError(f"{path}: {section}[{index}] has no {key!r}, its keys are {sorted(entry)}")
-        for key in integers:
-            if type(entry[key]) is not int:
-                raise ValueError(
-                    f"{path}: {section}[{index}] has {key} {entry[key]!r}, a whole number is expected"
-                )
-        for key in strings:
-            if not isinstance(entry[key], str) or not entry[key]:
-                raise ValueError(f"{path}: {section}[{index}] has {key} {entry[key]!r}, a name is expected")
-        if section == "images" and (entry["width"] < 1 or entry["height"] < 1):
-            raise ValueError(
-                f"{path}: images[{index}] ({entry['file_name']}) is {entry['width']}x{entry['height']}: "
-                "width and height are positive pixels"
-            )
+def _sentence(error: dict[str, Any]) -> str:
+    """The first fault of the file: where, what is there, what is expected."""
+    if error["type"] == "json_invalid":
+        return f"not valid JSON ({error['ctx']['error']})"
+    *parents, last = error["loc"] or ("",)
+    place = "".join(f"[{part}]" if isinstance(part, int) else part for part in parents)
+    if error["type"] == "missing":
+        return f"{place or 'it'} has no {last!r}"
+    if not error["loc"]:
+        kind = type(error["input"]).__name__
+        return f"expected an object with images, annotations and categories, got a {kind} (a file of results is no ground truth)"
+    place = f"{place}[{last}] is" if isinstance(last, int) else f"{place or 'it'} has {last}"
+    return f"{place} {repr(error['input'])[:60]}: {error['msg']}"
 
 
-def _check_unique(entries: list[dict], section: str, key: str, path: Path) -> None:
-    seen = {}
-    for index, entry in enumerate(entries):
-        first = seen.setdefault(entry[key], index)
-        if first != index:
-            raise ValueError(f"{path}: {section}[{first}] and {section}[{index}] share {key} {entry[key]!r}")
-
-
-def _select_classes(
-    content: dict, class_names: Sequence[str] | None, path: Path
-) -> tuple[tuple[str, ...], np.ndarray, list[str]]:
-    """Names, category ids (K-1,) in the order of the labels, and notes on what was left out."""
-    id_of = {category["name"]: category["id"] for category in content["categories"]}
-    if class_names is None:
-        names = sorted(id_of, key=id_of.get)
-    else:
-        names = list(class_names)
-        _check_names(names, list(id_of), path)
-    if not names:
-        raise ValueError(f"{path}: no class to detect, its list of categories is empty")
-    ids = np.array([id_of[name] for name in names], np.int64)
-    dropped_ids = {id_of[name]: name for name in id_of if name not in names}
-    dropped = Counter(
-        dropped_ids[annotation["category_id"]]
-        for annotation in content["annotations"]
-        if annotation["category_id"] in dropped_ids
-    )
-    counts = ", ".join(f"{count} {name}" for name, count in dropped.most_common())
-    notes = [f"{path}: left out, as class_names does not name them: {counts}"] if dropped else []
-    return tuple(names), ids, notes
-
-
-def _check_names(names: list[str], known: list[str], path: Path) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"class_names holds {name!r} twice")
-        if name not in known:
-            raise ValueError(f"{path}: has no category {name!r}; {nearest(name, known)}")
-
-
-def _read_annotations(
-    content: dict, images: list[dict], category_ids: np.ndarray, path: Path
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The columns of the boxes, image after image, and a sentence for each annotation that cannot be used."""
-    annotations, problems = _match_annotations(content, images, category_ids, path)
-    entries = [annotation.entry for annotation in annotations]
-    rows = np.array([annotation.row for annotation in annotations], np.int64)
-    sizes = np.array([(image["height"], image["width"]) for image in images]).reshape(-1, 2)
-    boxes = _xyxy([entry["bbox"] for entry in entries])
-    faults = find_faulty_boxes(boxes, sizes[rows])
-    problems += [
-        f"{path}: annotations[{annotations[number].index}] ({images[rows[number]]['file_name']}) "
-        f"has a box that {reason}: bbox {entries[number]['bbox']} (x, y, width, height)"
-        for number, reason in faults.items()
-    ]
-    columns = {
-        "boxes": boxes,
-        "labels": np.array([annotation.label for annotation in annotations], np.int64),
-        "areas": _areas(entries, boxes),
-        "crowd": np.array([bool(entry.get("iscrowd", 0)) for entry in entries], bool),
-        "difficult": np.array([bool(entry.get("difficult", 0)) for entry in entries], bool),
-    }
-    sound = np.ones(len(boxes), bool)
-    sound[list(faults)] = False
-    columns = {name: column[sound] for name, column in columns.items()}
-    return columns | {"offsets": offsets_of(np.bincount(rows[sound], minlength=len(images)))}, problems
-
-
-def _match_annotations(
-    content: dict, images: list[dict], category_ids: np.ndarray, path: Path
-) -> tuple[list[_Annotation], list[str]]:
-    """The wanted classes' annotations, image after image, and a sentence for each that belongs nowhere."""
-    annotations, problems = [], []
+def _match(
+    annotations: list[_Annotation], images: list[_Image], names: dict[int, str], path: Path
+) -> tuple[list[Object], list[str]]:
+    """The annotations as objects, image after image, and a sentence for each that belongs nowhere."""
     row_of = {image["id"]: row for row, image in enumerate(images)}
-    label_of = {category_id: label for label, category_id in enumerate(category_ids.tolist(), start=1)}
-    known_categories = {category["id"] for category in content["categories"]}
-    for index, entry in enumerate(content["annotations"]):
-        row, label = row_of.get(entry["image_id"]), label_of.get(entry["category_id"])
-        if row is None:
-            problems.append(
-                f"{path}: annotations[{index}] is for image_id {entry['image_id']}, which images lacks"
+    objects, problems = [], []
+    for index, entry in enumerate(annotations):
+        row, name = row_of.get(entry["image_id"]), names.get(entry["category_id"])
+        if row is None or name is None:
+            key, section = ("image_id", "images") if row is None else ("category_id", "categories")
+            problems.append(f"{path}: annotations[{index}] has {key} {entry[key]}, which {section} lacks")
+            continue
+        area = entry.get("area")
+        objects.append(
+            Object(
+                picture=row,
+                index=index,
+                name=name,
+                box=_xyxy(entry["bbox"]),
+                crowd=bool(entry.get("iscrowd", 0)),
+                difficult=bool(entry.get("difficult", 0)),
+                area=area if type(area) in (int, float) else None,
             )
-        elif entry["category_id"] not in known_categories:
-            problems.append(
-                f"{path}: annotations[{index}] ({images[row]['file_name']}) has category_id "
-                f"{entry['category_id']}, which categories lacks"
-            )
-        elif label is not None:
-            annotations.append(_Annotation(index, entry, row, label))
-    annotations.sort(key=lambda annotation: annotation.row)  # stable: the file's order within an image
-    return annotations, problems
+        )
+    objects.sort(key=lambda found: found.picture)  # stable: the file's order within an image
+    return objects, problems
 
 
-def _xyxy(bboxes: list) -> np.ndarray:
-    """COCO's [x, y, width, height] as (M, 4) xyxy; NaN where an entry is not four numbers."""
-    rows = [bbox if _is_four_numbers(bbox) else [np.nan] * 4 for bbox in bboxes]
-    boxes = np.array(rows, np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes
-
-
-def _is_four_numbers(bbox: object) -> bool:
-    return isinstance(bbox, list) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox)
-
-
-def _areas(entries: list[dict], boxes: np.ndarray) -> np.ndarray:
-    """Each object's area as filed, else its box's: (M,) float64."""
-    box_areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).tolist()
-    filed = [entry.get("area") for entry in entries]
-    return np.array(
-        [area if type(area) in (int, float) else own for area, own in zip(filed, box_areas, strict=True)],
-        np.float64,
-    )
+def _xyxy(bbox: Any) -> tuple[float, ...]:
+    """COCO's [x, y, width, height] as xyxy; NaN where it is not four numbers."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(v) in (int, float) for v in bbox):
+        return (float("nan"),) * 4
+    x, y, width, height = bbox
+    return x, y, x + width, y + height
 
 
 def _check_pictures_exist(image_paths: list[str], images_dir: Path, annotations_path: Path) -> None:
     """One listing of each folder, not a look-up of each file: sets are large and file systems far."""
     if not images_dir.is_dir():
         raise FileNotFoundError(f"{images_dir}: no such folder of images")
-    listings = {}
+    listings: dict[str, set[str]] = {}
     missing = []
     for path in image_paths:
         folder, name = os.path.split(path)

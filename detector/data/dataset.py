@@ -224,32 +224,6 @@ def _check_same_classes(first: DetectionDataset, other: DetectionDataset, number
     )
 
 
-def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, str]:
-    """What is wrong with boxes that cannot be used: {row: reason}, in ascending order.
-
-    boxes: (M, 4) float xyxy pixels; image_sizes: (M, 2) height, width of each box's image.
-    A box that is partly inside its image is sound.
-    """
-    x1, y1, x2, y2 = boxes.T
-    height, width = image_sizes.T
-    with np.errstate(invalid="ignore"):
-        faults = {
-            "lies outside the image": (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0),
-            "has no area": (x2 <= x1) | (y2 <= y1),
-            "is not four finite numbers": ~np.isfinite(boxes).all(axis=1),
-        }
-    reasons = {int(row): reason for reason, faulty in faults.items() for row in np.flatnonzero(faulty)}
-    return dict(sorted(reasons.items()))  # of several reasons, the last of `faults` is the root
-
-
-def refuse_problems(problems: Sequence[str], source: str | Path) -> None:
-    """Raise a ValueError that lists the first few problems, if there are any: what `strict` asks for."""
-    if problems:
-        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:5])
-        raise ValueError(f"{source}: {len(problems)} problem(s), and strict=True refuses any:{listed}{more}")
-
-
 def offsets_of(counts: np.ndarray) -> np.ndarray:
     """Where each image's boxes begin, and the last end: (N,) counts -> (N+1,) int64."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -4,7 +4,7 @@ A format is one file here: a section of its settings with a `load` method. Its e
 """
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -15,7 +15,6 @@ from .shapes import ShapesSource
 from .voc import VocSource
 
 AnySource = CocoSource | VocSource | ShapesSource
-SOURCES = get_args(AnySource)
 Source = Annotated[AnySource, Field(discriminator="format")]
 
 

@@ -13,31 +13,30 @@ import numpy as np
 from pydantic import Field
 
 from ..settings import Section
-from .dataset import DetectionDataset, find_faulty_boxes, offsets_of, refuse_problems
+from .dataset import DetectionDataset
 from .images import IMAGE_SUFFIXES, load_image_size
+from .records import Annotations, Object, Picture
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 @dataclass(frozen=True, slots=True)
-class _Object:
-    """One <object> as filed; `image` is the row of its image, `index` counts the file's objects from 0."""
+class _Filed:
+    """One <object> as filed: its name, its corners (NaN where there is no number), whether it is difficult."""
 
-    image: int
-    index: int
     name: str
-    corners: tuple[float, ...]  # xmin, ymin, xmax, ymax; NaN where there is no number
+    corners: tuple[float, ...]
     difficult: bool
 
 
 @dataclass(frozen=True, slots=True)
-class _Annotation:
+class _File:
     """One XML file; `size` is (height, width), None where the file does not say."""
 
     path: Path
     filename: str
     size: tuple[int, int] | None
-    objects: list[_Object]
+    objects: list[_Filed]
 
 
 class VocSource(Section):
@@ -55,16 +54,7 @@ class VocSource(Section):
         return load_voc(folder, self.split, one_based=self.one_based, limit=self.limit, **options)
 
 
-def load_voc(
-    root: str | Path,
-    split: str,
-    *,
-    one_based: bool = True,
-    class_names: Sequence[str] | None = None,
-    limit: int | None = None,
-    strict: bool = False,
-    use_difficult: bool = True,
-) -> DetectionDataset:
+def load_voc(root: str | Path, split: str, *, one_based: bool = True, **options: Any) -> DetectionDataset:
     """Read one split of a VOC folder: `ImageSets/Main/{split}.txt`, `Annotations/*.xml`, `JPEGImages/*`.
 
     Image ids are the file names where all are numbers, else 1..N in the split's order.
@@ -72,10 +62,8 @@ def load_voc(
     Args:
         one_based: coordinates are VOC's, pixels counted from 1 with the last one included, so that a box is
             (xmin - 1, ymin - 1, xmax, ymax); otherwise they are taken as filed. Checked against the data.
-        class_names: the classes to keep, in this order; by default the names found in the split, sorted.
-        limit: only the first `limit` images with a box to learn.
-        strict: refuse objects that are odd or cannot be used, in place of a line in `problems`.
-        use_difficult: learn objects marked `difficult`.
+        options: `class_names`, `limit`, `strict` and `use_difficult` of `Annotations.to_dataset`. Without
+            `class_names`, the classes are the names found in the split, sorted.
 
     Raises:
         FileNotFoundError: a folder, an annotation or a picture of the split is missing.
@@ -83,27 +71,48 @@ def load_voc(
     """
     root = Path(root)
     stems = _read_split(root, split)
-    annotations = [_parse(path, row) for row, path in enumerate(_annotation_paths(root, stems))]
-    image_paths = _find_pictures(root, stems, annotations)
-    sizes = [
-        annotation.size or load_image_size(path)
-        for annotation, path in zip(annotations, image_paths, strict=True)
+    files = [_parse(path) for path in _annotation_paths(root, stems)]
+    pictures = [
+        Picture(path, image_id, file.size or load_image_size(path))
+        for path, image_id, file in zip(
+            _find_pictures(root, stems, files), _image_ids(stems), files, strict=True
+        )
     ]
-    names, objects, notes = _select_classes(annotations, class_names, split)
-    columns, problems, remarks = _read_objects(objects, annotations, sizes, names, one_based)
-    if strict:
-        refuse_problems(problems, f"{root}, split {split!r}")
-    return DetectionDataset(
-        class_names=names,
-        category_ids=np.arange(1, len(names) + 1),
-        image_paths=image_paths,
-        image_ids=_image_ids(stems),
-        image_sizes=sizes,
-        use_difficult=use_difficult,
-        problems=problems,
-        notes=notes + remarks,
-        **columns,
-    ).first_annotated(limit)
+
+    def describe(found: Object) -> tuple[str, str]:
+        corners = zip(_CORNERS, files[found.picture].objects[found.index].corners, strict=True)
+        place = f"{files[found.picture].path}: object[{found.index}] ({found.name})"
+        return place, ", ".join(f"{name} {value:g}" for name, value in corners)
+
+    objects = [
+        _object(filed, row, index, pictures[row].size, one_based)
+        for row, file in enumerate(files)
+        for index, filed in enumerate(file.objects)
+    ]
+    found = Annotations(f"{root}, split {split!r}", pictures, objects, describe)
+    filed = np.array([o.corners for file in files for o in file.objects]).reshape(-1, 4)
+    if one_based:
+        _refuse_zero_based(filed, objects, found)
+    elif _looks_one_based(filed, np.array([pictures[o.picture].size for o in objects]).reshape(-1, 2)):
+        found.notes.append(
+            "one_based is false, yet all coordinates are whole, none is 0, and some reach the image's width; "
+            "they look counted from 1, as VOC's are, or clamped to 1 by their tool (as labelImg does)"
+        )
+    return found.to_dataset(**options)
+
+
+def _object(filed: _Filed, row: int, index: int, size: tuple[int, int], one_based: bool) -> Object:
+    xmin, ymin, xmax, ymax = filed.corners
+    fault = remark = None
+    if not filed.name:
+        fault = "has no class name"
+    elif xmax <= xmin or ymax <= ymin:
+        # With both ends counted, xmax = xmin would be one pixel wide, but it is a slip of the mouse.
+        fault = "has a box that has no area"
+    elif xmax > size[1] or ymax > size[0]:
+        remark = f"reaches past its image of {size[1]}x{size[0]} pixels, and is kept"
+    box = (xmin - one_based, ymin - one_based, xmax, ymax)
+    return Object(row, index, filed.name, box, difficult=filed.difficult, fault=fault, remark=remark)
 
 
 def _read_split(root: Path, split: str) -> list[str]:
@@ -147,25 +156,23 @@ def _annotation_paths(root: Path, stems: list[str]) -> list[Path]:
     return [folder / f"{stem}.xml" for stem in stems]
 
 
-def _parse(path: Path, row: int) -> _Annotation:
+def _parse(path: Path) -> _File:
     try:
         tree = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}: not valid XML ({error})") from None
     height, width = (_number(tree.find(f"size/{side}")) for side in ("height", "width"))
-    return _Annotation(
+    return _File(
         path=path,
         filename=_text(tree.find("filename")),
         size=(int(height), int(width)) if height >= 1 and width >= 1 else None,
-        objects=[_parse_object(element, row, index) for index, element in enumerate(tree.findall("object"))],
+        objects=[_parse_object(element) for element in tree.findall("object")],
     )
 
 
-def _parse_object(element: ElementTree.Element, row: int, index: int) -> _Object:
+def _parse_object(element: ElementTree.Element) -> _Filed:
     box = element.find("bndbox")
-    return _Object(
-        image=row,
-        index=index,
+    return _Filed(
         name=_text(element.find("name")),
         corners=tuple(_number(None if box is None else box.find(corner)) for corner in _CORNERS),
         difficult=_text(element.find("difficult")).lower() in ("1", "true"),
@@ -184,7 +191,7 @@ def _number(element: ElementTree.Element | None) -> float:
         return math.nan
 
 
-def _find_pictures(root: Path, stems: list[str], annotations: list[_Annotation]) -> list[str]:
+def _find_pictures(root: Path, stems: list[str], files: list[_File]) -> list[str]:
     """Each annotation's picture: its <filename> where that exists, else the stem with a picture's suffix."""
     folder = root / "JPEGImages"
     present = _list_folder(folder)
@@ -194,8 +201,8 @@ def _find_pictures(root: Path, stems: list[str], annotations: list[_Annotation])
         if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
     }
     names = [
-        annotation.filename if annotation.filename in present else by_stem.get(stem)
-        for stem, annotation in zip(stems, annotations, strict=True)
+        file.filename if file.filename in present else by_stem.get(stem)
+        for stem, file in zip(stems, files, strict=True)
     ]
     missing = [stem for stem, name in zip(stems, names, strict=True) if name is None]
     if missing:
@@ -210,103 +217,21 @@ def _image_ids(stems: list[str]) -> list[int]:
     return ids if len(set(ids)) == len(stems) else list(range(1, len(stems) + 1))
 
 
-def _select_classes(
-    annotations: list[_Annotation], class_names: Sequence[str] | None, split: str
-) -> tuple[tuple[str, ...], list[_Object], list[str]]:
-    """The names, the objects of these, and notes on objects of other names."""
-    objects = [found for annotation in annotations for found in annotation.objects]
-    counts = Counter(found.name for found in objects if found.name)
-    if class_names is None:
-        if not counts:
-            raise ValueError(
-                f"{annotations[0].path.parent}: split {split!r} has no object, so no class names"
-            )
-        return tuple(sorted(counts)), objects, []
-    names = tuple(class_names)
-    if len(set(names)) < len(names):
-        raise ValueError(f"class_names holds a name twice: {list(names)}")
-    if not names:
-        raise ValueError("class_names is empty: name at least one class")
-    others = [f"{count} {name}" for name, count in counts.most_common() if name not in names]
-    absent = [name for name in names if not counts[name]]
-    notes = []
-    if others:
-        notes.append(f"split {split!r}: left out, as class_names does not name them: {', '.join(others)}")
-    if absent:
-        notes.append(f"split {split!r}: has no object of {', '.join(absent)}")
-    return names, [found for found in objects if found.name in names or not found.name], notes
-
-
-def _read_objects(
-    objects: list[_Object],
-    annotations: list[_Annotation],
-    sizes: list[tuple[int, int]],
-    names: tuple[str, ...],
-    one_based: bool,
-) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-    """The columns of the boxes, image after image, with problems and notes."""
-    filed = np.array([found.corners for found in objects], np.float64).reshape(-1, 4)
-    image_rows = np.array([found.image for found in objects], np.int64)
-    object_sizes = np.array(sizes).reshape(-1, 2)[image_rows]
-    places = [f"{annotations[found.image].path}: object[{found.index}] ({found.name})" for found in objects]
-    if one_based:
-        _refuse_zero_based(filed, places)
-    # As filed: with both ends counted, xmax = xmin would be one pixel wide, but is a slip of the mouse.
-    faults = {
-        row: f"has a box that {reason}"
-        for row, reason in find_faulty_boxes(filed - one_based, object_sizes).items()
-    }
-    faults |= {row: "has no class name" for row, found in enumerate(objects) if not found.name}
-    oddities = _boxes_past_the_edge(filed, object_sizes)
-    oddities |= {row: f"{reason}, and is skipped" for row, reason in faults.items()}
-    problems = [f"{places[row]} {oddities[row]}: {_show(filed[row])}" for row in sorted(oddities)]
-
-    sound = np.ones(len(objects), bool)
-    sound[list(faults)] = False
-    boxes = (filed - np.array([one_based, one_based, 0, 0]))[sound]
-    label_of = {name: label for label, name in enumerate(names, start=1)}
-    columns = {
-        "boxes": boxes,
-        "labels": np.array([label_of.get(found.name, 0) for found in objects], np.int64)[sound],
-        "areas": np.prod(boxes[:, 2:] - boxes[:, :2], axis=1),
-        "crowd": np.zeros(len(boxes), bool),
-        "difficult": np.array([found.difficult for found in objects], bool)[sound],
-        "offsets": offsets_of(np.bincount(image_rows[sound], minlength=len(annotations))),
-    }
-    notes = [] if one_based else _suspect_one_based(filed[sound], object_sizes[sound])
-    return columns, problems, notes
-
-
-def _show(corners: np.ndarray) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in zip(_CORNERS, corners.tolist(), strict=True))
-
-
-def _refuse_zero_based(filed: np.ndarray, places: list[str]) -> None:
+def _refuse_zero_based(filed: np.ndarray, objects: list[Object], found: Annotations) -> None:
     """Pixels counted from 1 have no coordinate below 1."""
     rows = np.flatnonzero((filed < 1).any(axis=1))
     if len(rows):
+        place, _ = found.describe(objects[rows[0]])
         corner = int(np.argmax(filed[rows[0]] < 1))
         raise ValueError(
-            f"{places[rows[0]]} has {_CORNERS[corner]} {filed[rows[0], corner]:g}, below 1, as have "
+            f"{place} has {_CORNERS[corner]} {filed[rows[0], corner]:g}, below 1, as have "
             f"{len(rows) - 1} other objects: the pixels are not counted from 1; set one_based: false"
         )
 
 
-def _boxes_past_the_edge(filed: np.ndarray, sizes: np.ndarray) -> dict[int, str]:
-    """Boxes that end past the last pixel, in either convention: {row: sentence}. They are kept."""
-    past = (filed[:, 2] > sizes[:, 1]) | (filed[:, 3] > sizes[:, 0])
-    return {
-        int(row): f"reaches past its image of {sizes[row, 1]}x{sizes[row, 0]} pixels, and is kept"
-        for row in np.flatnonzero(past)
-    }
-
-
-def _suspect_one_based(filed: np.ndarray, sizes: np.ndarray) -> list[str]:
-    """A note where coordinates taken as filed look counted from 1."""
+def _looks_one_based(filed: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether (M, 4) coordinates as filed look counted from 1; sizes are (M, 2) height, width."""
+    sound = np.isfinite(filed).all(axis=1)
+    filed, sizes = filed[sound], sizes[sound]
     whole = len(filed) > 0 and bool((filed == np.round(filed)).all())
-    if whole and filed.min() >= 1 and bool((filed[:, 2] >= sizes[:, 1]).any()):
-        return [
-            "one_based is false, yet all coordinates are whole, none is 0, and some reach the image's width; "
-            "they look counted from 1, as VOC's are, or clamped to 1 by their tool (as labelImg does)"
-        ]
-    return []
+    return whole and filed.min() >= 1 and bool((filed[:, 2] >= sizes[:, 1]).any())

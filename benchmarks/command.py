@@ -1,0 +1,304 @@
+"""The command line of tools/benchmark.py: what to measure, and what is printed and written of it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from detector.config import load_config
+from detector.files import write_json
+from detector.tables import format_table
+
+from . import (
+    DTYPES,
+    INFERENCE_FORMS,
+    Settings,
+    coco_backends,
+    compare_inference,
+    compare_training,
+    describe_machine,
+    format_limit,
+    format_times,
+    has_detectron2,
+    measure_evaluation,
+    measure_loader,
+    measure_scaling,
+    peak_memory,
+    plot_growth,
+    plot_parts,
+)
+
+PARTS = ("transform", "trunk", "rpn", "roi_align", "head", "predictor", "postprocessing")
+STEP_PARTS = ("forward", "backward", "update")
+
+
+def main(description: str) -> int:
+    """Parse the command line, measure, print and write; gives the exit status."""
+    args = parse_arguments(description)
+    try:
+        args.measure(args)
+    except (ValueError, OSError, TypeError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    for add in (add_inference, add_training, add_scaling, add_loader, add_evaluation):
+        add(commands)
+    args, rest = parser.parse_known_args()  # overrides stand anywhere among a subcommand's options
+    unknown = [a for a in rest if a.startswith("-") or "=" not in a or not hasattr(args, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides = rest
+    return args
+
+
+def add_inference(commands: Any) -> None:
+    parser = commands.add_parser("inference", help="detection, ours against stock, with its parts")
+    parser.set_defaults(measure=measure_inference)
+    add_model_arguments(parser)
+    parser.add_argument("--sizes", nargs="+", type=size, default=[(600, 800), (800, 1067)], metavar="HxW")
+    parser.add_argument("--proposals", nargs="+", type=positive, default=[1000, 300], help="an image")
+    parser.add_argument(
+        "--without-winograd",
+        action="store_true",
+        help="our optimised form with plain 3x3 too (in bf16 it is so)",
+    )
+    parser.add_argument("--compile", action="store_true", help="our optimised form through torch.compile too")
+    add_stock_arguments(parser)
+
+
+def add_training(commands: Any) -> None:
+    parser = commands.add_parser("training", help="a training step, ours against stock")
+    parser.set_defaults(measure=measure_training)
+    add_model_arguments(parser)
+    parser.add_argument("--sizes", nargs="+", type=size, default=[(600, 800)], metavar="HxW")
+    parser.add_argument("--regions", nargs="+", type=positive, default=[512, 128], help="an image")
+    parser.add_argument("--checkpointing", action="store_true", help="ours with checkpointed activations too")
+    add_stock_arguments(parser)
+
+
+def add_scaling(commands: Any) -> None:
+    parser = commands.add_parser("scaling", help="time and memory of ours as regions and pixels grow")
+    parser.set_defaults(measure=measure_growth)
+    add_model_arguments(parser)
+    regions, sizes = (
+        [100, 300, 500, 1000, 1500, 2000],
+        [(300, 400), (450, 600), (600, 800), (750, 1000), (900, 1200)],
+    )
+    parser.add_argument("--size", type=size, default=(600, 800), metavar="HxW", help="at which regions grow")
+    parser.add_argument("--regions", nargs="+", type=positive, default=regions)
+    parser.add_argument("--sizes", nargs="+", type=size, default=sizes, metavar="HxW")
+    parser.add_argument("--form", choices=INFERENCE_FORMS, default="ours_optimized")
+
+
+def add_loader(commands: Any) -> None:
+    usage = "%(prog)s --config FILE.yaml [key=value ...] [options]"
+    parser = commands.add_parser(
+        "loader", usage=usage, help="images/s of the training loader and of decoding alone"
+    )
+    parser.set_defaults(measure=measure_loading, overrides=[])
+    parser.add_argument("--config", required=True, help="whose training data and augmentation to read")
+    parser.add_argument("--min-size", type=positive, default=600, help="short side in pixels")
+    parser.add_argument(
+        "--max-size", type=positive, help="bound of the long side (default: 5/3 of the short one)"
+    )
+    parser.add_argument("--images", type=positive, default=500, help="images a pass")
+    parser.add_argument("--workers", nargs="+", type=int, default=[2], help="processes")
+    add_output_arguments(parser, repeats=5)
+
+
+def add_evaluation(commands: Any) -> None:
+    parser = commands.add_parser("evaluation", help="seconds of COCO evaluation by each backend")
+    parser.set_defaults(measure=measure_scoring)
+    parser.add_argument("--images", type=positive, default=5000)
+    parser.add_argument("--classes", type=positive, default=80)
+    parser.add_argument("--boxes", type=positive, help="objects (default: 7.2 an image, as val2017)")
+    parser.add_argument("--detections", type=positive, default=100, help="an image")
+    parser.add_argument("--backends", nargs="+", help="default: every installed one")
+    add_output_arguments(parser, repeats=1)
+
+
+def add_stock_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--skip-stock", action="store_true", help="ours alone: no ratios")
+    parser.add_argument("--stock-channels-last", action="store_true", help="stock in our memory layout too")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", default="resnet101", help="a ResNet that torchvision has too")
+    parser.add_argument("--batch", type=positive, default=1, help="images at once")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bf16 is by autocast")
+    parser.add_argument("--stock-dtype", choices=DTYPES, help="of stock (default: that of ours)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=positive, help="of torch (default: torch's own choice)")
+    parser.add_argument(
+        "--tf32", action="store_true", help="let CUDA's float32 products be TF32, in every form"
+    )
+    parser.add_argument(
+        "--matrix-size", type=positive, default=2048, help="of the product that gives the limit"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="peak memory too, each form in a process of its own"
+    )
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before those that count")
+    parser.add_argument("--plot", metavar="FILE.png")
+    add_output_arguments(parser, repeats=5)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
+    parser.add_argument("--repeats", type=positive, default=repeats, help="rounds that count")
+    parser.add_argument("--output", metavar="FILE.json")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def size(text: str) -> tuple[int, int]:
+    """Height x width in pixels: "600x800"."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; accepted: height x width, as 600x800")
+    return int(parts[0]), int(parts[1])
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
+
+
+def write(args: argparse.Namespace, **measured: Any) -> None:
+    """The JSON file: machine, arguments, and what was measured so far."""
+    if args.output is None:
+        return
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("measure", "output", "plot")
+    }
+    machine = describe_machine(getattr(args, "device", "cpu"))
+    write_json(args.output, {"machine": machine, "settings": settings, **measured}, indent=1)
+
+
+# Subcommands
+
+
+def measure_inference(args: argparse.Namespace) -> None:
+    forms = [
+        *stock_forms(args),
+        "ours",
+        *(["ours_direct"] if args.without_winograd else []),
+        "ours_optimized",
+        *(["ours_compiled"] if args.compile else []),
+    ]
+    if not has_detectron2(args.backbone):
+        print("Detectron2 is not installed, or has no such network: not measured")
+    cases = []
+    for case in compare_inference(settings_of(args), args.sizes, args.proposals, forms):
+        case["memory"] = measure_memory(args, "inference", forms, case["size"], case["proposals"])
+        cases.append(case)
+        title = f"{case['size'][0]}x{case['size'][1]}, {case['proposals']} proposals, s"
+        print(format_times(case, title, PARTS), format_limit(case), sep="\n", end="\n\n", flush=True)
+        write(args, benchmark="inference", cases=cases)
+    if args.plot:
+        plot_parts(args.plot, cases, "proposals", (*PARTS, "other"))
+
+
+def measure_training(args: argparse.Namespace) -> None:
+    forms = [*stock_forms(args), "ours", *(["ours_checkpointed"] if args.checkpointing else [])]
+    cases = []
+    for case in compare_training(settings_of(args), args.sizes, args.regions, forms):
+        case["memory"] = measure_memory(args, "training", forms, case["size"], case["regions"])
+        cases.append(case)
+        title = f"{case['size'][0]}x{case['size'][1]}, {case['regions']} regions, s"
+        largest = max(case["difference"].values())
+        print(
+            format_times(case, title, STEP_PARTS), f"difference of losses {largest:.1e}", sep="\n", flush=True
+        )
+        write(args, benchmark="training", cases=cases)
+    if args.plot:
+        plot_parts(args.plot, cases, "regions", (*STEP_PARTS, "other"))
+
+
+def measure_growth(args: argparse.Namespace) -> None:
+    growth = measure_scaling(settings_of(args), args.size, args.regions, args.sizes, args.form)
+    if args.memory:
+        settings = settings_of(args)
+        growth["regions"]["memory"] = [
+            peak_memory("inference", settings, args.form, args.size, count) for count in args.regions
+        ]
+    for name, curve in growth.items():
+        peaks = [m["running_mb"] for m in curve.get("memory", [])] or [None] * len(curve["x"])
+        rows = [
+            (key, parts["total"]["median"], parts["total"]["min"], parts["total"]["max"], peak)
+            for (key, parts), peak in zip(curve["times"].items(), peaks, strict=True)
+        ]
+        print(format_table(rows, header=(name, "median s", "min", "max", "peak MB")))
+        if curve["fit"]:
+            print(
+                "seconds = {slope:.3e} x {0} + {intercept:.3f}, R^2 {r_squared:.4f}\n".format(
+                    name, **curve["fit"]
+                )
+            )
+    write(args, benchmark="scaling", **growth)
+    if args.plot:
+        plot_growth(args.plot, growth)
+
+
+def measure_loading(args: argparse.Namespace) -> None:
+    max_size = args.max_size or round(args.min_size * 5 / 3)
+    sizes = [f"model.min_size={args.min_size}", f"model.max_size={max_size}"]
+    config = load_config(args.config, [*args.overrides, *sizes])
+    cases = []
+    for case in measure_loader(config, args.images, args.workers, args.repeats):
+        cases.append(case)
+        write(args, benchmark="loader", augment=config.augment.model_dump(), cases=cases)
+    rows = [
+        (c["workers"], c["images_per_second"]["loader"], c["images_per_second"]["decoding"], c["ratio"])
+        for c in cases
+    ]
+    print(
+        format_table(
+            rows, header=("workers", "loader, images/s", "decoding alone", "loader's time of decoding's")
+        )
+    )
+
+
+def measure_scoring(args: argparse.Namespace) -> None:
+    backends = args.backends or coco_backends()
+    boxes = args.boxes or round(7.2 * args.images)
+    measured = measure_evaluation(args.images, args.classes, boxes, args.detections, backends, args.repeats)
+    rows = [
+        (
+            name,
+            parts["total"]["median"],
+            measured["metrics"][name]["AP"],
+            f"{measured['difference'][name]:.1e}",
+        )
+        for name, parts in measured["times"].items()
+    ]
+    print(format_table(rows, header=("backend", "seconds", "AP", "largest difference")))
+    write(args, benchmark="evaluation", **measured)
+
+
+def stock_forms(args: argparse.Namespace) -> list[str]:
+    wanted = {"stock": not args.skip_stock, "stock_channels_last": args.stock_channels_last}
+    return [form for form, is_wanted in wanted.items() if is_wanted]
+
+
+def measure_memory(
+    args: argparse.Namespace, task: str, forms: Sequence[str], image_size: list[int], count: int
+) -> dict[str, Any] | None:
+    if not args.memory:
+        return None
+    settings = settings_of(args)
+    peaks = {form: peak_memory(task, settings, form, image_size, count) for form in forms}
+    stock = peaks.get("stock", {}).get("peak_mb")
+    return {form: {**peak, "ratio": stock and peak["peak_mb"] / stock} for form, peak in peaks.items()}

@@ -1,0 +1,171 @@
+"""What a reader of any format finds in annotation files, and the data set that it becomes."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from backbones.messages import nearest
+
+from .dataset import DetectionDataset, offsets_of
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that annotations name; `size` is (height, width) in pixels."""
+
+    path: str
+    image_id: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """An object as filed.
+
+    picture: the row of its picture. index: its number in the file. box: xyxy pixels, NaN where there is no number.
+    area: square pixels, None for that of the box. fault: why it cannot be used, if the reader knows. remark: what is
+    odd about it, though it is kept.
+    """
+
+    picture: int
+    index: int
+    name: str
+    box: tuple[float, float, float, float]
+    crowd: bool = False
+    difficult: bool = False
+    area: float | None = None
+    fault: str | None = None
+    remark: str | None = None
+
+
+@dataclass
+class Annotations:
+    """Pictures and objects, the objects of each picture in a row.
+
+    source: what messages name. describe: where an object stands, and its box as filed, for messages.
+    category_ids: the file's own list of classes, by name; None where the objects alone say what classes there are.
+    """
+
+    source: str
+    pictures: list[Picture]
+    objects: list[Object]
+    describe: Callable[[Object], tuple[str, str]]
+    category_ids: dict[str, int] | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dataset(
+        self,
+        class_names: Sequence[str] | None = None,
+        *,
+        limit: int | None = None,
+        strict: bool = False,
+        use_difficult: bool = True,
+    ) -> DetectionDataset:
+        """The data set of the wanted classes; objects that cannot be used are left out, with a line in `problems`.
+
+        class_names: the classes to keep, in the order of their labels; None: all of them.
+        limit: only the first so many images with a box to learn. strict: refuse what would be left out.
+        """
+        names, notes = self._select_classes(class_names)
+        label_of = {name: label for label, name in enumerate(names, start=1)}
+        objects = [o for o in self.objects if o.name in label_of or not o.name]
+        boxes = np.array([o.box for o in objects], np.float64).reshape(-1, 4)
+        rows = np.array([o.picture for o in objects], np.int64)
+        sizes = np.array([p.size for p in self.pictures], np.int64).reshape(-1, 2)
+        faults = find_faulty_boxes(boxes, sizes[rows])
+        faults |= {row: o.fault for row, o in enumerate(objects) if o.fault}
+        problems = self.problems + self._tell(objects, faults)
+        if strict:
+            _refuse(problems, self.source)
+
+        sound = np.ones(len(objects), bool)
+        sound[list(faults)] = False
+        kept, boxes = [o for o, is_sound in zip(objects, sound, strict=True) if is_sound], boxes[sound]
+        areas = np.array([np.nan if o.area is None else o.area for o in kept], np.float64)
+        ids = self.category_ids or label_of
+        return DetectionDataset(
+            class_names=names,
+            category_ids=[ids[name] for name in names],
+            image_paths=[p.path for p in self.pictures],
+            image_ids=[p.image_id for p in self.pictures],
+            image_sizes=sizes,
+            offsets=offsets_of(np.bincount(rows[sound], minlength=len(sizes))),
+            boxes=boxes,
+            labels=[label_of[o.name] for o in kept],
+            areas=np.where(np.isnan(areas), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), areas),
+            crowd=[o.crowd for o in kept],
+            difficult=[o.difficult for o in kept],
+            use_difficult=use_difficult,
+            problems=problems,
+            notes=self.notes + notes,
+        ).first_annotated(limit)
+
+    def _select_classes(self, wanted: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
+        """The names in the order of their labels, and notes on objects of other names."""
+        counts = Counter(o.name for o in self.objects if o.name)
+        known = (
+            sorted(counts)
+            if self.category_ids is None
+            else sorted(self.category_ids, key=self.category_ids.get)
+        )
+        names = tuple(known if wanted is None else wanted)
+        if not names:
+            given = (
+                "class_names is empty"
+                if wanted is not None
+                else f"{self.source}: has no object, so no class names"
+            )
+            raise ValueError(f"{given}: there is no class to detect")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"class_names holds {name!r} twice")
+            if self.category_ids is not None and name not in known:
+                raise ValueError(f"{self.source} has no category {name!r}; {nearest(name, known)}")
+        notes = []
+        if others := [f"{count} {name}" for name, count in counts.most_common() if name not in names]:
+            notes.append(f"{self.source}: left out, as class_names does not name them: {', '.join(others)}")
+        if self.category_ids is None and (absent := [name for name in names if not counts[name]]):
+            notes.append(f"{self.source} has no object of {', '.join(absent)}")
+        return names, notes
+
+    def _tell(self, objects: list[Object], faults: dict[int, str]) -> list[str]:
+        """A sentence for each object that is left out or odd, in order."""
+        remarks = {row: o.remark for row, o in enumerate(objects) if o.remark}
+        remarks |= {row: f"{fault}, and is skipped" for row, fault in faults.items()}
+        told = []
+        for row in sorted(remarks):
+            place, filed = self.describe(objects[row])
+            told.append(f"{place} {remarks[row]}: {filed}")
+        return told
+
+
+def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, str]:
+    """What is wrong with boxes that cannot be used: {row: reason}, in ascending order.
+
+    boxes: (M, 4) float xyxy pixels; image_sizes: (M, 2) height, width of each box's image.
+    A box that is partly inside its image is sound.
+    """
+    x1, y1, x2, y2 = boxes.T
+    height, width = image_sizes.T
+    with np.errstate(invalid="ignore"):
+        faults = {
+            "lies outside the image": (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0),
+            "has no area": (x2 <= x1) | (y2 <= y1),
+            "is not four finite numbers": ~np.isfinite(boxes).all(axis=1),
+        }
+    # Where several hold, the last is the root of the others.
+    found = {
+        int(row): f"has a box that {fault}" for fault, rows in faults.items() for row in np.flatnonzero(rows)
+    }
+    return dict(sorted(found.items()))
+
+
+def _refuse(problems: Sequence[str], source: str) -> None:
+    """Raise a ValueError that lists the first few problems, if there are any."""
+    if problems:
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:5])
+        raise ValueError(f"{source}: {len(problems)} problem(s), and strict=True refuses any:{listed}{more}")

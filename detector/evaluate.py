@@ -1,0 +1,48 @@
+"""A model's detections on a data set, and their scores."""
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from .config import Config
+from .data import DetectionDataset
+from .data.loader import EvalBatches, TransformedDataset, build_loader
+from .data.transforms import EvalTransform
+from .engine import AMP_DTYPES, evaluate
+from .evaluation import evaluate_coco, evaluate_voc
+from .model.faster_rcnn import C4FasterRCNN
+from .model.speed import optimize
+from .progress import Progress
+
+
+class Evaluation:
+    """The images of a data set in batches of test settings; the workers of its loader live as long as it does."""
+
+    def __init__(self, dataset: DetectionDataset, config: Config, device: torch.device) -> None:
+        self.dataset, self.config, self.device = dataset, config, device
+        transformed = TransformedDataset(dataset, EvalTransform(**config.model.resizing), seed=0)
+        batches = EvalBatches(dataset.aspect_ratios(), config.loader.eval_batch_size)
+        pinned = device.type == "cuda"
+        self.loader: DataLoader = build_loader(transformed, batches, config.loader.num_workers, pinned)
+
+    def run(
+        self, model: C4FasterRCNN, title: str = "evaluate"
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Detections in COCO's results format, and mean losses, with progress."""
+        with Progress(len(self.dataset), title) as progress:
+            return evaluate(
+                optimize(model, winograd=False),
+                self.loader,
+                self.device,
+                category_ids=self.dataset.category_ids.tolist(),
+                seed=self.config.train.seed,
+                amp_dtype=AMP_DTYPES[self.config.train.amp],
+                on_step=progress.update,
+            )
+
+
+def score(dataset: DetectionDataset, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """COCO's twelve numbers with per-class AP, and VOC's AP of the same detections under "voc"."""
+    ground_truth = dataset.to_coco()
+    return {**evaluate_coco(ground_truth, results), "voc": evaluate_voc(ground_truth, results)}

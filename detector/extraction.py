@@ -1,0 +1,123 @@
+"""Region features of many pictures into files. A stopped extraction continues; several processes share the pictures."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, load_checkpoint
+from .data import load_image
+from .feature_files import NpzFolder, TsvFile
+from .features import extract_regions, read_boxes
+from .files import write_json
+from .inference import Detector, choose_device, to_tensor
+from .progress import Progress
+
+FORMATS = ("npz", "tsv")
+
+
+def extract_features(
+    weights_path: str,
+    images: Sequence[Path],
+    output: str,
+    *,
+    overrides: Sequence[str] = (),
+    regions: str = "detections",
+    boxes_path: str | None = None,
+    format: str | None = None,
+    batch_size: int = 1,
+    device: str | None = None,
+) -> list[str]:
+    """Write the vectors of each picture's regions; gives a sentence for each picture that cannot be read.
+
+    regions, boxes_path: as in `extract_regions` and `read_boxes`. format: "npz" or "tsv"; None: "tsv" where `output` ends so.
+    overrides: key=value settings of the recipe. Under torchrun each process takes its share of the pictures.
+    """
+    is_npz = (format or ("tsv" if Path(output).suffix == ".tsv" else "npz")) == "npz"
+    checkpoint = load_checkpoint(weights_path).with_overrides(overrides)
+    boxes = None if boxes_path is None else read_boxes(boxes_path, images)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen_device = choose_device(device or _local_device())
+    _check_settings(Path(output), is_npz, _settings(checkpoint, weights_path, regions, boxes_path))
+    files = _open_files(Path(output), is_npz, images, rank, world_size)
+    mine = images[rank::world_size]
+    todo = [image for image in mine if not files.is_done(image)]
+    if rank == 0 and len(todo) < len(mine):
+        print(f"{len(mine) - len(todo)} of {len(mine)} pictures are done already", flush=True)
+    detector = Detector.from_checkpoint(checkpoint, chosen_device)
+    unreadable: list[str] = []
+    with Progress(len(todo), "extract", enabled=rank == 0) as progress:
+        for start in range(0, len(todo), batch_size):
+            chunk = todo[start : start + batch_size]
+            tensors = _load(chunk, detector.device, unreadable)
+            given = None if boxes is None else [boxes[image].to(detector.device) for image in tensors]
+            found = extract_regions(detector.model, list(tensors.values()), regions, given) if tensors else []
+            for image, of_image in zip(tensors, found, strict=True):
+                files.write(image, of_image)
+            progress.update(len(chunk))
+    print(f"{len(todo) - len(unreadable)} pictures' features are in {output}", flush=True)
+    return unreadable
+
+
+def _load(images: Sequence[Path], device: torch.device, unreadable: list[str]) -> dict[Path, Tensor]:
+    """The readable pictures as tensors; a sentence for each other one is added to `unreadable`."""
+    tensors = {}
+    for image in images:
+        try:
+            tensors[image] = to_tensor(load_image(image)).to(device)
+        except ValueError as error:
+            unreadable.append(str(error))
+    return tensors
+
+
+def _open_files(
+    output: Path, is_npz: bool, images: Sequence[Path], rank: int, world_size: int
+) -> NpzFolder | TsvFile:
+    """Where this process writes. Names are of all pictures, so that they are the same in every process."""
+    if is_npz:
+        return NpzFolder(output, images)
+    return TsvFile(output if world_size == 1 else output.with_suffix(f".{rank}of{world_size}.tsv"), images)
+
+
+def _settings(
+    checkpoint: Checkpoint, weights_path: str, regions: str, boxes_path: str | None
+) -> dict[str, Any]:
+    """What the vectors depend on, and the names of their labels."""
+    digest = {
+        path: hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for path in (weights_path, boxes_path)
+        if path is not None
+    }
+    return {
+        "weights_sha256": digest[weights_path],
+        "model": checkpoint.config.model.model_dump(mode="json"),
+        "regions": regions if boxes_path is None else "boxes",
+        "boxes_sha256": digest.get(boxes_path),
+        "class_names": ["background", *checkpoint.class_names],
+    }
+
+
+def _check_settings(output: Path, is_npz: bool, settings: dict[str, Any]) -> None:
+    """Write the settings beside the features; refuse to mix features of different ones."""
+    if output.exists() and output.is_dir() != is_npz:
+        raise ValueError(f"--output {output}: {'a folder' if is_npz else 'a file'} is needed")
+    path = output / "extraction.json" if is_npz else output.with_suffix(".json")
+    if not path.exists():
+        return write_json(path, settings, indent=1)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    other = [name for name, value in settings.items() if before.get(name) != value]
+    if other:
+        raise ValueError(
+            f"{path} is of an extraction with other settings ({', '.join(other)}): give another --output"
+        )
+
+
+def _local_device() -> str | None:
+    """The GPU of this process among torchrun's on one machine."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None

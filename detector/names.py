@@ -1,0 +1,41 @@
+"""Names for what is written of each picture."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def file_names(images: Sequence[Path]) -> dict[Path, str]:
+    """A name for each picture's file: its own without suffix, with its folder's before it where two agree."""
+    stems = Counter(image.stem for image in images)
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for image in images:
+        base = image.stem if stems[image.stem] == 1 else f"{image.resolve().parent.name}_{image.stem}"
+        name, number = base, 1
+        while name in taken:
+            number += 1
+            name = f"{base}_{number}"
+        names[image] = name
+        taken.add(name)
+    return names
+
+
+def image_ids(images: Sequence[Path]) -> dict[Path, str]:
+    """Ids as readers expect them: the number that ends each name, as in COCO's; else, for all, the files' names."""
+    numbers = [re.search(r"(\d+)$", image.stem) for image in images]
+    ids = [str(int(number[1])) for number in numbers if number]
+    if len(ids) == len(images) and len(set(ids)) == len(ids):
+        return dict(zip(images, ids, strict=True))
+    return file_names(images)
+
+
+def drawing_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """A JPEG in the folder for each picture; never one of the pictures themselves."""
+    drawings = {image: folder / f"{name}.jpg" for image, name in file_names(images).items()}
+    if {image.resolve() for image in images} & {drawing.resolve() for drawing in drawings.values()}:
+        raise ValueError(
+            f"the drawings would overwrite the pictures in {folder}: give another --output folder"
+        )
+    return drawings
