@@ -29,13 +29,14 @@ def _check_torchvision() -> None:
 
 _check_torchvision()
 
-from . import preact_resnet, se_resnet  # noqa: E402, F401
+from collections.abc import Callable  # noqa: E402
+from functools import partial  # noqa: E402
+
+from . import densenet, inception, preact_resnet, resnet, se_resnet  # noqa: E402, F401
 from .backbone import Backbone, Preprocessing, RoIHead, Trunk  # noqa: E402
 from .cifar import cifar_resnet  # noqa: E402
-from .cut.libraries import timm_backbone, torchvision_backbone  # noqa: E402, F401
+from .cut import libraries  # noqa: E402, F401
 from .cut.split import cut_network  # noqa: E402
-from .densenet import densenet, densenet121, densenet161, densenet169, densenet201  # noqa: E402
-from .inception import bn_inception, inception, se_bn_inception  # noqa: E402
 from .registry import (  # noqa: E402
     backbone_options,
     create_backbone,
@@ -43,7 +44,6 @@ from .registry import (  # noqa: E402
     register_backbone,
     register_library,
 )
-from .resnet import resnet, resnet18, resnet34, resnet50, resnet101, resnet152  # noqa: E402
 
 __all__ = [
     "Backbone",
@@ -51,24 +51,17 @@ __all__ = [
     "RoIHead",
     "Trunk",
     "backbone_options",
-    "bn_inception",
     "cifar_resnet",
     "create_backbone",
     "cut_network",
-    "densenet",
-    "densenet121",
-    "densenet161",
-    "densenet169",
-    "densenet201",
-    "inception",
     "list_backbones",
     "register_backbone",
     "register_library",
-    "resnet",
-    "resnet101",
-    "resnet152",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "se_bn_inception",
 ]
+
+
+def __getattr__(name: str) -> Callable[..., Backbone]:
+    """The builder of a registered backbone: `from backbones import resnet101`."""
+    if name not in list_backbones():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return partial(create_backbone, name)

@@ -116,6 +116,9 @@ class RoIHead(nn.Module):
         return self
 
     def forward(self, regions: Tensor) -> Tensor:
+        if not len(regions):  # many networks refuse an empty batch
+            source = regions.features if isinstance(regions, Regions) else regions
+            return source.sum() + source.new_zeros(0, self.out_channels)
         if not isinstance(regions, Regions):
             return self._vectors(regions, self.activation_checkpointing)
         if not (self.training or torch.is_grad_enabled()):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, RoIHead, Trunk
 from .layers import conv, init_weights, norm_layer
-from .registry import register_backbone
+from .registry import register_variants
 from .weights import is_published, load_weights
 
 Norm = Callable[[int], nn.Module]
@@ -145,21 +145,10 @@ def densenet(
     return backbone.freeze(frozen_stages)
 
 
-@register_backbone(options_of=densenet)
-def densenet121(**options) -> Backbone:
-    return densenet("densenet121", 32, (6, 12, 24, 16), **options)
-
-
-@register_backbone(options_of=densenet)
-def densenet161(**options) -> Backbone:
-    return densenet("densenet161", 48, (6, 12, 36, 24), **options)
-
-
-@register_backbone(options_of=densenet)
-def densenet169(**options) -> Backbone:
-    return densenet("densenet169", 32, (6, 12, 32, 32), **options)
-
-
-@register_backbone(options_of=densenet)
-def densenet201(**options) -> Backbone:
-    return densenet("densenet201", 32, (6, 12, 48, 32), **options)
+DEPTHS = {
+    121: (32, (6, 12, 24, 16)),
+    161: (48, (6, 12, 36, 24)),
+    169: (32, (6, 12, 32, 32)),
+    201: (32, (6, 12, 48, 32)),
+}
+register_variants(densenet, {f"densenet{depth}": layout for depth, layout in DEPTHS.items()})

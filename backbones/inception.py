@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .backbone import Backbone, Preprocessing, RoIHead, Trunk
 from .branch_ends import squeeze_excitation
 from .layers import CaffePool, init_weights, norm_layer
-from .registry import register_backbone
+from .registry import register_variants
 from .weights import DEFERRED, is_published, load_weights, read_state_dict
 
 Norm = Callable[[int], nn.Module]
@@ -173,11 +173,4 @@ def load_caffe_weights(backbone: Backbone, weights: str | None) -> None:
         backbone.preprocessing = CAFFE_INCEPTION
 
 
-@register_backbone(options_of=inception)
-def bn_inception(**options) -> Backbone:
-    return inception("bn_inception", True, False, **options)
-
-
-@register_backbone(options_of=inception)
-def se_bn_inception(**options) -> Backbone:
-    return inception("se_bn_inception", False, True, **options)
+register_variants(inception, {"bn_inception": (True, False), "se_bn_inception": (False, True)})

@@ -8,8 +8,7 @@ the first 1x1 (`stride_in`). The norm and ReLU that open conv5_1 end stage 4.
 
 from functools import partial
 
-from .backbone import Backbone
-from .registry import register_backbone
+from .registry import register_variants
 from .residual import FULL_PREACTIVATION
 from .resnet import LAYOUTS, resnet
 
@@ -34,26 +33,6 @@ TIMM_BASIC_NAMES = (
 TIMM_NAMES = ((r"^stages\.0\.blocks\.0\.norm1\.", "trunk.stage2.opening.bn."), *TIMM_BASIC_NAMES)
 
 
-@register_backbone(options_of=preact)
-def preact_resnet18(**options) -> Backbone:
-    return preact("preact_resnet18", *LAYOUTS[18], TIMM_BASIC_NAMES, **options)
-
-
-@register_backbone(options_of=preact)
-def preact_resnet34(**options) -> Backbone:
-    return preact("preact_resnet34", *LAYOUTS[34], TIMM_BASIC_NAMES, **options)
-
-
-@register_backbone(options_of=preact)
-def preact_resnet50(**options) -> Backbone:
-    return preact("preact_resnet50", *LAYOUTS[50], TIMM_NAMES, **options)
-
-
-@register_backbone(options_of=preact)
-def preact_resnet101(**options) -> Backbone:
-    return preact("preact_resnet101", *LAYOUTS[101], TIMM_NAMES, **options)
-
-
-@register_backbone(options_of=preact)
-def preact_resnet152(**options) -> Backbone:
-    return preact("preact_resnet152", *LAYOUTS[152], TIMM_NAMES, **options)
+for depth, layout in LAYOUTS.items():
+    names = TIMM_BASIC_NAMES if depth < 50 else TIMM_NAMES
+    register_variants(preact, {f"preact_resnet{depth}": (*layout, names)})

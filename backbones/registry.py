@@ -1,7 +1,7 @@
 """Names of backbones: `register_backbone`, `create_backbone`, `list_backbones`."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from functools import partial
 
@@ -30,6 +30,14 @@ def register_backbone(*, options_of: Callable[..., Backbone] | None = None) -> C
         return builder
 
     return register
+
+
+def register_variants(family: Callable[..., Backbone], variants: Mapping[str, tuple]) -> None:
+    """Register `family(name, *arguments)` under each name; the options are the family's keyword-only parameters."""
+    for name, arguments in variants.items():
+        builder = partial(family, name, *arguments)
+        builder.__name__ = name
+        register_backbone(options_of=family)(builder)
 
 
 def register_library(library: str, *, names: Callable[[], list[str]]) -> Callable:

@@ -10,7 +10,7 @@ from .backbone import Backbone, RoIHead, Trunk
 from .branch_ends import linear_rule
 from .layers import CaffePool, init_weights, norm_layer
 from .messages import nearest
-from .registry import backbone_options, register_backbone
+from .registry import backbone_options, register_variants
 from .residual import FULL_PREACTIVATION, ORIGINAL, BlockOptions, basic, bottleneck, opening, residual_stage
 from .weights import NameTable, is_published, load_weights
 
@@ -137,72 +137,16 @@ def resnet(
     return backbone.freeze(frozen_stages)
 
 
-@register_backbone(options_of=resnet)
-def resnet18(**options) -> Backbone:
-    return resnet("resnet18", *LAYOUTS[18], **options)
-
-
-@register_backbone(options_of=resnet)
-def resnet34(**options) -> Backbone:
-    return resnet("resnet34", *LAYOUTS[34], **options)
-
-
-@register_backbone(options_of=resnet)
-def resnet50(**options) -> Backbone:
-    return resnet("resnet50", *LAYOUTS[50], **options)
-
-
-@register_backbone(options_of=resnet)
-def resnet101(**options) -> Backbone:
-    return resnet("resnet101", *LAYOUTS[101], **options)
-
-
-@register_backbone(options_of=resnet)
-def resnet152(**options) -> Backbone:
-    return resnet("resnet152", *LAYOUTS[152], **options)
-
-
 # A variant is the family with other defaults.
 plain = partial(resnet, shortcut="none")
-resnext_32x4d = partial(resnet, groups=32, width_per_group=4)
-resnext_32x8d = partial(resnet, groups=32, width_per_group=8)
-resnext_64x4d = partial(resnet, groups=64, width_per_group=4)
 wide = partial(resnet, width_per_group=128)
 
-
-@register_backbone(options_of=plain)
-def plain18(**options) -> Backbone:
-    """The residual network without its shortcuts: the degradation experiment of He et al. 2015, section 4.1."""
-    return plain("plain18", *LAYOUTS[18], **options)
-
-
-@register_backbone(options_of=plain)
-def plain34(**options) -> Backbone:
-    return plain("plain34", *LAYOUTS[34], **options)
-
-
-@register_backbone(options_of=resnext_32x4d)
-def resnext50_32x4d(**options) -> Backbone:
-    """ResNeXt (Xie et al. 2017, arXiv 1611.05431): the 3x3 in 32 groups."""
-    return resnext_32x4d("resnext50_32x4d", *LAYOUTS[50], **options)
-
-
-@register_backbone(options_of=resnext_32x8d)
-def resnext101_32x8d(**options) -> Backbone:
-    return resnext_32x8d("resnext101_32x8d", *LAYOUTS[101], **options)
-
-
-@register_backbone(options_of=resnext_64x4d)
-def resnext101_64x4d(**options) -> Backbone:
-    return resnext_64x4d("resnext101_64x4d", *LAYOUTS[101], **options)
-
-
-@register_backbone(options_of=wide)
-def wide_resnet50_2(**options) -> Backbone:
-    """Wide ResNet (Zagoruyko & Komodakis 2016, arXiv 1605.07146): bottlenecks twice as wide inside."""
-    return wide("wide_resnet50_2", *LAYOUTS[50], **options)
-
-
-@register_backbone(options_of=wide)
-def wide_resnet101_2(**options) -> Backbone:
-    return wide("wide_resnet101_2", *LAYOUTS[101], **options)
+register_variants(resnet, {f"resnet{depth}": layout for depth, layout in LAYOUTS.items()})
+# Without shortcuts: the degradation experiment of He et al. 2015, section 4.1.
+register_variants(plain, {f"plain{depth}": LAYOUTS[depth] for depth in (18, 34)})
+# ResNeXt (Xie et al. 2017, arXiv 1611.05431): the 3x3 in groups.
+for depth, groups, width in ((50, 32, 4), (101, 32, 8), (101, 64, 4)):
+    resnext = partial(resnet, groups=groups, width_per_group=width)
+    register_variants(resnext, {f"resnext{depth}_{groups}x{width}d": LAYOUTS[depth]})
+# Wide ResNet (Zagoruyko & Komodakis 2016, arXiv 1605.07146): bottlenecks twice as wide inside.
+register_variants(wide, {f"wide_resnet{depth}_2": LAYOUTS[depth] for depth in (50, 101)})

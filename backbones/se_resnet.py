@@ -8,8 +8,7 @@ before the squeeze. The shrinkage networks' authors build theirs of pre-activati
 
 from functools import partial
 
-from .backbone import Backbone
-from .registry import register_backbone
+from .registry import register_variants
 from .resnet import LAYOUTS, resnet
 
 se_basic = partial(resnet, branch_end="relu_se", stem_pool="ceil")
@@ -17,41 +16,6 @@ se_bottleneck = partial(resnet, branch_end="se", stem_pool="ceil", stride_in="1x
 shrinkage = partial(resnet, branch_end="shrinkage_cw")
 
 
-@register_backbone(options_of=se_basic)
-def se_resnet18(**options) -> Backbone:
-    return se_basic("se_resnet18", *LAYOUTS[18], **options)
-
-
-@register_backbone(options_of=se_basic)
-def se_resnet34(**options) -> Backbone:
-    return se_basic("se_resnet34", *LAYOUTS[34], **options)
-
-
-@register_backbone(options_of=se_bottleneck)
-def se_resnet50(**options) -> Backbone:
-    return se_bottleneck("se_resnet50", *LAYOUTS[50], **options)
-
-
-@register_backbone(options_of=se_bottleneck)
-def se_resnet101(**options) -> Backbone:
-    return se_bottleneck("se_resnet101", *LAYOUTS[101], **options)
-
-
-@register_backbone(options_of=se_bottleneck)
-def se_resnet152(**options) -> Backbone:
-    return se_bottleneck("se_resnet152", *LAYOUTS[152], **options)
-
-
-@register_backbone(options_of=shrinkage)
-def shrinkage_resnet18(**options) -> Backbone:
-    return shrinkage("shrinkage_resnet18", *LAYOUTS[18], **options)
-
-
-@register_backbone(options_of=shrinkage)
-def shrinkage_resnet34(**options) -> Backbone:
-    return shrinkage("shrinkage_resnet34", *LAYOUTS[34], **options)
-
-
-@register_backbone(options_of=shrinkage)
-def shrinkage_resnet50(**options) -> Backbone:
-    return shrinkage("shrinkage_resnet50", *LAYOUTS[50], **options)
+register_variants(se_basic, {f"se_resnet{depth}": LAYOUTS[depth] for depth in (18, 34)})
+register_variants(se_bottleneck, {f"se_resnet{depth}": LAYOUTS[depth] for depth in (50, 101, 152)})
+register_variants(shrinkage, {f"shrinkage_resnet{depth}": LAYOUTS[depth] for depth in (18, 34, 50)})

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import pickle
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,12 +9,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights
 
 from .backbone import Backbone, Preprocessing
 from .messages import first_line, misfit
+from .reading import read
 
 DEFERRED = "deferred"
 NameTable = tuple[tuple[str, str], ...]
@@ -31,19 +30,7 @@ _CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.")
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file or of a torch file, read without running code from it."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights file {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a file of plain tensors (it may hold code, which is never run): {first_line(error)}"
-        ) from error
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as weights: {first_line(error)}") from error
+    state = read(path)
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backbones import Preprocessing
-from backbones.messages import first_line, misfit
+from backbones.messages import misfit
+from backbones.reading import read
 
 from .build import build_model
 from .config import Config, parse_config
@@ -129,7 +130,4 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is nothing to resume from: {path} does not exist")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a training state: {first_line(error)}") from error
+    return read(path)

@@ -49,7 +49,7 @@ def extract_features(
     todo = [image for image in mine if not files.is_done(image)]
     if rank == 0 and len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} pictures are done already", flush=True)
-    detector = Detector.from_checkpoint(checkpoint, chosen_device)
+    detector = Detector.load(checkpoint, chosen_device)
     unreadable: list[str] = []
     with Progress(len(todo), "extract", enabled=rank == 0) as progress:
         for start in range(0, len(todo), batch_size):

@@ -6,18 +6,16 @@ Letters: N images, M regions of an image, K classes with background, C5 channels
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .model.boxes import check_boxes
 from .model.faster_rcnn import C4FasterRCNN
 
 REGIONS = ("detections", "proposals")
-ACCEPTED = "[x1, y1, x2, y2] in pixels of the picture with x2 > x1 and y2 > y1"
 
 
 @dataclass(frozen=True)
@@ -80,31 +78,6 @@ def _best_class(logits: Tensor) -> dict[str, Tensor]:
     class_scores = logits.softmax(dim=-1)
     scores, labels = class_scores[:, 1:].max(dim=1)
     return {"class_scores": class_scores, "scores": scores, "labels": labels + 1}
-
-
-def check_boxes(boxes: Any, where: str = "box") -> Tensor:
-    """Boxes as an (M, 4) float32 tensor; the first bad one is named by `where` and its index."""
-    if not isinstance(boxes, (Tensor, np.ndarray)):
-        _check_rows(boxes, where)
-    checked = torch.as_tensor(boxes, dtype=torch.float32)
-    if len(checked) == 0:
-        return checked.reshape(0, 4)
-    if checked.ndim != 2 or checked.shape[1] != 4:
-        raise ValueError(f"boxes are {tuple(checked.shape)}; accepted: (M, 4), each {ACCEPTED}")
-    bad = ~(torch.isfinite(checked).all(dim=1) & (checked[:, 2:] > checked[:, :2]).all(dim=1))
-    if bad.any():
-        index = int(bad.nonzero()[0])
-        raise ValueError(f"{where} {index} is {checked[index].tolist()}; accepted: {ACCEPTED}")
-    return checked
-
-
-def _check_rows(boxes: Any, where: str) -> None:
-    if not isinstance(boxes, (list, tuple)):
-        raise ValueError(f"{where}: boxes are {str(boxes)[:60]!r}; accepted: a list of {ACCEPTED}")
-    for index, row in enumerate(boxes):
-        is_box = isinstance(row, (list, tuple, np.ndarray)) and len(row) == 4
-        if not is_box or not all(isinstance(v, Real) for v in row):
-            raise ValueError(f"{where} {index} is {str(row)[:60]}; accepted: {ACCEPTED}")
 
 
 def read_boxes(path: str | Path, images: Sequence[Path]) -> dict[Path, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .data.images import load_image
-from .features import check_boxes
+from .model.boxes import check_boxes
 from .model.faster_rcnn import C4FasterRCNN
 from .model.speed import apply_speed, compile_model
 from .model.speed import optimize as optimize_model
@@ -77,28 +77,18 @@ class Detector:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        source: str | Path | Checkpoint,
         device: str | torch.device | None = None,
         *,
         optimize: bool = True,
         compile: bool = False,
     ) -> "Detector":
-        """Read a checkpoint of tools/train.py; `device` is the GPU where there is one, unless given.
+        """Read a checkpoint of tools/train.py, or take one that is read; `device` is the GPU where there is one.
 
         optimize: the fused form of the network, equal to rounding; False keeps the modules as trained.
         compile: run trunk and head through torch.compile, once for all image sizes (a minute at the first image).
         """
-        return cls.from_checkpoint(load_checkpoint(path), device, optimize=optimize, compile=compile)
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        checkpoint: Checkpoint,
-        device: str | torch.device | None = None,
-        *,
-        optimize: bool = True,
-        compile: bool = False,
-    ) -> "Detector":
+        checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
         model = apply_speed(checkpoint.build(), checkpoint.config.speed).to(choose_device(device))
         if optimize:
             model = optimize_model(model)
@@ -147,14 +137,10 @@ class Detector:
         return self.model.region_vectors([tensor], [check_boxes(boxes).to(self.device)])[0].cpu()
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def choose_device(name: str | torch.device | None) -> torch.device:
     """The device of that name, checked to exist; None chooses the GPU where there is one."""
     if name is None:
-        return default_device()
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

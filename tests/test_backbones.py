@@ -21,8 +21,8 @@ from backbones import (
     list_backbones,
     register_backbone,
     registry,
-    resnet,
 )
+from backbones.resnet import resnet
 from backbones.weights import published_weights, read_state_dict
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -303,7 +303,7 @@ def test_code_in_a_weights_file_is_refused_and_never_runs(save, tmp_path):
     folder = tmp_path / "made_by_the_pickle"
     save({"weight": _Code(str(folder))}, tmp_path / "evil.pth")
     with pytest.raises(
-        ValueError, match=r"evil\.pth is not a file of plain tensors \(it may hold code, which is never run\)"
+        ValueError, match=r"evil\.pth (asks for posix\.mkdir|is .*it may hold code), which is never run"
     ):
         create_backbone("resnet18", weights=str(tmp_path / "evil.pth"))
     assert not folder.exists()
@@ -313,9 +313,7 @@ def test_code_in_a_weights_file_is_refused_and_never_runs(save, tmp_path):
 def test_a_text_file_under_the_name_of_weights_is_refused(suffix, tmp_path):
     path = tmp_path / f"page{suffix}"
     path.write_text("<html>404: not found</html>\n" * 20)
-    with pytest.raises(
-        ValueError, match=rf"page\{suffix} (is not a file of plain tensors|cannot be read as weights)"
-    ):
+    with pytest.raises(ValueError, match=rf"page\{suffix} is damaged, cut short, or no file of tensors"):
         create_backbone("resnet18", weights=str(path))
 
 
@@ -325,7 +323,7 @@ def test_a_truncated_file_is_refused(suffix, tmp_path):
     state = small("resnet18").state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=rf"half\{suffix} cannot be read as weights"):
+    with pytest.raises(ValueError, match=rf"half\{suffix} is damaged, cut short, or no file of tensors"):
         create_backbone("resnet18", width=8, weights=str(path))
 
 
@@ -336,7 +334,7 @@ def test_a_file_of_something_else_than_tensors_is_refused(tmp_path):
 
 
 def test_a_missing_weights_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"weights file .*nowhere\.pth does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere\.pth"):
         create_backbone("resnet18", weights=str(tmp_path / "nowhere.pth"))
 
 

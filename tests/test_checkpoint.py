@@ -162,10 +162,12 @@ class Code:
 def test_code_in_a_training_state_is_never_run(tmp_path, capsys):
     path = tmp_path / "training_state.pt"
     torch.save({"model": Code()}, path)
-    with pytest.raises(ValueError, match="training_state.pt cannot be read as a training state"):
+    with pytest.raises(
+        ValueError, match="training_state.pt (asks for|is damaged, cut short, or no file of tensors)"
+    ):
         load_training_state(path)
     path.write_bytes(pickle.dumps(Code()))
-    with pytest.raises(ValueError, match="cannot be read as a training state"):
+    with pytest.raises(ValueError, match="it may hold code, which is never run"):
         load_training_state(path)
     assert "code ran" not in capsys.readouterr().out
 
@@ -175,7 +177,9 @@ def test_a_truncated_training_state_is_refused(tmp_path):
     save_training_state(path, {"step": 3, "weights": torch.zeros(1000)})
     assert load_training_state(path)["step"] == 3
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ValueError, match="training_state.pt cannot be read as a training state"):
+    with pytest.raises(
+        ValueError, match="training_state.pt (asks for|is damaged, cut short, or no file of tensors)"
+    ):
         load_training_state(path)
 
 

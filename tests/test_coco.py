@@ -150,7 +150,9 @@ def test_a_box_that_cannot_be_used_is_reported_with_file_and_index_and_skipped(w
     dataset = load_coco(*paths)
     assert len(dataset.boxes) == 3 and len(dataset) == 3
     assert len(dataset.problems) == 1
-    assert f"a.json: annotations[3] (c.png) has a box that {reason}, and is skipped: bbox" in dataset.problems[0]
+    assert (
+        f"a.json: annotations[3] (c.png) has a box that {reason}, and is skipped: bbox" in dataset.problems[0]
+    )
     with pytest.raises(ValueError, match=r"strict=True refuses any:\n.*annotations\[3\]"):
         load_coco(*paths, strict=True)
 

@@ -440,7 +440,7 @@ REFUSED = {
     ),
     "no predictor": (
         lambda: without(detectron2_state(), "box_predictor"),
-        "it has no roi_heads.box_predictor",
+        "it has no box head roi_heads.box_predictor",
     ),
     "class-agnostic boxes": (
         lambda: {
@@ -474,7 +474,7 @@ REFUSED = {
     ),
     "MMDetection 1": (
         lambda: renamed(mmdetection_state(), "roi_head.", ""),
-        "or one of MMDetection 1, whose boxes are one pixel wider",
+        "or is of MMDetection 1, whose boxes are one pixel wider",
     ),
     "MMDetection without a shared head": (
         lambda: without(mmdetection_state(), "shared_head"),
@@ -532,8 +532,8 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_and_nothing_is_writ
     status, out, error = convert(path, "--output", tmp_path / "o.safetensors")
     expected = {
         "trap": "asks for posix.system, which is never run",
-        "short": "is cut short or damaged",
-        "text": "is neither a torch file nor a pickle",
+        "short": "is damaged, cut short, or no file of tensors",
+        "text": "neither a torch file nor a pickle",
         "gone": "there is no file",
     }
     assert status == 1 and out == "" and one_line(error) and expected[kind] in error

@@ -38,7 +38,7 @@ def checkpoint(tiny_config):
 
 @pytest.fixture(scope="module")
 def detector(checkpoint):
-    return Detector.from_checkpoint(checkpoint, "cpu")
+    return Detector.load(checkpoint, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +120,7 @@ def test_class_scores_are_the_posterior_that_each_score_is_of(detector, picture)
 
 
 def test_class_agnostic_nms_leaves_no_two_boxes_on_each_other_for_one_call(checkpoint, picture):
-    detector = Detector.from_checkpoint(
-        checkpoint.with_overrides(["model.box_detections_per_img=100"]), "cpu"
-    )
+    detector = Detector.load(checkpoint.with_overrides(["model.box_detections_per_img=100"]), "cpu")
 
     def overlaps(found):
         return (box_iou(found.boxes, found.boxes).fill_diagonal_(0) > 0.5).any()
@@ -371,11 +369,7 @@ def test_wrong_arguments_are_refused(extract, pictures, tmp_path, monkeypatch, a
 
 
 def test_the_weights_own_preprocessing_is_used(checkpoint, picture):
-    caffe = Detector.from_checkpoint(
-        Checkpoint(checkpoint.state_dict, checkpoint.config, NAMES, CAFFE_RESNET), "cpu"
-    )
+    caffe = Detector.load(Checkpoint(checkpoint.state_dict, checkpoint.config, NAMES, CAFFE_RESNET), "cpu")
     boxes = random_boxes(2)
-    usual = Detector.from_checkpoint(
-        Checkpoint(checkpoint.state_dict, checkpoint.config, NAMES, Preprocessing()), "cpu"
-    )
+    usual = Detector.load(Checkpoint(checkpoint.state_dict, checkpoint.config, NAMES, Preprocessing()), "cpu")
     assert not torch.allclose(caffe.features(picture, boxes), usual.features(picture, boxes))

@@ -187,7 +187,7 @@ def test_a_recipe_takes_a_cut_network_and_checks_its_options():
     recipe = {"model": {"backbone": {"name": "torchvision/regnet_y_400mf", "frozen_stages": 2}}}
     assert parse_config(recipe).model.backbone["frozen_stages"] == 2
     for wrong, message in (
-        ({"width": 8}, "has no option 'width'"),
+        ({"width": 8}, "unknown key width"),
         ({"frozen_stages": "two"}, "valid integer"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -89,24 +89,14 @@ def test_boxes_outside_the_map_pool_zero():
     assert not sparse_roi_align(features, weights_for(features, boxes)).any()
 
 
-def test_rois_with_an_image_column_equal_boxes_by_image_in_any_order():
-    features, boxes = random_map(3, 4, (14, 19)), boxes_of_three_images(torch.float32)
-    images = torch.cat([torch.full((len(b), 1), float(i)) for i, b in enumerate(boxes)])
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    rois = torch.cat((images, torch.cat(boxes)), 1)[order]
-    whole = sparse_roi_align(features, weights_for(features, boxes))
-    assert torch.equal(sparse_roi_align(features, weights_for(features, rois)), whole[order])
-
-
-@pytest.mark.parametrize("rows", [slice(None, None, 2), slice(3, 9), slice(0, 0)], ids=str)
-@pytest.mark.parametrize("columns", [None, slice(1, None, 3)], ids=str)
+@pytest.mark.parametrize("bins", [slice(None, None, 2), slice(1, None, 3), slice(3, 9), slice(0, 0)], ids=str)
 @pytest.mark.parametrize("sampling_ratio", [2, 0])
-def test_a_part_of_the_grid_is_that_part_of_the_whole(rows, columns, sampling_ratio):
+def test_a_part_of_the_grid_is_that_part_of_the_whole(bins, sampling_ratio):
     features, boxes = random_map(3, 4, (14, 19)), boxes_of_three_images(torch.float32)
     weights = weights_for(features, boxes, sampling_ratio=sampling_ratio)
     whole = sparse_roi_align(features, weights)
-    part = sparse_roi_align(features, weights.select(rows, columns))
-    assert torch.equal(part, whole[:, :, rows, rows if columns is None else columns])
+    part = sparse_roi_align(features, weights.select(bins))
+    assert torch.equal(part, whole[:, :, bins, bins])
 
 
 def test_gradient_of_a_part_is_that_of_the_sliced_whole():
@@ -174,8 +164,6 @@ def test_weights_of_a_bin_inside_the_map_add_up_to_one():
     ("change", "message"),
     [
         ({"boxes": [torch.zeros(2, 5)]}, r"image 0 must be \(R, 4\).*got \(2, 5\)"),
-        ({"boxes": torch.zeros(2, 4)}, r"\(R, 5\).*got \(2, 4\)"),
-        ({"boxes": torch.tensor([[3.0, 0, 0, 9, 9]])}, r"images 3\.\.3, the map has images 0\.\.0"),
         ({"boxes": [torch.zeros(1, 4)] * 2}, "got 2 for 1 images"),
         ({"boxes": []}, "got 0 for 1 images"),
         ({"output_size": 0}, "output_size must be a positive integer.*got 0"),
@@ -195,8 +183,6 @@ def test_a_map_that_the_weights_are_not_for_is_refused():
         sparse_roi_align(torch.zeros(1, 8, 4, 3), weights)
     with pytest.raises(TypeError, match="floating point, got torch.int64"):
         sparse_roi_align(torch.zeros(1, 8, 3, 4, dtype=torch.int64), weights)
-    with pytest.raises(TypeError, match="slices of the grid, got 2"):
-        weights.select(2)
 
 
 # RegionPool

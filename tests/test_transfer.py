@@ -85,9 +85,7 @@ def test_weights_of_frozen_norms_start_a_network_whose_norms_learn(trained, tiny
 
 def test_another_network_is_refused(trained, tiny_config):
     config = tiny_config("model.backbone={name: resnet34, width: 8}")
-    with pytest.raises(
-        ValueError, match="are of resnet18, the recipe's backbone is resnet34; missing: "
-    ):
+    with pytest.raises(ValueError, match="are of resnet18, the recipe's backbone is resnet34; missing: "):
         start_from(build_model(config.model, 5), config.model, OURS, trained)
 
 

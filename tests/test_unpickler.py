@@ -106,7 +106,7 @@ def test_no_other_name_is_looked_up(module, name):
 def test_arrays_of_objects_and_of_wrong_length_are_refused(tmp_path):
     path = tmp_path / "objects.pkl"
     path.write_bytes(pickle.dumps({"w": np.array([{}, None], dtype=object)}))
-    with pytest.raises(ValueError, match=r"damaged: an array holds 'O8', no plain numbers"):
+    with pytest.raises(ValueError, match=r"no file of tensors: an array holds 'O8', no plain numbers"):
         read_foreign(path)
     short = pickle.dumps({"w": np.zeros(300, np.float32)}, protocol=2).replace(b"M\x2c\x01", b"M\x2c\x02")
     path.write_bytes(short)
@@ -155,7 +155,7 @@ def test_a_file_cut_short_is_one_sentence(files, name, part):
     folder, _ = files
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: int(len(data) * part)])
-    with pytest.raises(ValueError, match=f"{name} is cut short or damaged: ") as caught:
+    with pytest.raises(ValueError, match=f"{name} is damaged, cut short, or no file of tensors: ") as caught:
         read_foreign(folder / name)
     assert "\n" not in str(caught.value)
 
@@ -168,9 +168,9 @@ def test_a_file_cut_short_is_one_sentence(files, name, part):
             b"not a checkpoint\n",
             r"neither a torch file nor a pickle.*begins with b'not a checkp'",
         ),
-        ("text.pkl", b"not a checkpoint\n", "text.pkl is cut short or damaged"),
-        ("empty.pth", b"", "it is empty"),
-        ("empty.pkl", b"", "empty.pkl is cut short or damaged"),
+        ("text.pkl", b"not a checkpoint\n", "text.pkl is damaged, cut short, or no file of tensors"),
+        ("empty.pth", b"", "begins with b''"),
+        ("empty.pkl", b"", "empty.pkl is damaged, cut short, or no file of tensors"),
         ("list.pkl", pickle.dumps([1, 2]), "holds list, no dictionary of tensors"),
         ("words.pkl", pickle.dumps({"a": "b"}), "holds no tensors; its entries: a"),
     ],

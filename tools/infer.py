@@ -40,7 +40,7 @@ def infer(args: argparse.Namespace) -> int:
     overrides, pictures = split_overrides(args.paths)
     paths = list_images(pictures)
     checkpoint = load_checkpoint(args.weights).with_overrides(overrides)
-    detector = Detector.from_checkpoint(checkpoint, choose_device(args.device))
+    detector = Detector.load(checkpoint, choose_device(args.device))
     drawings = drawing_paths(paths, Path(args.output))
     found, unreadable = [], []
     with Progress(len(paths), "infer") as progress:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -26,20 +25,7 @@ class Block(nn.Module):
         self._forwards = {mode: self._compiled(graph) for mode, graph in graphs.items()}
 
     def forward(self, features: Tensor) -> Tensor:
-        try:
-            return self._forwards[self.training](self, features)
-        except RuntimeError:
-            if len(features):
-                raise
-            return self._of_none(features)
-
-    def _of_none(self, features: Tensor) -> Tensor:
-        """The value of (0, C, H, W) where the network refuses it: a size of -1 is not known without elements."""
-        was_training = self.training
-        with torch.no_grad():
-            size = self.eval()(features.new_zeros(1, *features.shape[1:])).shape
-        self.train(was_training)
-        return features.sum() + features.new_zeros(0, *size[1:])
+        return self._forwards[self.training](self, features)
 
     def _adopt(self, network: nn.Module, path: str) -> None:
         """Own the layer, parameter or buffer that `network` has at `path`, at the same path."""

@@ -1,7 +1,6 @@
 """The classifiers of torchvision and timm by name, cut by tracing: "torchvision/NAME" and "timm/NAME"."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -56,8 +55,8 @@ def torchvision_backbone(
         with torchvision_download(entry):
             return get_model(name, weights=entry), torchvision_preprocessing(entry)
 
-    options = CutOptions(f"torchvision/{name}", weights, norm, frozen_stages)
-    return cut_classifier(build, published_weights(name), options)
+    published = published_weights(name)
+    return cut_classifier(f"torchvision/{name}", build, published, weights, norm, frozen_stages)
 
 
 @register_library("timm", names=timm_names)
@@ -69,33 +68,28 @@ def timm_backbone(
     def build(tag: str | None) -> tuple[nn.Module, Preprocessing]:
         return timm_network(name if tag is None else f"{name}.{tag}", pretrained=tag is not None)
 
-    return cut_classifier(build, timm_tags(name), CutOptions(f"timm/{name}", weights, norm, frozen_stages))
+    return cut_classifier(f"timm/{name}", build, timm_tags(name), weights, norm, frozen_stages)
 
 
-@dataclass(frozen=True)
-class CutOptions:
-    """What every network that is cut by tracing can be asked for.
+def cut_classifier(
+    name: str,
+    build: Callable[[str | None], tuple[nn.Module, Preprocessing]],
+    published: list[str],
+    weights: str | None,
+    norm: str,
+    frozen_stages: int,
+) -> Backbone:
+    """The backbone of `build(tag)`, a network with the weights that `published` lists under that tag, or random ones.
 
     weights: None, a publisher's name, a file in the library's layout or in ours, or "deferred" where a state dict
         follows.
     norm: "batch" leaves the network's norms as they are, "frozen" freezes its batch norms (with weights only).
     frozen_stages: stages 1..frozen_stages take no gradient and keep their statistics.
     """
-
-    name: str
-    weights: str | None
-    norm: str
-    frozen_stages: int
-
-
-def cut_classifier(
-    build: Callable[[str | None], tuple[nn.Module, Preprocessing]], published: list[str], options: CutOptions
-) -> Backbone:
-    """The backbone of `build(tag)`, a network with the weights that `published` lists under that tag, or random ones."""
-    if options.norm not in CUT_NORMS:
-        raise ValueError(f"norm is {options.norm!r}; {nearest(options.norm, CUT_NORMS)}")
-    norm_layer(options.norm, options.weights)  # frozen norms of random weights are refused
-    tag = _tag(options, published)
+    if norm not in CUT_NORMS:
+        raise ValueError(f"norm is {norm!r}; {nearest(norm, CUT_NORMS)}")
+    norm_layer(norm, weights)  # frozen norms of random weights are refused
+    tag = _tag(name, weights, published)
     try:
         network, preprocessing = build(tag)
     except NotImplementedError:  # on the meta device: torchvision's RegNets compute their widths with tensors
@@ -103,24 +97,23 @@ def cut_classifier(
         with torch.device("cpu"):
             network, preprocessing = build(tag)
         network.to(device)
-    if options.norm == "frozen":
-        freeze_norms(network, options.name)
+    if norm == "frozen":
+        freeze_norms(network, name)
     uncut = set(network.state_dict())
-    backbone = cut_network(network, options.name, preprocessing)
-    if tag is None and options.weights not in (None, DEFERRED):
-        _load_file(backbone, options.weights, uncut)
-    return _freeze(backbone, options.frozen_stages)
+    backbone = cut_network(network, name, preprocessing)
+    if tag is None and weights not in (None, DEFERRED):
+        _load_file(backbone, weights, uncut)
+    return _freeze(backbone, frozen_stages)
 
 
-def _tag(options: CutOptions, published: list[str]) -> str | None:
+def _tag(name: str, weights: str | None, published: list[str]) -> str | None:
     """The publisher's name that `weights` is, or None where it is a file or nothing."""
-    weights = options.weights
     if weights in published:
         return weights
     if weights in (None, DEFERRED) or Path(weights).suffix:
         return None
     accepted = nearest(weights, published) if published else "none are published, accepted: None"
-    raise ValueError(f"{options.name} has no weights {weights!r}; {accepted}, or a file (.safetensors, .pth)")
+    raise ValueError(f"{name} has no weights {weights!r}; {accepted}, or a file (.safetensors, .pth)")
 
 
 def _load_file(backbone: Backbone, path: str, uncut: set[str]) -> None:

@@ -105,16 +105,13 @@ class BinWeights:
         """(P, Q), bins along y and along x."""
         return self.rows.count.shape[1], self.columns.count.shape[1]
 
-    def select(self, rows: slice, columns: slice | None = None) -> BinWeights:
-        """The weights of a part of the grid; `columns` is `rows` where left out.
+    def select(self, bins: slice) -> BinWeights:
+        """The weights of a part of the grid, the same bins along y and along x.
 
-        `weights.select(slice(None, None, 2))` keeps the even rows and columns, all that a 1x1 convolution of
-        stride 2 reads: `sparse_roi_align` then gives exactly `[:, :, ::2, ::2]` of the whole.
+        `weights.select(slice(None, None, 2))` keeps the even ones, all that a 1x1 convolution of stride 2 reads:
+        `sparse_roi_align` then gives exactly `[:, :, ::2, ::2]` of the whole.
         """
-        columns = rows if columns is None else columns
-        if not (isinstance(rows, slice) and isinstance(columns, slice)):
-            raise TypeError(f"select takes slices of the grid, got {rows!r} and {columns!r}")
-        return replace(self, rows=self.rows.select(rows), columns=self.columns.select(columns))
+        return replace(self, rows=self.rows.select(bins), columns=self.columns.select(bins))
 
     @cached_property
     def matrix(self) -> SparseMatrix:
@@ -146,7 +143,7 @@ class BinWeights:
 
 @torch.no_grad()
 def bin_weights(
-    boxes: Sequence[Tensor] | Tensor,
+    boxes: Sequence[Tensor],
     map_size: tuple[int, int],
     num_images: int,
     *,
@@ -158,7 +155,7 @@ def bin_weights(
     """The weights of RoIAlign, as `torchvision.ops.roi_align` defines it.
 
     Args:
-        boxes: an (R_i, 4) tensor of xyxy pixels for each image, or one (R, 5) whose column 0 is the image.
+        boxes: an (R_i, 4) tensor of xyxy pixels for each image.
             Computed in float64 where they are float64, else in float32. No gradient flows to them.
         map_size: (H, W) of the map.
         num_images: N, the length of the map's batch.
@@ -296,35 +293,16 @@ def _stable_argsort(keys: Tensor, limit: int) -> Tensor:
     return order
 
 
-def flatten_boxes(boxes: Sequence[Tensor] | Tensor, num_images: int) -> tuple[Tensor, Tensor]:
-    """Boxes by image, or (R, 5) -> image of each (R,) int32 and (R, 4) boxes in float32 or float64."""
-    if isinstance(boxes, Tensor):
-        images, boxes = _split_rois(boxes, num_images)
-    else:
-        images, boxes = _join_boxes(boxes, num_images)
-    return images, boxes.to(torch.promote_types(boxes.dtype, torch.float32))
-
-
-def _split_rois(rois: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
-    if rois.dim() != 2 or rois.shape[1] != 5:
-        raise ValueError(
-            f"boxes in one tensor must be (R, 5): image, x1, y1, x2, y2; got {tuple(rois.shape)}"
-        )
-    images = rois[:, 0].int()
-    if len(images) and not 0 <= int(images.min()) <= int(images.max()) < num_images:
-        found = f"{int(images.min())}..{int(images.max())}"
-        raise ValueError(f"boxes name images {found}, the map has images 0..{num_images - 1}")
-    return images, rois[:, 1:]
-
-
-def _join_boxes(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Tensor]:
+def flatten_boxes(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Tensor]:
+    """N x (R_i, 4) boxes -> image of each (R,) int32, and all boxes (R, 4) in float32 or float64."""
     if len(boxes) != num_images or not boxes:
         raise ValueError(f"one tensor of boxes for each image: got {len(boxes)} for {num_images} images")
     for i, b in enumerate(boxes):
         if b.dim() != 2 or b.shape[1] != 4:
             raise ValueError(f"boxes of image {i} must be (R, 4): x1, y1, x2, y2; got {tuple(b.shape)}")
     images = [torch.full_like(b[:, 0], i, dtype=torch.int32) for i, b in enumerate(boxes)]
-    return torch.cat(images), torch.cat(list(boxes))
+    flat = torch.cat(list(boxes))
+    return torch.cat(images), flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:

@@ -4,24 +4,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-# In the order of their labels: COCO's by category id, VOC's by name.
-COCO = _names(
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
-    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
-    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
-    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
-    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
-)
-VOC = _names(
-    "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,pottedplant,"
-    "sheep,sofa,train,tvmonitor"
-)
+# In the order of their labels: COCO's by category id, VOC's by name. torchvision's lists have background and gaps.
+_GAPS = ("__background__", "N/A")
+COCO = tuple(c for c in FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if c not in _GAPS)
+VOC = tuple(c for c in FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"] if c not in _GAPS)
 _BY_COUNT = {len(COCO): COCO, len(VOC): VOC}
 
 

@@ -54,6 +54,22 @@ def save_converted(path: str | Path, result: Checkpoint | BackboneWeights) -> No
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
+def leave_out(
+    tensors: dict[str, Tensor], heads: tuple[str, ...]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors without those of other heads, and a note on each of these."""
+    found = sorted({head for head in heads for name in tensors if name.startswith(head)})
+    kept = {name: value for name, value in tensors.items() if not name.startswith(heads)}
+    return kept, tuple(f"left out: {head}*, which boxes do not need" for head in found)
+
+
+def refuse_prefixes(tensors: dict[str, Tensor], reasons: dict[str, str], source: str) -> None:
+    """Say why a file is not taken whose tensors begin so."""
+    for prefix, reason in reasons.items():
+        if any(name.startswith(prefix) for name in tensors):
+            raise ValueError(f"{source} is no C4 detector: {reason} ({prefix}*)")
+
+
 def check_fits(checkpoint: Checkpoint, source: str) -> None:
     """Refuse weights that are not those of the detector which the config describes, by the first that differ."""
     with torch.device("meta"):  # names and shapes alone

@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from ..config import Config, parse_config
 from .architecture import name_resnet
 from .class_names import choose_class_names
-from .converted import CAFFE_RESNET, Converted, check_fits
+from .converted import CAFFE_RESNET, Converted, check_fits, leave_out, refuse_prefixes
 from .read import ForeignFile
 
 # Where Detectron2's C4 models differ from torchvision's detector, as options of the config's model section.
@@ -66,6 +66,13 @@ AS_BACKBONE: NameTable = ((r"^roi_heads\.box_head\.", "roi_head."), (r"^backbone
 _CONSTANTS = re.compile(r"^pixel_(mean|std)$|anchor_generator\.cell_anchors|num_batches_tracked$")
 _OTHER_HEADS = ("roi_heads.mask_head.", "roi_heads.keypoint_head.")
 PREDICTOR = "roi_heads.box_predictor"
+# Detectron2's other architectures, and why each is not taken.
+_OTHERS = {
+    "backbone.bottom_up.": "its backbone is a feature pyramid, where a C4 detector ends at res4",
+    "roi_heads.box_head.": "its region head is fully connected, where a C4 detector's is res5",
+    "backbone.res5.": "its res5 belongs to the trunk (DC5), where a C4 detector's is the region head",
+    "head.": "it is a one-stage detector",
+}
 
 
 def is_detectron2(names: set[str]) -> bool:
@@ -114,15 +121,16 @@ def convert_detectron2(
     file: ForeignFile, *, class_names: tuple[str, ...] | None = None, overrides: tuple[str, ...] = ()
 ) -> Converted:
     """The detector with the exact mode's options; `overrides` are key=value settings of the config."""
-    other_heads = sorted({head for head in _OTHER_HEADS for name in file.tensors if name.startswith(head)})
-    state = {name: v for name, v in file.tensors.items() if not name.startswith(_OTHER_HEADS)}
-    _refuse_others(state, str(file.path))
+    state, notes = leave_out(file.tensors, _OTHER_HEADS)
+    refuse_prefixes(state, _OTHERS, str(file.path))
+    names = choose_class_names(
+        count_classes(state, PREDICTOR, ("cls_score", "bbox_pred"), str(file.path)), class_names
+    )
     preprocessing = _preprocessing(state)
     ours = detectron2_to_ours(state)
-    names = choose_class_names(len(state[f"{PREDICTOR}.cls_score.weight"]) - 1, class_names)
     checkpoint = build_checkpoint(ours, CONVENTIONS, names, preprocessing, overrides, str(file.path))
     _check_anchors(state, checkpoint.config, str(file.path))
-    return Converted(checkpoint, tuple(f"left out: {head}*, which boxes do not need" for head in other_heads))
+    return Converted(checkpoint, notes)
 
 
 def build_checkpoint(
@@ -144,31 +152,20 @@ def build_checkpoint(
     return checkpoint
 
 
-def _refuse_others(state: dict[str, Tensor], source: str) -> None:
-    """Say by name why another of Detectron2's architectures is not taken."""
-    reasons = {
-        "backbone.bottom_up.": "its backbone is a feature pyramid, where a C4 detector ends at res4",
-        "roi_heads.box_head.": "its region head is fully connected, where a C4 detector's is res5",
-        "backbone.res5.": "its res5 belongs to the trunk (DC5), where a C4 detector's is the region head",
-        "head.": "it is a one-stage detector",
-    }
-    for prefix, reason in reasons.items():
-        if any(name.startswith(prefix) for name in state):
-            raise ValueError(f"{source} is no C4 detector of Detectron2: {reason} ({prefix}*)")
-    scores, deltas = (state.get(f"{PREDICTOR}.{name}.weight") for name in ("cls_score", "bbox_pred"))
+def count_classes(state: dict[str, Tensor], head: str, layers: tuple[str, str], source: str) -> int:
+    """The number of foreground classes of a predictor, checked to have boxes of each: `head` and its two layers."""
+    scores, deltas = (state.get(f"{head}.{layer}.weight") for layer in layers)
     if scores is None or deltas is None:
-        raise ValueError(f"{source} is no C4 detector of Detectron2: it has no {PREDICTOR}")
-    check_delta_rows(scores, deltas, source)
-
-
-def check_delta_rows(scores: Tensor, deltas: Tensor, source: str) -> None:
-    """Refuse a predictor whose boxes are not of each class; `scores` and `deltas` are the weights of its two layers."""
+        raise ValueError(
+            f"{source} is no C4 detector: it has no box head {head} with {layers[0]} and {layers[1]}"
+        )
     num_classes = len(scores) - 1
     if len(deltas) != 4 * num_classes:
         raise ValueError(
             f"{source}: {num_classes} classes and background need {4 * num_classes} rows of box deltas, four a class; "
             f"it has {len(deltas)}"
         )
+    return num_classes
 
 
 def _preprocessing(state: dict[str, Tensor]) -> Preprocessing:

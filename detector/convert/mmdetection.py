@@ -10,14 +10,14 @@ from backbones.resnet import TORCHVISION_NAMES
 from backbones.weights import NameTable, rename
 
 from .class_names import choose_class_names
-from .converted import CAFFE_RESNET, Converted
+from .converted import CAFFE_RESNET, Converted, leave_out, refuse_prefixes
 from .detectron2 import (
     AS_DETECTOR,
     CONVENTIONS,
     PREDICTOR,
     background_first,
     build_checkpoint,
-    check_delta_rows,
+    count_classes,
 )
 from .read import ForeignFile
 
@@ -44,6 +44,10 @@ _TO_OURS: NameTable = (
     (r"^rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),
 )
 _OTHER_HEADS = ("roi_head.mask_head.",)
+_OTHERS = {
+    "neck.": "it has a neck (a feature pyramid)",
+    "bbox_head.": "it has one stage, or is of MMDetection 1, whose boxes are one pixel wider; versions 2 and 3 are accepted",
+}
 
 
 def is_mmdetection(names: set[str]) -> bool:
@@ -54,18 +58,16 @@ def convert_mmdetection(
     file: ForeignFile, *, class_names: tuple[str, ...] | None = None, overrides: tuple[str, ...] = ()
 ) -> Converted:
     source = str(file.path)
-    _refuse_others(file)
-    other_heads = {head for head in _OTHER_HEADS for name in file.tensors if name.startswith(head)}
-    state = {
-        name: value
-        for name, value in file.tensors.items()
-        if not name.startswith(_OTHER_HEADS) and not name.endswith("num_batches_tracked")
-    }
-    num_classes = len(state["roi_head.bbox_head.fc_cls.weight"]) - 1
+    refuse_prefixes(file.tensors, _OTHERS, source)
+    if not any(name.startswith("roi_head.shared_head.layer4.") for name in file.tensors):
+        raise ValueError(f"{source} is no C4 detector: it has no roi_head.shared_head.layer4")
+    state, notes = leave_out(file.tensors, _OTHER_HEADS)
+    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    num_classes = count_classes(state, "roi_head.bbox_head", ("fc_cls", "fc_reg"), source)
     names = choose_class_names(num_classes, class_names, _stored_names(file.rest))
     ours = background_first(rename(state, _TO_OURS))
     checkpoint = build_checkpoint(ours, MMDETECTION_CONVENTIONS, names, CAFFE_RESNET, overrides, source)
-    return Converted(checkpoint, tuple(f"left out: {head}*, which boxes do not need" for head in other_heads))
+    return Converted(checkpoint, notes)
 
 
 def _stored_names(rest: dict[str, Any]) -> list[str] | None:
@@ -78,22 +80,3 @@ def _stored_names(rest: dict[str, Any]) -> list[str] | None:
             if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
                 return list(names)
     return None
-
-
-def _refuse_others(file: ForeignFile) -> None:
-    names = set(file.tensors)
-    if any(name.startswith("neck.") for name in names):
-        raise ValueError(f"{file.path} is no C4 detector of MMDetection: it has a neck (a feature pyramid)")
-    if any(name.startswith("bbox_head.") for name in names):
-        raise ValueError(
-            f"{file.path} is a one-stage detector, or one of MMDetection 1, whose boxes are one pixel wider; accepted: "
-            "a C4 detector of MMDetection 2 or 3"
-        )
-    if not any(name.startswith("roi_head.shared_head.layer4.") for name in names):
-        raise ValueError(
-            f"{file.path} is no C4 detector of MMDetection: it has no roi_head.shared_head.layer4"
-        )
-    layers = [file.tensors.get(f"roi_head.bbox_head.fc_{name}.weight") for name in ("cls", "reg")]
-    if any(layer is None for layer in layers):
-        raise ValueError(f"{file.path} has no box head roi_head.bbox_head.fc_cls and fc_reg")
-    check_delta_rows(*layers, str(file.path))

@@ -85,7 +85,7 @@ def _no_bytes() -> bytes:
 def _encode(text: str, encoding: str) -> bytes:
     """Bytes otherwise, in the same protocols."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+        raise pickle.UnpicklingError(f"a text has the encoding {encoding!r}")
     return text.encode("latin1")
 
 

@@ -6,17 +6,17 @@ For the first run: it needs no download, and a small network learns it in minute
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from ..settings import Count, Section
+from ..files import write_json
+from ..settings import Count, checked
 from .coco import load_coco
 from .dataset import DetectionDataset
 
@@ -30,29 +30,14 @@ _SUBPIXEL_BITS = 4  # OpenCV draws in 1/16 pixels
 _HALF = 128  # a pixel belongs to a shape that covers at least half of it
 
 
-class ShapesSource(Section):
-    """The generated shapes, written below data.root when they are not there yet."""
-
-    format: Literal["shapes"]
-    split: Literal["train", "val"]
-    num_train: Count = 400
-    num_val: Count = 100
-    image_size: int = Field(160, ge=64)
-    seed: int = Field(0, ge=0)
-
-    def load(self, root: Path, **options: Any) -> DetectionDataset:
-        """The data set, generated first where it is absent; options are those of `load_coco`."""
-        generate_shapes(root, **self.model_dump(exclude={"format", "split"}))
-        return load_coco(root / self.split, root / "annotations" / f"{self.split}.json", **options)
-
-
+@checked
 def generate_shapes(
     root: str | Path,
     *,
-    num_train: int = 400,
-    num_val: int = 100,
-    image_size: int = 160,
-    seed: int = 0,
+    num_train: Count = 400,
+    num_val: Count = 100,
+    image_size: Annotated[int, Field(ge=64)] = 160,
+    seed: Annotated[int, Field(ge=0)] = 0,
 ) -> None:
     """Write the data set into `root`, unless it is there already with the same settings.
 
@@ -70,7 +55,6 @@ def generate_shapes(
         "image_size": image_size,
         "seed": seed,
     }
-    _check_settings(settings)
     if _read_settings(root / _SETTINGS_NAME) == settings:
         return
     _clear(root)
@@ -78,14 +62,20 @@ def generate_shapes(
     for split_index, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
         _write_split(root, split, num_images, image_size, (seed, split_index))
     # Last, so that a folder with settings is a whole one.
-    (root / _PARTIAL_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    os.replace(root / _PARTIAL_NAME, root / _SETTINGS_NAME)
+    write_json(root / _SETTINGS_NAME, settings, indent=2)
+    (root / _PARTIAL_NAME).unlink()
 
 
-def _check_settings(settings: dict[str, int]) -> None:
-    for name, least in (("num_train", 1), ("num_val", 1), ("image_size", 64), ("seed", 0)):
-        if type(settings[name]) is not int or settings[name] < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {settings[name]!r}")
+class ShapesSource(generate_shapes.settings):
+    """The generated shapes, written below data.root when they are not there yet."""
+
+    format: Literal["shapes"]
+    split: Literal["train", "val"]
+
+    def load(self, root: Path, **options: Any) -> DetectionDataset:
+        """The data set, generated first where it is absent; options are those of `load_coco`."""
+        generate_shapes(root, **self.model_dump(exclude={"format", "split"}))
+        return load_coco(root / self.split, root / "annotations" / f"{self.split}.json", **options)
 
 
 def _read_settings(path: Path) -> dict | None:

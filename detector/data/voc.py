@@ -138,6 +138,13 @@ def _first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
+def _refuse_missing(folder: Path, what: str, missing: list[str], stems: list[str]) -> None:
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: {len(missing)} of the split's {len(stems)} {what} are missing: {_first_few(missing)}"
+        )
+
+
 def _list_folder(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; a VOC folder has one")
@@ -148,11 +155,7 @@ def _annotation_paths(root: Path, stems: list[str]) -> list[Path]:
     folder = root / "Annotations"
     present = _list_folder(folder)
     missing = [f"{stem}.xml" for stem in stems if f"{stem}.xml" not in present]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder}: {len(missing)} of the split's {len(stems)} annotations are missing: "
-            f"{_first_few(missing)}"
-        )
+    _refuse_missing(folder, "annotations", missing, stems)
     return [folder / f"{stem}.xml" for stem in stems]
 
 
@@ -205,10 +208,7 @@ def _find_pictures(root: Path, stems: list[str], files: list[_File]) -> list[str
         for stem, file in zip(stems, files, strict=True)
     ]
     missing = [stem for stem, name in zip(stems, names, strict=True) if name is None]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder}: {len(missing)} of the split's {len(stems)} images are missing: {_first_few(missing)}"
-        )
+    _refuse_missing(folder, "images", missing, stems)
     return [os.path.join(folder, name) for name in names]
 
 

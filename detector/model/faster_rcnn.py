@@ -20,6 +20,7 @@ from backbones.regions import RegionPool
 
 from ..settings import Count, Positive, Probability, checked
 from .anchors import STRIDE, MapAnchors, Numbers, check_anchor_sizes
+from .boxes import check_boxes
 from .conventions import TORCHVISION, Conventions
 from .network_input import NetworkTransform
 from .proposals import Float32RPNHead, ProposalNetwork
@@ -67,8 +68,8 @@ class C4FasterRCNN(FasterRCNN):
 
     def encode(self, images: list[Tensor], targets: Targets | None = None) -> Encoded:
         """Images (3, H, W) of any size, and their boxes in pixels -> a batch at the network's size, and its map."""
-        if targets is not None:
-            _check_targets(targets)
+        for i, target in enumerate(targets or ()):
+            check_boxes(target["boxes"], f"image {i}: box")
         of_image = targets or [{}] * len(images)
         sizes = [
             tuple(int(side) for side in target.get("original_size", image.shape[-2:]))
@@ -174,19 +175,6 @@ class C4FasterRCNN(FasterRCNN):
     def _need_eval_mode(self, name: str) -> None:
         if self.training:
             raise RuntimeError(f"{name}() needs the model in evaluation mode: call model.eval() first")
-
-
-def _check_targets(targets: Targets) -> None:
-    for i, target in enumerate(targets):
-        boxes = target["boxes"]
-        if boxes.ndim != 2 or boxes.shape[1] != 4:
-            raise ValueError(f"the boxes of image {i} are {tuple(boxes.shape)}; accepted: (M, 4)")
-        bad = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
-        if bad.any():
-            index = int(bad.nonzero()[0])
-            raise ValueError(
-                f"box {index} of image {i} is {boxes[index].tolist()}; accepted: [x1, y1, x2, y2] with x2 > x1 and y2 > y1"
-            )
 
 
 @checked

@@ -1,0 +1,42 @@
+"""Files of tensors, read without running code from them."""
+
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .messages import first_line
+
+
+def load_tensors(path: Path) -> Any:
+    """What a .safetensors or torch file holds: tensors, numbers, text and containers."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read(path: str | Path, load: Callable[[Path], Any] = load_tensors) -> Any:
+    """load(path), its failure as one sentence: what a hostile file asks for, or how it is damaged."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return load(path)
+    except Exception as error:
+        asked = re.search(r"(?:GLOBAL|asks for) (\S+)", str(error))
+        if asked and isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} asks for {asked[1]}, which is never run or loaded: accepted are arrays, tensors and plain "
+                "containers (of a training checkpoint, save the weights alone)"
+            ) from None
+        # torch's own words say how to run the code of such a file.
+        reason = "it may hold code, which is never run" if "weights_only" in str(error) else first_line(error)
+        raise ValueError(
+            f"{path} is damaged, cut short, or no file of tensors: {reason.rstrip('.')}"
+        ) from None
