@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from torch import Tensor
 
 from .messages import first_line
+
+
+def load_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a .safetensors file, and what stands beside them."""
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def load_tensors(path: Path) -> Any:
     """What a .safetensors or torch file holds: tensors, numbers, text and containers."""
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return load_with_metadata(path)[0]
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -23,7 +30,8 @@ def read(path: str | Path, load: Callable[[Path], Any] = load_tensors) -> Any:
     """load(path), its failure as one sentence: what a hostile file asks for, or how it is damaged."""
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a file")
+        inside = next(iter(sorted(path.glob("*.safetensors"))), None)
+        raise ValueError(f"{path} is a folder; give a file" + (f", such as {inside}" if inside else ""))
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:

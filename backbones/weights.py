@@ -4,17 +4,16 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum, get_model_weights
+from torchvision.models import get_model, get_model_weights
 
 from .backbone import Backbone, Preprocessing
 from .messages import first_line, misfit
-from .reading import read
+from .reading import load_with_metadata, read
 
 DEFERRED = "deferred"
 NameTable = tuple[tuple[str, str], ...]
@@ -43,8 +42,7 @@ def stored_preprocessing(path: str | Path) -> Preprocessing | None:
     """What a .safetensors file of tools/convert_weights.py says beside the weights that they expect of an image."""
     if Path(path).suffix != ".safetensors":
         return None
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("preprocessing")
+    text = read(path, load_with_metadata)[1].get("preprocessing")
     return None if text is None else Preprocessing(**json.loads(text))
 
 
@@ -69,19 +67,15 @@ def downloading(source: str, place: str) -> Iterator[None]:
         ) from error
 
 
-def torchvision_download(entry: WeightsEnum) -> AbstractContextManager[None]:
-    """`downloading` of a torchvision file, which is looked for in torch's own folder."""
-    return downloading(entry.url, f"put it into {Path(torch.hub.get_dir()) / 'checkpoints'}")
-
-
-def torchvision_entry(name: str, weights: str) -> WeightsEnum:
-    """torchvision's enum entry of that name: "imagenet_v1" -> IMAGENET1K_V1."""
-    return get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
-
-
-def torchvision_preprocessing(entry: WeightsEnum) -> Preprocessing:
+def torchvision_network(name: str, weights: str | None) -> tuple[nn.Module, Preprocessing]:
+    """torchvision's network of that name, and what it expects of an image; "imagenet_v1" is its IMAGENET1K_V1."""
+    if weights is None:
+        return get_model(name, weights=None), Preprocessing()
+    entry = get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
+    with downloading(entry.url, f"put it into {Path(torch.hub.get_dir()) / 'checkpoints'}"):
+        network = get_model(name, weights=entry)
     transforms = entry.transforms()
-    return Preprocessing(transforms.mean, transforms.std)
+    return network, Preprocessing(transforms.mean, transforms.std)
 
 
 def _torchvision_names(name: str) -> list[str]:
@@ -152,11 +146,9 @@ def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessin
     if from_timm:
         full_name = f"{_timm_architecture(name)}.{weights.removeprefix('timm/')}"
         network, preprocessing = timm_network(full_name, pretrained=True)
-        return network.state_dict(), preprocessing
-    entry = torchvision_entry(name, weights)
-    with torchvision_download(entry):
-        state = entry.get_state_dict(progress=True, check_hash=True)
-    return state, torchvision_preprocessing(entry)
+    else:
+        network, preprocessing = torchvision_network(name, weights)
+    return network.state_dict(), preprocessing
 
 
 def load_weights(backbone: Backbone, weights: str | Path | None, published: NameTable) -> None:

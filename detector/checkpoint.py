@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from backbones import Preprocessing
 from backbones.messages import misfit
-from backbones.reading import read
+from backbones.reading import load_with_metadata, read
 
 from .build import build_model
 from .config import Config, parse_config
-from .files import write_atomically
+from .files import save_tensors, write_atomically
 from .model.conventions import Conventions
 from .model.faster_rcnn import C4FasterRCNN
 
@@ -84,28 +82,16 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "preprocessing": json.dumps(dataclasses.asdict(checkpoint.preprocessing)),
         "metrics": json.dumps(checkpoint.metrics),
     }
-    tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.state_dict.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    save_tensors(path, checkpoint.state_dict, metadata)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read `best.safetensors` or `last.safetensors`."""
-    path = Path(path)
-    if path.is_dir():
-        inside = sorted(p.name for p in path.glob("*.safetensors"))
+    if Path(path).suffix in (".pth", ".pt", ".pkl"):
         raise ValueError(
-            f"{path} is a folder; give a file" + (f", such as {path / inside[0]}" if inside else "")
+            f"{path} is not a checkpoint of this project; tools/convert_weights.py makes one of another program's"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of this project (a .safetensors file that tools/train.py wrote): {error}"
-        ) from error
+    tensors, metadata = read(path, load_with_metadata)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds tensors but no detector: a checkpoint of tools/train.py is needed")
     if int(metadata["version"]) > VERSION:

@@ -1,7 +1,7 @@
 """Region features on disk: an .npz a picture, or the TSV of bottom-up attention. Both continue where a run stopped."""
 
 import base64
-import os
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,21 +66,14 @@ class TsvFile:
         self.done.add(self.ids[image])
 
 
-def _drop_torn_line(path: Path, block: int = 1 << 16) -> None:
+def _drop_torn_line(path: Path) -> None:
     """Cut the file after its last whole line: a stopped run may have left half of one."""
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:
         return
     with open(path, "r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - block)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                file.truncate(start + newline + 1)
-                return
-            end = start
-        file.truncate(0)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+        file.truncate(end)
 
 
 def _ids_in(path: Path) -> set[str]:

@@ -3,7 +3,6 @@
 Letters: N images, M regions of an image, K classes with background, C5 channels of conv5_x (2048 in a ResNet-50).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import read_json
 from .model.boxes import check_boxes
 from .model.faster_rcnn import C4FasterRCNN
 
@@ -87,12 +87,7 @@ def read_boxes(path: str | Path, images: Sequence[Path]) -> dict[Path, Tensor]:
     or the detections.json that tools/infer.py writes.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of boxes {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    content = read_json(path)
     listed = {name: check_boxes(b, f"{path}: {name}: box") for name, b in _listed(path, content).items()}
     names = [image.name for image in images]
     found = {}

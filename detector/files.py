@@ -2,9 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -23,3 +26,19 @@ def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
     """`value` as a JSON file, whole or not at all."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """A .safetensors file, whole or not at all."""
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(on_cpu, temporary, metadata=metadata))
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds; an error names the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise FileNotFoundError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None

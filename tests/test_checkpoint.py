@@ -83,7 +83,7 @@ def test_a_failing_checkpoint_leaves_the_old_one(checkpoint, tmp_path, monkeypat
         temporary.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("detector.checkpoint.save_file", fail)
+    monkeypatch.setattr("detector.files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(path, checkpoint)
     assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
@@ -98,7 +98,7 @@ def test_json_is_written_whole_into_new_folders_and_refuses_nan(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*gone.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*gone.safetensors"):
         load_checkpoint(tmp_path / "gone.safetensors")
     with pytest.raises(
         FileNotFoundError, match=r"nothing to resume from: .*training_state.pt does not exist"
@@ -117,7 +117,7 @@ def test_a_folder_is_refused_with_the_checkpoint_inside_it(checkpoint, tmp_path)
 @pytest.mark.parametrize("content", [b"", b"some text\n", b"PK\x03\x04" + bytes(100)])
 def test_a_file_of_another_kind_is_refused(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="a.safetensors is not a checkpoint of this project"):
+    with pytest.raises(ValueError, match="a.safetensors is damaged, cut short, or no file of tensors"):
         load_checkpoint(tmp_path / "a.safetensors")
 
 
@@ -126,7 +126,7 @@ def test_a_truncated_checkpoint_is_refused(checkpoint, tmp_path, length):
     save_checkpoint(tmp_path / "a.safetensors", checkpoint)
     data = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(data[:length])
-    with pytest.raises(ValueError, match="is not a checkpoint of this project"):
+    with pytest.raises(ValueError, match="is damaged, cut short, or no file of tensors"):
         load_checkpoint(tmp_path / "a.safetensors")
 
 

@@ -544,7 +544,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_and_nothing_is_writ
     ("arguments", "message"),
     [
         (["--output", "OUT.pth"], "a name that ends in .safetensors is needed"),
-        (["--output", "OUT.safetensors", "--backbone", "resnet50"], "--backbone is for classifiers"),
+        (["--output", "OUT.safetensors", "--backbone", "resnet50"], "it takes no backbone"),
         (["--output", "OUT.safetensors", "model.min_sise=3"], "unknown key model.min_sise"),
         (["--output", "OUT.safetensors", "--class-names", "NAMES"], "has 20 classes; 2 names were given"),
         (["--output", "OUT.safetensors", "--class-names", "gone.txt"], "no file of class names gone.txt"),

@@ -340,7 +340,7 @@ def test_bad_results_are_refused_with_their_index(results, message):
 
 def test_load_results_names_the_file(tmp_path):
     path = tmp_path / "detections.json"
-    with pytest.raises(ValueError, match="detections.json: cannot be read: No such file"):
+    with pytest.raises(FileNotFoundError, match="detections.json: cannot be read: No such file"):
         load_results(path)
     path.write_text("[{")
     with pytest.raises(ValueError, match="detections.json: not a JSON file"):

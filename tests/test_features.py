@@ -186,7 +186,7 @@ def test_boxes_come_from_a_mapping_or_from_infers_json(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "boxes.json is not JSON"),
+        ("{", "boxes.json: not a JSON file"),
         ("[]", "boxes.json holds list; accepted"),
         ('{"b.jpg": []}', "boxes.json has no boxes of a.jpg"),
         ('{"a.jpg": [[0, 0, 5, 5], [5, 0, 0, 5]]}', r"boxes.json: a.jpg: box 1 is \[5.0, 0.0, 0.0, 5.0\]"),
@@ -354,7 +354,7 @@ def test_an_unreadable_picture_is_named_and_the_others_are_done(extract, picture
     ("arguments", "message"),
     [
         (["--output", "out", "--batch", "0"], "--batch is 0"),
-        (["--output", "out", "--boxes", "gone.json"], "there is no file of boxes gone.json"),
+        (["--output", "out", "--boxes", "gone.json"], "gone.json: cannot be read"),
         (["--output", "PICTURES", "--format", "tsv"], "a file is needed"),
         (["--output", "FILE", "--format", "npz"], "a folder is needed"),
         (["--output", "out", "model.box_nms_tresh=0.4"], "did you mean 'box_nms_thresh'?"),

@@ -198,7 +198,7 @@ def test_evaluate_takes_overrides_of_the_checkpoints_config(run_tool, weights, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "gone.safetensors"], "there is no checkpoint gone.safetensors"),
+        (["--weights", "gone.safetensors"], "there is no file gone.safetensors"),
         (["--weights", "WEIGHTS", "train.lr:3"], "override 'train.lr:3'; accepted: key=value"),
         (["--weights", "WEIGHTS", "--split", "test"], "the config has no data.test"),
         (["--weights", "WEIGHTS", "--config", "no.yaml"], "there is no config no.yaml"),
@@ -282,7 +282,7 @@ def test_drawings_never_overwrite_the_pictures(run_tool, weights, pictures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["PICTURES", "--weights", "gone.safetensors"], "there is no checkpoint gone.safetensors"),
+        (["PICTURES", "--weights", "gone.safetensors"], "there is no file gone.safetensors"),
         (["gone.jpg", "--weights", "WEIGHTS"], "gone.jpg: no such file or folder"),
         (["gone/*.jpg", "--weights", "WEIGHTS"], "no picture found"),
         (

@@ -1,11 +1,12 @@
 """The classifiers of torchvision and timm by name, cut by tracing: "torchvision/NAME" and "timm/NAME"."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models import get_model, list_models
+from torchvision.models import list_models
 
 from ..backbone import NUM_TRUNK_STAGES, Backbone, Preprocessing
 from ..layers import FrozenBatchNorm, norm_layer
@@ -19,9 +20,7 @@ from ..weights import (
     stored_preprocessing,
     timm_network,
     timm_tags,
-    torchvision_download,
-    torchvision_entry,
-    torchvision_preprocessing,
+    torchvision_network,
 )
 from .split import cut_network, layer_path
 
@@ -47,15 +46,8 @@ def torchvision_backbone(
     name: str, *, weights: str | None = None, norm: str = "batch", frozen_stages: int = 0
 ) -> Backbone:
     """A torchvision classifier; weights "imagenet_v1" is its IMAGENET1K_V1."""
-
-    def build(tag: str | None) -> tuple[nn.Module, Preprocessing]:
-        if tag is None:
-            return get_model(name, weights=None), Preprocessing()
-        entry = torchvision_entry(name, tag)
-        with torchvision_download(entry):
-            return get_model(name, weights=entry), torchvision_preprocessing(entry)
-
     published = published_weights(name)
+    build = partial(torchvision_network, name)
     return cut_classifier(f"torchvision/{name}", build, published, weights, norm, frozen_stages)
 
 

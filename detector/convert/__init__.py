@@ -29,7 +29,16 @@ __all__ = [
     "save_detectron2",
 ]
 
-SOURCES = ("detectron2", "msra", "mmdetection", "jwyang", "torchvision", "timm")
+# Each program's converter, and the options that it takes.
+_CONVERTERS: dict[str, tuple[Callable[..., Converted], tuple[str, ...]]] = {
+    "detectron2": (convert_detectron2, ("class_names", "overrides")),
+    "msra": (convert_msra, ()),
+    "mmdetection": (convert_mmdetection, ("class_names", "overrides")),
+    "jwyang": (refuse, ()),
+    "torchvision": (convert_classifier, ("backbone",)),
+    "timm": (convert_classifier, ("backbone",)),
+}
+SOURCES = tuple(_CONVERTERS)
 
 # Asked in this order; torchvision's and timm's ResNets have the same names.
 _RECOGNISED: dict[str, Callable[[set[str]], bool]] = {
@@ -76,17 +85,10 @@ def convert_file(
     file = read_foreign(path)
     if source is None:
         source = guess_source(file, is_classifier=backbone is not None)
-    detectors = {"detectron2": convert_detectron2, "mmdetection": convert_mmdetection}
-    if source in detectors:
-        if backbone:
-            raise ValueError(
-                f"--backbone is for classifiers; {path} is of {source}, whose network is read from it"
-            )
-        return source, detectors[source](file, class_names=class_names, overrides=overrides)
-    if source == "jwyang":
-        refuse(file)
-    if class_names or overrides:
-        raise ValueError(f"{path} is a classifier: it has no class names and settings of a detector")
-    if source == "msra":
-        return source, convert_msra(file)
-    return source, convert_classifier(file, backbone=backbone)
+    options = {"class_names": class_names, "overrides": overrides, "backbone": backbone}
+    given = {name: value for name, value in options.items() if value}
+    convert, accepted = _CONVERTERS[source]
+    if wrong := [name for name in given if name not in accepted]:
+        kind = "a detector, whose network is read from it" if "class_names" in accepted else "a classifier"
+        raise ValueError(f"{path} is {kind}, of {source}: it takes no {' and '.join(wrong)}")
+    return source, convert(file, **given)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from backbones import Preprocessing
@@ -16,7 +15,7 @@ from backbones.messages import misfit
 from ..build import build_model
 from ..checkpoint import Checkpoint, save_checkpoint
 from ..config import Config
-from ..files import write_atomically
+from ..files import save_tensors
 
 BACKBONE_FORMAT = "fasterrcnn-c4-backbone"
 
@@ -50,8 +49,7 @@ def save_converted(path: str | Path, result: Checkpoint | BackboneWeights) -> No
         "backbone": json.dumps(result.backbone),
         "preprocessing": json.dumps(dataclasses.asdict(result.preprocessing)),
     }
-    tensors = {name: v.detach().cpu().contiguous() for name, v in result.state_dict.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    save_tensors(path, result.state_dict, metadata)
 
 
 def leave_out(

@@ -13,6 +13,8 @@ from backbones.weights import NameTable, rename
 
 from ..checkpoint import Checkpoint
 from ..config import Config, parse_config
+from ..model.anchors import MapAnchors
+from ..model.conventions import DETECTRON2
 from .architecture import name_resnet
 from .class_names import choose_class_names
 from .converted import CAFFE_RESNET, Converted, check_fits, leave_out, refuse_prefixes
@@ -182,10 +184,7 @@ def _check_anchors(state: dict[str, Tensor], config: Config, source: str) -> Non
     stored = [value for name, value in state.items() if "cell_anchors" in name]
     if not stored:
         return
-    sizes, ratios = torch.tensor(config.model.anchor_sizes), torch.tensor(config.model.aspect_ratios)
-    widths = (sizes[:, None] / ratios.sqrt()).flatten()
-    heights = (sizes[:, None] * ratios.sqrt()).flatten()
-    wanted = torch.stack([-widths, -heights, widths, heights], dim=1) / 2
+    wanted = MapAnchors(config.model.anchor_sizes, config.model.aspect_ratios, DETECTRON2).cell_anchors[0]
     if (
         len(stored) != 1
         or stored[0].shape != wanted.shape

@@ -6,7 +6,6 @@ Definition of the twelve numbers: https://cocodataset.org/#detection-eval.
 import contextlib
 import importlib.util
 import io
-import json
 import math
 import warnings
 from collections.abc import Hashable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import read_json
 from ..tables import format_table
 
 COCO_METRICS = {
@@ -82,13 +82,7 @@ def format_coco(metrics: Mapping[str, Any]) -> str:
 
 def load_results(path: str | Path, ground_truth: dict | None = None) -> list[dict]:
     """Read a JSON file in COCO's results format; with `ground_truth`, ids are checked against it too."""
-    path = Path(path)
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    results = read_json(path)
     try:
         check_results(results, ground_truth)
     except ValueError as error:
