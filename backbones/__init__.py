@@ -33,7 +33,7 @@ from collections.abc import Callable  # noqa: E402
 from functools import partial  # noqa: E402
 
 from . import densenet, inception, preact_resnet, resnet, se_resnet  # noqa: E402, F401
-from .backbone import Backbone, Preprocessing, RoIHead, Trunk  # noqa: E402
+from .backbone import IMAGENET, Backbone, Preprocessing, RoIHead, Trunk  # noqa: E402
 from .cifar import cifar_resnet  # noqa: E402
 from .cut import libraries  # noqa: E402, F401
 from .cut.split import cut_network  # noqa: E402
@@ -46,6 +46,7 @@ from .registry import (  # noqa: E402
 )
 
 __all__ = [
+    "IMAGENET",
     "Backbone",
     "Preprocessing",
     "RoIHead",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .folding import use_folding
+from .messages import check_choice
 from .recompute import has_gradients, recomputed, run_blocks
 from .regions import Regions
 
@@ -26,21 +27,23 @@ class Preprocessing:
     """What a network's weights expect of an image: `(image * scale - mean) / std`, per channel.
 
     `image` is float RGB in [0, 1]; `mean` and `std` stand in `channel_order` and in the units of `image * scale`.
-    The default is torchvision's ImageNet normalisation.
     """
 
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     channel_order: str = "rgb"
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):  # lists, as JSON has them, are tuples here
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.channel_order not in ("rgb", "bgr"):
-            raise ValueError(f"channel_order is {self.channel_order!r}; accepted: 'rgb', 'bgr'")
+        check_choice("channel_order", self.channel_order, ("rgb", "bgr"))
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0 or self.scale <= 0:
             raise ValueError(f"mean and std are three numbers, std and scale positive; got {self}")
+
+
+# torchvision's normalisation.
+IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def _freeze(stage: nn.Module) -> None:
@@ -159,7 +162,7 @@ class Backbone(nn.Module):
         self.name = name
         self.trunk = trunk
         self.roi_head = roi_head
-        self.preprocessing = preprocessing or Preprocessing()
+        self.preprocessing = preprocessing or IMAGENET
 
     def freeze(self, num_stages: int) -> "Backbone":
         """Freeze stages 1..num_stages of the five (1 is the stem, 2 is conv2_x)."""

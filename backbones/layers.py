@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from .messages import nearest
+from .messages import check_choice
 
 
 def conv(
@@ -50,8 +50,7 @@ def norm_layer(norm: str, weights: object) -> Callable[[int], nn.Module]:
     Frozen batch norm keeps the statistics of its weights; with random weights there are none to keep, the
     activations grow from block to block and the first losses are near 1e5, so that is refused.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; {nearest(norm, list(NORMS))}")
+    check_choice("norm", norm, NORMS)
     if norm == "frozen" and weights is None:
         raise ValueError(
             "norm='frozen' needs trained weights: with random ones its statistics fit nothing and the losses start "

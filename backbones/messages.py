@@ -18,6 +18,12 @@ def nearest(name: object, accepted: Iterable[object]) -> str:
     return f"{did_you_mean(name, accepted)}accepted: {', '.join(accepted)}"
 
 
+def check_choice(name: str, value: object, accepted: Iterable[object]) -> None:
+    """Refuse a value of `name` that is not among the accepted ones."""
+    if value not in (accepted := list(accepted)):
+        raise ValueError(f"{name} is {value!r}; {nearest(value, accepted)}")
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -19,6 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from .kernels.gradients import conv2d
 from .kernels.roi_align import BinWeights, bin_weights, flatten_boxes, pair, sparse_roi_align
+from .messages import check_choice
 
 # Regions that a head takes at once without gradients. A part's largest activation is 0.4 MB a region: 64 stay below the
 # 32 MB that the C allocator keeps for the next part, and faulting in fresh pages costs more than the sums in them.
@@ -56,8 +57,7 @@ class RegionPool(MultiScaleRoIAlign):
     ):
         if not stride > 0:
             raise ValueError(f"stride must be positive, got {stride}")
-        if mode not in ("align", "max"):
-            raise ValueError(f'mode must be "align" or "max", got {mode!r}')
+        check_choice("mode", mode, ("align", "max"))
         if aligned and mode == "max":
             raise ValueError('aligned=True needs mode="align": RoIPool rounds its boxes to positions')
         super().__init__(["0"], pair(output_size, "output_size"), sampling_ratio)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .branch_ends import BRANCH_ENDS, stochastic_depth
 from .layers import NORMS, conv
-from .messages import nearest
+from .messages import check_choice
 from .shortcuts import GATED, SCALE, SHORTCUTS, Scale, gate, shortcut
 
 ORIGINAL = "original"
@@ -81,9 +81,7 @@ class BlockOptions:
             ("order", ORDERS),
             ("branch_end", tuple(BRANCH_ENDS)),
         ):
-            value = getattr(self, option)
-            if value not in accepted:
-                raise ValueError(f"{option} is {value!r}; {nearest(value, accepted)}")
+            check_choice(option, getattr(self, option), accepted)
         for option in ("groups", "width_per_group"):
             value = getattr(self, option)
             if not isinstance(value, int) or value < 1:

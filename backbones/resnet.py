@@ -9,7 +9,7 @@ from torch import nn
 from .backbone import Backbone, RoIHead, Trunk
 from .branch_ends import linear_rule
 from .layers import CaffePool, init_weights, norm_layer
-from .messages import nearest
+from .messages import check_choice
 from .registry import backbone_options, register_variants
 from .residual import FULL_PREACTIVATION, ORIGINAL, BlockOptions, basic, bottleneck, opening, residual_stage
 from .weights import NameTable, is_published, load_weights
@@ -119,8 +119,7 @@ def resnet(
     )
     if not isinstance(width, int) or width < 1:
         raise ValueError(f"width is {width!r}; accepted: a positive whole number of channels")
-    if stem_pool not in STEM_POOLS:
-        raise ValueError(f"stem_pool is {stem_pool!r}; {nearest(stem_pool, tuple(STEM_POOLS))}")
+    check_choice("stem_pool", stem_pool, STEM_POOLS)
     if is_published(weights):
         given = {"width": width, "stem_pool": stem_pool, **options.definition()}
         _refuse_another_definition(name, weights, given)

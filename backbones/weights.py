@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
-from .backbone import Backbone, Preprocessing
+from .backbone import IMAGENET, Backbone, Preprocessing
 from .messages import first_line, misfit
 from .reading import load_with_metadata, read
 
@@ -20,10 +21,7 @@ NameTable = tuple[tuple[str, str], ...]
 
 # Our names -> timm's of the same network. Its weights are "timm/TAG", the tag being part of timm's full name
 # (legacy_seresnet50.in1k): without one timm would choose, and choose otherwise in another version.
-TIMM_ARCHITECTURES = (
-    (r"^se_resnet(\d+)$", r"legacy_seresnet\1"),
-    (r"^preact_resnet(\d+)$", r"resnetv2_\1"),
-)
+TIMM_ARCHITECTURES = {"se_resnet": "legacy_seresnet", "preact_resnet": "resnetv2_"}
 _CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.")
 
 
@@ -70,7 +68,7 @@ def downloading(source: str, place: str) -> Iterator[None]:
 def torchvision_network(name: str, weights: str | None) -> tuple[nn.Module, Preprocessing]:
     """torchvision's network of that name, and what it expects of an image; "imagenet_v1" is its IMAGENET1K_V1."""
     if weights is None:
-        return get_model(name, weights=None), Preprocessing()
+        return get_model(name, weights=None), IMAGENET
     entry = get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
     with downloading(entry.url, f"put it into {Path(torch.hub.get_dir()) / 'checkpoints'}"):
         network = get_model(name, weights=entry)
@@ -87,16 +85,21 @@ def _torchvision_names(name: str) -> list[str]:
 
 
 def _timm_architecture(name: str) -> str | None:
-    for pattern, replacement in TIMM_ARCHITECTURES:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, replacement, name)
-    return None
+    family, depth = re.fullmatch(r"(.*?)(\d*)", name).groups()
+    return f"{TIMM_ARCHITECTURES[family]}{depth}" if family in TIMM_ARCHITECTURES else None
+
+
+def import_timm() -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError('networks and weights "timm/..." need timm; run: pip install timm') from error
+    return timm
 
 
 def timm_network(full_name: str, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
     """timm's network of that name (its tag included), and what it expects of an image."""
-    import timm
-
+    timm = import_timm()
     config = timm.get_pretrained_cfg(full_name)
     source = getattr(config, "hf_hub_id", None) or getattr(config, "url", None)
     with downloading(f"{source} (timm's {full_name})", "give the file as weights=FILE"):
@@ -106,9 +109,7 @@ def timm_network(full_name: str, pretrained: bool) -> tuple[nn.Module, Preproces
 
 def timm_tags(architecture: str) -> list[str]:
     """The tags under which timm publishes weights of an architecture; needs timm."""
-    import timm
-
-    return [full_name.partition(".")[2] for full_name in timm.list_pretrained(f"{architecture}.*")]
+    return [full_name.partition(".")[2] for full_name in import_timm().list_pretrained(f"{architecture}.*")]
 
 
 def _timm_names(name: str) -> list[str]:
@@ -135,10 +136,8 @@ def is_published(weights: object) -> bool:
 def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessing]:
     """The state dict in the publisher's names, and what it expects of an image."""
     from_timm = weights.startswith("timm/")
-    if from_timm and importlib.util.find_spec("timm") is None:
-        raise ImportError(
-            f"weights {weights!r} come from timm, which is not installed; run: pip install timm"
-        )
+    if from_timm:
+        import_timm()
     names = published_weights(name)
     if weights not in names:
         accepted = ", ".join(names) or "none are published"

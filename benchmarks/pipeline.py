@@ -10,10 +10,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from detector.config import Config
-from detector.data import build_dataset, load_image
+from detector.data.images import load_image
 from detector.data.loader import TrainBatches, TransformedDataset, build_loader
+from detector.data.sources import build_dataset
 from detector.data.transforms import TrainTransform
-from detector.evaluation import COCO_METRICS, evaluate_coco
+from detector.evaluation.coco import COCO_METRICS, evaluate_coco
 
 from .timing import Seconds, Stopwatch, alternate, per_second, ratios
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbones import Preprocessing
+from backbones import IMAGENET, Preprocessing
 from backbones.messages import misfit
 from backbones.reading import load_with_metadata, read
 
@@ -38,7 +38,7 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     config: Config
     class_names: tuple[str, ...]
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = IMAGENET
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def with_overrides(self, overrides: Sequence[str]) -> "Checkpoint":

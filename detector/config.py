@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from backbones import backbone_options
 
@@ -31,14 +31,6 @@ class ModelConfig(build_faster_rcnn.settings):
             "resize_rounding": chosen.resize_rounding,
         }
 
-    @field_validator("preprocessing", mode="before")
-    @classmethod
-    def _needs_mean_and_std(cls, value: Any) -> Any:
-        missing = [name for name in ("mean", "std") if isinstance(value, dict) and name not in value]
-        if missing:
-            raise ValueError(f"{' and '.join(missing)} missing; accepted: mean, std, channel_order, scale")
-        return value
-
     @field_validator("backbone", mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
@@ -53,12 +45,6 @@ class ModelConfig(build_faster_rcnn.settings):
         options = section_of(value["name"], backbone_options(value["name"]).values())
         given = {key: option for key, option in value.items() if key != "name"}
         return {"name": value["name"], **parse(options, given).model_dump(exclude_unset=True)}
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> "ModelConfig":
-        if self.min_size > self.max_size:
-            raise ValueError(f"min_size {self.min_size} is larger than max_size {self.max_size}")
-        return self
 
 
 class AugmentConfig(Section):

@@ -8,7 +8,7 @@ import torch
 from backbones.summary import multiply_accumulates
 
 from .config import Config
-from .data import DetectionDataset
+from .data.dataset import DetectionDataset
 from .model.faster_rcnn import C4FasterRCNN
 from .model.network_input import network_size
 from .tables import format_count, format_table

@@ -6,11 +6,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from .config import Config
-from .data import DetectionDataset
+from .data.dataset import DetectionDataset
 from .data.loader import EvalBatches, TransformedDataset, build_loader
 from .data.transforms import EvalTransform
 from .engine import AMP_DTYPES, evaluate
-from .evaluation import evaluate_coco, evaluate_voc
+from .evaluation.coco import evaluate_coco
+from .evaluation.voc import evaluate_voc
 from .model.faster_rcnn import C4FasterRCNN
 from .model.speed import optimize
 from .progress import Progress

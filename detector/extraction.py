@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, load_checkpoint
-from .data import load_image
+from .data.images import load_image
 from .feature_files import NpzFolder, TsvFile
 from .features import extract_regions, read_boxes
 from .files import write_json

@@ -49,9 +49,11 @@ class TsvFile:
     def __init__(self, path: str | Path, images: Sequence[Path]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
         self.ids = image_ids(images)
         _drop_torn_line(self.path)
-        self.done = _ids_in(self.path)
+        with open(self.path, encoding="utf-8", newline="") as file:
+            self.done = {line.split("\t", 1)[0] for line in file}
 
     def is_done(self, image: Path) -> bool:
         return self.ids[image] in self.done
@@ -68,16 +70,9 @@ class TsvFile:
 
 def _drop_torn_line(path: Path) -> None:
     """Cut the file after its last whole line: a stopped run may have left half of one."""
-    if not path.exists() or path.stat().st_size == 0:
+    if not path.stat().st_size:
         return
     with open(path, "r+b") as file:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             end = content.rfind(b"\n") + 1
         file.truncate(end)
-
-
-def _ids_in(path: Path) -> set[str]:
-    if not path.exists():
-        return set()
-    with open(path, encoding="utf-8", newline="") as file:
-        return {line.split("\t", 1)[0] for line in file}

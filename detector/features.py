@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.messages import check_choice
+
 from .files import read_json
 from .model.boxes import check_boxes
 from .model.faster_rcnn import C4FasterRCNN
@@ -49,8 +51,7 @@ def extract_regions(
 
     `features` are pooled from the final boxes; `class_scores` of a detection come from its proposal, as its score does.
     """
-    if regions not in REGIONS:
-        raise ValueError(f"regions is {regions!r}; accepted: {', '.join(REGIONS)}")
+    check_choice("regions", regions, REGIONS)
     if boxes is not None:
         encoded = model.encode(images, [{"boxes": b} for b in boxes])
         found = [{"boxes": target["boxes"]} for target in encoded.targets]

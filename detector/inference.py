@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from backbones.messages import check_choice
+
 from .checkpoint import Checkpoint, load_checkpoint
 from .data.images import load_image
 from .model.boxes import check_boxes
@@ -154,8 +156,7 @@ def choose_device(name: str | torch.device | None) -> torch.device:
 
 def to_tensor(image: Picture, channel_order: str = "rgb") -> Tensor:
     """A picture as (3, H, W) float32 RGB in [0, 1]."""
-    if channel_order not in ("rgb", "bgr"):
-        raise ValueError(f"channel_order is {channel_order!r}; accepted: 'rgb', 'bgr'")
+    check_choice("channel_order", channel_order, ("rgb", "bgr"))
     if isinstance(image, (str, Path)):
         image, channel_order = load_image(image), "rgb"
     elif isinstance(image, Image.Image):

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
@@ -12,8 +13,10 @@ from tqdm import tqdm
 
 from .tables import format_duration
 
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
-class Progress:
+
+class Progress(AbstractContextManager):
     """The progress of one epoch: a bar on a terminal, elsewhere a plain line every so many seconds.
 
     Args:
@@ -49,7 +52,9 @@ class Progress:
         self._first: tuple[float, int] | None = None  # time and images after the first step, which warms up
         self._last_line = -math.inf
         self._shown: dict[str, float] = {}
-        self._bar = self._open_bar() if enabled and self._stream.isatty() else None
+        shape = {"dynamic_ncols": True, "bar_format": _BAR}
+        on_terminal = enabled and self._stream.isatty()
+        self._bar = tqdm(total=num_images, desc=title, file=self._stream, **shape) if on_terminal else None
 
     def update(self, num_images: int, **numbers: float) -> None:
         """Count the images of one step and show its numbers: losses as running means, others as they are."""
@@ -87,21 +92,8 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def __enter__(self) -> "Progress":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _open_bar(self) -> tqdm:
-        layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
-        return tqdm(
-            total=self.num_images,
-            desc=self.title,
-            file=self._stream,
-            dynamic_ncols=True,
-            bar_format=layout,
-        )
 
     def _smooth(self, name: str, value: float) -> float:
         past = self._shown.get(name)

@@ -22,13 +22,14 @@ from .checkpoint import (
 )
 from .config import Config
 from .curves import plot_curves
-from .data import DetectionDataset, build_dataset
+from .data.dataset import DetectionDataset
 from .data.loader import TrainBatches, TransformedDataset, build_loader
+from .data.sources import build_dataset
 from .data.transforms import TrainTransform
 from .describe import describe
 from .engine import AMP_DTYPES, train_one_epoch
 from .evaluate import Evaluation
-from .evaluation import evaluate_coco
+from .evaluation.coco import evaluate_coco
 from .files import write_atomically, write_json
 from .first_batch import save_first_batch
 from .model.faster_rcnn import C4FasterRCNN
@@ -66,7 +67,7 @@ class Run:
         start_from_path: str | Path | None = None,
     ) -> None:
         self.config, self.folder, self.device = config, Path(folder), device
-        state = self._saved_state() if resume else self._refuse_old_run()
+        state = load_training_state(self.folder / STATE) if resume else self._refuse_old_run()
         start = None if start_from_path is None or resume else load_checkpoint(start_from_path)
         if device.type == "cpu":
             torch.set_flush_denormal(
@@ -209,9 +210,6 @@ class Run:
         model: C4FasterRCNN = self.training.evaluated_model
         names, preprocessing = self.train_set.class_names, model.transform.preprocessing
         return Checkpoint(model.state_dict(), self.config, names, preprocessing, metrics)
-
-    def _saved_state(self) -> dict[str, Any]:
-        return load_training_state(self.folder / STATE)
 
     def _refuse_old_run(self) -> None:
         if (self.folder / STATE).exists():

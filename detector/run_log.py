@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .model.losses import LOSSES
 from .progress import Progress, memory_mb
 
 
-class RunLog:
+class RunLog(AbstractContextManager):
     """The numbers of a run: a JSON object a line in `metrics.jsonl`, and TensorBoard's events when installed.
 
     A line is `{"kind": "train" or "val", "epoch": ..., "step": ..., <name>: <number>, ...}`, on disk when
@@ -48,9 +49,6 @@ class RunLog:
                 if name not in ("kind", "step") and isinstance(value, (int, float)):
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
             self._writer.flush()
-
-    def __enter__(self) -> "RunLog":
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._writer is not None:

@@ -23,7 +23,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_shapes(tmp_path_factory) -> Path:
     """The folder of a generated data set of 64 pixels: 8 pictures to train, 4 to validate."""
-    from detector.data import generate_shapes
+    from detector.data.shapes import generate_shapes
 
     root = tmp_path_factory.mktemp("tiny_shapes")
     generate_shapes(root, num_train=8, num_val=4, image_size=64)

@@ -14,8 +14,8 @@ from networks import watch_projections
 from torch import Tensor, nn
 
 from backbones import (
+    IMAGENET,
     Backbone,
-    Preprocessing,
     RoIHead,
     Trunk,
     backbone_options,
@@ -92,7 +92,7 @@ def test_it_is_a_backbone_of_its_name(name):
     backbone = small(name)
     assert isinstance(backbone, Backbone) and backbone.name == name
     assert isinstance(backbone.trunk, Trunk) and isinstance(backbone.roi_head, RoIHead)
-    assert backbone.preprocessing == Preprocessing()
+    assert backbone.preprocessing == IMAGENET
 
 
 @every_backbone

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from backbones import (
+    IMAGENET,
     Backbone,
-    Preprocessing,
     RoIHead,
     Trunk,
     backbone_options,
@@ -435,7 +436,7 @@ def test_a_trunk_has_four_stages():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"channel_order": "gbr"}, "channel_order is 'gbr'; accepted: 'rgb', 'bgr'"),
+        ({"channel_order": "gbr"}, "channel_order is 'gbr'; .*accepted: rgb, bgr"),
         ({"mean": (0.5,)}, "mean and std are three numbers"),
         ({"std": (1.0, 0.0, 1.0)}, "std and scale positive"),
         ({"scale": 0}, "std and scale positive"),
@@ -443,4 +444,4 @@ def test_a_trunk_has_four_stages():
 )
 def test_impossible_preprocessing_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        Preprocessing(**values)
+        replace(IMAGENET, **values)

@@ -1,6 +1,7 @@
 """The named conventions: what each changes, torchvision's as the defaults, Detectron2's in its recipes and in the docs."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import box_iou
 
-from backbones import Preprocessing
+from backbones import IMAGENET, Preprocessing
 from detector import build_faster_rcnn, build_model, load_config
 from detector.config import ModelConfig, parse_config
 from detector.data.transforms import EvalTransform
@@ -188,7 +189,7 @@ def test_class_scores_of_no_detection_are_no_rows(tiny_backbone):
 
 
 def test_the_conventions_of_detectron2_train_and_detect(tiny_backbone):
-    model = build(tiny_backbone, conventions="detectron2", preprocessing=Preprocessing(scale=255.0))
+    model = build(tiny_backbone, conventions="detectron2", preprocessing=replace(IMAGENET, scale=255.0))
     image, target = noise(64, 90), {"boxes": torch.tensor([[4.0, 4, 40, 50]]), "labels": torch.tensor([2])}
     losses = model.train()([image], [dict(target)])
     sum(losses.values()).backward()
@@ -218,7 +219,7 @@ def test_pil_resizes_before_the_normalisation_and_the_loader_resizes_the_same(ti
 
 @pytest.mark.parametrize("resize", ["torch", "pil"])
 def test_bytes_are_refused_and_not_taken_for_numbers_in_0_to_1(resize):
-    transform = NetworkTransform(48, 96, Preprocessing(scale=255.0), Conventions(resize=resize))
+    transform = NetworkTransform(48, 96, replace(IMAGENET, scale=255.0), Conventions(resize=resize))
     with pytest.raises(TypeError, match=r"an image is torch\.uint8; accepted: floating point in \[0, 1\]"):
         transform([torch.zeros(3, 48, 64, dtype=torch.uint8)])
 

@@ -19,9 +19,15 @@ from backbones import Preprocessing, create_backbone
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from detector.config import ModelConfig, load_config
-from detector.convert import convert_file, detectron2_to_ours, export_detectron2, ours_to_detectron2
+from detector.convert import convert_file
 from detector.convert.class_names import COCO, VOC
-from detector.convert.detectron2 import BACKBONE_CONVENTIONS, CONVENTIONS
+from detector.convert.detectron2 import (
+    BACKBONE_CONVENTIONS,
+    CONVENTIONS,
+    detectron2_to_ours,
+    ours_to_detectron2,
+)
+from detector.convert.export import export_detectron2
 from detector.convert.msra import EPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -568,7 +574,7 @@ def test_a_file_of_class_names_is_checked(tmp_path):
     path = save_pickle(tmp_path / "it.pkl", detectron2_state(num_classes=2))
     with pytest.raises(ValueError, match="accepted: detectron2, msra"):
         convert_file(path, "caffe")
-    from detector.convert import read_class_names
+    from detector.convert.class_names import read_class_names
 
     (tmp_path / "a.txt").write_text("cat\n dog \n")
     assert read_class_names(tmp_path / "a.txt") == ("cat", "dog")

@@ -11,7 +11,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from backbones import Preprocessing
+from backbones import IMAGENET
 from backbones.kernels.roi_align import bin_weights, sparse_roi_align
 from backbones.layers import FrozenBatchNorm
 from backbones.regions import RegionPool
@@ -227,7 +227,7 @@ def test_the_learning_rate_follows_the_3x_schedule(cases):
 def test_a_batch_is_padded_with_zeros_to_its_largest_height_and_width(cases):
     case = cases["image_list"]
     images = [x[:, :h, :w] for x, (h, w) in zip(case["tensor"], case["image_sizes"], strict=True)]
-    transform = NetworkTransform(32, 64, Preprocessing(), DETECTRON2)
+    transform = NetworkTransform(32, 64, IMAGENET, DETECTRON2)
     assert torch.equal(transform.batch_images(images, transform.size_divisible), case["tensor"])
 
 

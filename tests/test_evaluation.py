@@ -8,15 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from detector.evaluation import (
-    COCO_METRICS,
-    check_results,
-    evaluate_coco,
-    evaluate_voc,
-    format_coco,
-    format_voc,
-    load_results,
-)
+from detector.evaluation.coco import COCO_METRICS, check_results, evaluate_coco, format_coco, load_results
+from detector.evaluation.voc import evaluate_voc, format_voc
 
 # fmt: off
 VOC_CLASSES = (

@@ -15,7 +15,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
-from backbones import Preprocessing, backbone_options, create_backbone
+from backbones import IMAGENET, Preprocessing, backbone_options, create_backbone
 from detector import build_faster_rcnn, build_model
 from detector.config import ModelConfig
 from detector.model.anchors import MapAnchors, check_anchor_sizes
@@ -220,7 +220,7 @@ def test_the_longest_image_keeps_a_pixel():
 
 
 def test_plain_images_and_boxes_go_through_as_in_torchvisions_transform():
-    default = Preprocessing()
+    default = IMAGENET
     ours = NetworkTransform(64, 96, default, TORCHVISION)
     theirs = GeneralizedRCNNTransform(64, 96, list(default.mean), list(default.std))
     images, targets = batch((50, 61), (200, 100), (64, 96))
@@ -250,7 +250,7 @@ def test_preprocessing_is_the_weights_channel_order_and_scale(tiny_backbone):
     image = torch.rand(3, 64, 96)
     expected = torch.stack([(image[2 - c] * 255 - mean[c]) / std[c] for c in range(3)])
     torch.testing.assert_close(transform([image])[0].tensors[0], expected)
-    transform.set_preprocessing(Preprocessing())
+    transform.set_preprocessing(IMAGENET)
     expected = (image - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
         [0.229, 0.224, 0.225]
     ).view(3, 1, 1)

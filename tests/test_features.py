@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from backbones import Preprocessing
+from backbones import IMAGENET
 from detector import Detector
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, save_checkpoint
@@ -371,5 +371,5 @@ def test_wrong_arguments_are_refused(extract, pictures, tmp_path, monkeypatch, a
 def test_the_weights_own_preprocessing_is_used(checkpoint, picture):
     caffe = Detector.load(Checkpoint(checkpoint.state_dict, checkpoint.config, NAMES, CAFFE_RESNET), "cpu")
     boxes = random_boxes(2)
-    usual = Detector.load(Checkpoint(checkpoint.state_dict, checkpoint.config, NAMES, Preprocessing()), "cpu")
+    usual = Detector.load(Checkpoint(checkpoint.state_dict, checkpoint.config, NAMES, IMAGENET), "cpu")
     assert not torch.allclose(caffe.features(picture, boxes), usual.features(picture, boxes))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones import Backbone, Preprocessing, create_backbone
+from backbones import IMAGENET, Backbone, create_backbone
 from backbones.inception import CAFFE_INCEPTION, CAFFE_NAMES
 from backbones.summary import count_parameters, multiply_accumulates
 from backbones.weights import rename
@@ -195,9 +195,7 @@ def test_a_file_under_caffes_names_brings_caffes_preprocessing_and_one_of_ours_d
     stem = state["conv1_7x7_s2.weight"].float()
     assert torch.equal(theirs.trunk.stage1.conv1.weight, stem)
     torch.save(theirs.state_dict(), tmp_path / "ours.pth")
-    assert (
-        create_backbone("bn_inception", weights=str(tmp_path / "ours.pth")).preprocessing == Preprocessing()
-    )
+    assert create_backbone("bn_inception", weights=str(tmp_path / "ours.pth")).preprocessing == IMAGENET
 
 
 @pytest.mark.parametrize(

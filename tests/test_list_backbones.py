@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision
 
-from backbones import Preprocessing, create_backbone, list_backbones
+from backbones import IMAGENET, create_backbone, list_backbones
 from backbones.summary import Summary, count_parameters, multiply_accumulates, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def test_a_summary_is_what_a_detector_pays():
         head_macs=facts[1].head_macs,
         weights=("imagenet_v1", "imagenet_v2"),
         norms=("batch", "frozen", "group"),
-        preprocessing=Preprocessing(),
+        preprocessing=IMAGENET,
     )
 
 

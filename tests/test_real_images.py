@@ -27,7 +27,7 @@ def test_eight_photographs_of_coco128_are_learned_by_heart(shared, tmp_path):
     [("bccd_resnet18.yaml", "bccd", (205, 87)), ("foda_resnet18.yaml", "foda", (1240, 310))],
 )
 def test_the_recipes_read_the_real_sets(shared, config_name, folder, num_images):
-    from detector.data import build_dataset
+    from detector.data.sources import build_dataset
 
     config = load_config(CONFIGS / config_name, [f"data.root={shared / 'data' / folder}"])
     train_set = build_dataset(config.data, "train")

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from detector.config import AugmentConfig
-from detector.data import DetectionDataset
+from detector.data.dataset import DetectionDataset
 from detector.data.loader import EvalBatches, TrainBatches, TransformedDataset, build_loader
 from detector.data.transforms import EvalTransform, TrainTransform, clip_boxes, resize
 from detector.model.network_input import network_size

@@ -17,17 +17,10 @@ from pathlib import Path
 
 from detector.checkpoint import Checkpoint, load_checkpoint
 from detector.command_line import exit_status, make_parser
-from detector.convert import (
-    SOURCES,
-    BackboneWeights,
-    convert_file,
-    detectron2_settings,
-    export_detectron2,
-    other_conventions,
-    read_class_names,
-    save_converted,
-    save_detectron2,
-)
+from detector.convert import SOURCES, convert_file
+from detector.convert.class_names import read_class_names
+from detector.convert.converted import BackboneWeights, save_converted
+from detector.convert.export import EXPORTS
 
 
 def main() -> int:
@@ -37,7 +30,7 @@ def main() -> int:
         "overrides", nargs="*", metavar="key=value", help="settings of the detector, as model.min_size=600"
     )
     parser.add_argument("--from", dest="source", choices=SOURCES, help="what wrote FILE (default: guessed)")
-    parser.add_argument("--to", choices=("detectron2",), help="FILE is ours: write it under these names")
+    parser.add_argument("--to", choices=EXPORTS, help="FILE is ours: write it under these names")
     parser.add_argument("--output", required=True, metavar="OUT", help=".safetensors; with --to .pkl or .pth")
     parser.add_argument(
         "--class-names", metavar="FILE", help="one a line or a JSON list (default: COCO's 80, VOC's 20)"
@@ -68,15 +61,7 @@ def convert(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     if args.source or args.overrides or args.class_names or args.backbone:
         raise ValueError("--to takes a checkpoint of ours and --output alone")
-    checkpoint = load_checkpoint(args.file)
-    state = export_detectron2(checkpoint, args.file)
-    save_detectron2(args.output, state)
-    print(f"{args.output}: {len(state)} tensors, for a C4 config of Detectron2 with")
-    for name, value in detectron2_settings(checkpoint).items():
-        print(f"  {name} {value}")
-    differing = other_conventions(checkpoint)
-    if differing:
-        print(f"its numbers there will differ, since it was trained with {', '.join(differing)}")
+    print(*EXPORTS[args.to](load_checkpoint(args.file), args.file, args.output), sep="\n")
 
 
 def describe(result: Checkpoint | BackboneWeights, output: str) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from detector.checkpoint import load_checkpoint
 from detector.command_line import DEVICE_HELP, exit_status, make_parser
 from detector.config import load_config
-from detector.data import build_dataset
+from detector.data.sources import build_dataset
 from detector.evaluate import Evaluation, score
-from detector.evaluation import format_coco, format_voc, load_results
+from detector.evaluation.coco import format_coco, load_results
+from detector.evaluation.voc import format_voc
 from detector.files import write_json
 from detector.inference import choose_device
 from detector.model.speed import apply_speed

@@ -21,7 +21,7 @@ import sys
 
 from detector.command_line import DEVICE_HELP, PATHS_HELP, exit_status, make_parser, report_skipped
 from detector.config import split_overrides
-from detector.data import list_images
+from detector.data.images import list_images
 from detector.extraction import FORMATS, extract_features
 from detector.features import REGIONS
 

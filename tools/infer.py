@@ -15,7 +15,7 @@ from detector import Detector
 from detector.checkpoint import load_checkpoint
 from detector.command_line import DEVICE_HELP, PATHS_HELP, exit_status, make_parser, report_skipped
 from detector.config import split_overrides
-from detector.data import list_images, load_image
+from detector.data.images import list_images, load_image
 from detector.files import write_atomically, write_json
 from detector.inference import choose_device
 from detector.names import drawing_paths

@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from backbones import Preprocessing, list_backbones
+from backbones import IMAGENET, Preprocessing, list_backbones
 from backbones.messages import nearest
 from backbones.summary import Summary, summarize
 from detector.command_line import exit_status, make_parser
@@ -90,7 +90,7 @@ def row(summary: Summary) -> tuple[object, ...]:
 
 def describe(preprocessing: Preprocessing) -> str:
     """Preprocessing for the eye."""
-    if preprocessing == Preprocessing():
+    if preprocessing == IMAGENET:
         return "ImageNet"
     mean, std = (" ".join(f"{v:g}" for v in values) for values in (preprocessing.mean, preprocessing.std))
     return f"({preprocessing.channel_order} * {preprocessing.scale:g} - ({mean})) / ({std})"

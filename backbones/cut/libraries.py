@@ -10,10 +10,11 @@ from torchvision.models import list_models
 
 from ..backbone import NUM_TRUNK_STAGES, Backbone, Preprocessing
 from ..layers import FrozenBatchNorm, norm_layer
-from ..messages import nearest
+from ..messages import check_choice, nearest
 from ..registry import register_library
 from ..weights import (
     DEFERRED,
+    import_timm,
     load_into,
     published_weights,
     read_state_dict,
@@ -34,11 +35,7 @@ def torchvision_names() -> list[str]:
 
 
 def timm_names() -> list[str]:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError('backbones of the name "timm/..." need timm; run: pip install timm') from error
-    return timm.list_models()
+    return import_timm().list_models()
 
 
 @register_library("torchvision", names=torchvision_names)
@@ -78,8 +75,7 @@ def cut_classifier(
     norm: "batch" leaves the network's norms as they are, "frozen" freezes its batch norms (with weights only).
     frozen_stages: stages 1..frozen_stages take no gradient and keep their statistics.
     """
-    if norm not in CUT_NORMS:
-        raise ValueError(f"norm is {norm!r}; {nearest(norm, CUT_NORMS)}")
+    check_choice("norm", norm, CUT_NORMS)
     norm_layer(norm, weights)  # frozen norms of random weights are refused
     tag = _tag(name, weights, published)
     try:
@@ -131,16 +127,11 @@ def _freeze(backbone: Backbone, num_stages: int) -> Backbone:
 
 def freeze_norms(network: nn.Module, name: str) -> None:
     """Replace each batch norm by a frozen one with its statistics."""
-    norms = [
-        (parent, key, child)
-        for parent in network.modules()
-        for key, child in parent.named_children()
-        if isinstance(child, nn.BatchNorm2d)
-    ]
+    norms = [path for path, layer in network.named_modules() if isinstance(layer, nn.BatchNorm2d)]
     if not norms:
         raise ValueError(f"norm is 'frozen', but {name} has no batch norm to freeze; accepted: 'batch'")
-    for parent, key, norm in norms:
-        setattr(parent, key, frozen_norm(norm))
+    for path in norms:
+        network.set_submodule(path, frozen_norm(network.get_submodule(path)))
 
 
 @torch.no_grad()

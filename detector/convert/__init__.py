@@ -3,50 +3,28 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from .class_names import read_class_names
+from backbones.messages import check_choice
+
 from .classifier import convert_classifier, is_resnet_classifier
-from .converted import BackboneWeights, Converted, save_converted
-from .detectron2 import convert_detectron2, detectron2_to_ours, is_detectron2, ours_to_detectron2
-from .export import detectron2_settings, export_detectron2, other_conventions, save_detectron2
+from .converted import Converted
+from .detectron2 import convert_detectron2, is_detectron2
 from .mmdetection import convert_mmdetection, is_mmdetection
 from .msra import convert_msra, is_msra
 from .read import ForeignFile, read_foreign
 from .refused import reason, refuse
 
-__all__ = [
-    "SOURCES",
-    "BackboneWeights",
-    "Converted",
-    "convert_file",
-    "detectron2_settings",
-    "detectron2_to_ours",
-    "export_detectron2",
-    "guess_source",
-    "other_conventions",
-    "ours_to_detectron2",
-    "read_class_names",
-    "save_converted",
-    "save_detectron2",
-]
-
-# Each program's converter, and the options that it takes.
-_CONVERTERS: dict[str, tuple[Callable[..., Converted], tuple[str, ...]]] = {
-    "detectron2": (convert_detectron2, ("class_names", "overrides")),
-    "msra": (convert_msra, ()),
-    "mmdetection": (convert_mmdetection, ("class_names", "overrides")),
-    "jwyang": (refuse, ()),
-    "torchvision": (convert_classifier, ("backbone",)),
-    "timm": (convert_classifier, ("backbone",)),
+Recognise = Callable[[set[str]], bool] | None
+# Whether a file is of a program by the names of its tensors (None: it must be said), the converter, and its options.
+# torchvision's and timm's ResNets have the same names.
+_SOURCES: dict[str, tuple[Recognise, Callable[..., Converted], tuple[str, ...]]] = {
+    "detectron2": (is_detectron2, convert_detectron2, ("class_names", "overrides")),
+    "msra": (is_msra, convert_msra, ()),
+    "mmdetection": (is_mmdetection, convert_mmdetection, ("class_names", "overrides")),
+    "jwyang": (None, refuse, ()),
+    "torchvision": (is_resnet_classifier, convert_classifier, ("backbone",)),
+    "timm": (None, convert_classifier, ("backbone",)),
 }
-SOURCES = tuple(_CONVERTERS)
-
-# Asked in this order; torchvision's and timm's ResNets have the same names.
-_RECOGNISED: dict[str, Callable[[set[str]], bool]] = {
-    "detectron2": is_detectron2,
-    "msra": is_msra,
-    "mmdetection": is_mmdetection,
-    "torchvision": is_resnet_classifier,
-}
+SOURCES = tuple(_SOURCES)
 
 
 def guess_source(file: ForeignFile, *, is_classifier: bool = False) -> str:
@@ -57,8 +35,8 @@ def guess_source(file: ForeignFile, *, is_classifier: bool = False) -> str:
     why_not = reason(names)
     if why_not is not None:
         raise ValueError(f"{file.path}: {why_not}")
-    for source, recognises in _RECOGNISED.items():
-        if recognises(names):
+    for source, (recognise, _, _) in _SOURCES.items():
+        if recognise is not None and recognise(names):
             return source
     if is_classifier:
         return "torchvision"
@@ -80,14 +58,14 @@ def convert_file(
 
     class_names, overrides: of a detector. backbone: the name of a classifier's network where it is no ResNet.
     """
-    if source is not None and source not in SOURCES:
-        raise ValueError(f"source is {source!r}; accepted: {', '.join(SOURCES)}")
+    if source is not None:
+        check_choice("source", source, SOURCES)
     file = read_foreign(path)
     if source is None:
         source = guess_source(file, is_classifier=backbone is not None)
     options = {"class_names": class_names, "overrides": overrides, "backbone": backbone}
     given = {name: value for name, value in options.items() if value}
-    convert, accepted = _CONVERTERS[source]
+    _, convert, accepted = _SOURCES[source]
     if wrong := [name for name in given if name not in accepted]:
         kind = "a detector, whose network is read from it" if "class_names" in accepted else "a classifier"
         raise ValueError(f"{path} is {kind}, of {source}: it takes no {' and '.join(wrong)}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbones import Preprocessing
+from backbones import IMAGENET, Preprocessing
 from backbones.messages import misfit
 
 from ..build import build_model
@@ -29,7 +29,7 @@ class BackboneWeights:
 
     state_dict: dict[str, Tensor]
     backbone: dict[str, Any]
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = IMAGENET
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The way back: a C4 detector of ours under Detectron2's names, and what Detectron2's config must say beside it."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,18 @@ def other_conventions(checkpoint: Checkpoint) -> list[str]:
         for name, value in DETECTRON2
         if getattr(ours, name) != value and name != "anchor_order"
     ]
+
+
+def write_detectron2(checkpoint: Checkpoint, source: str, output: str) -> list[str]:
+    """Write a detector for Detectron2; gives what its config must say, and what will differ there, a line each."""
+    state = export_detectron2(checkpoint, source)
+    save_detectron2(output, state)
+    lines = [f"{output}: {len(state)} tensors, for a C4 config of Detectron2 with"]
+    lines += [f"  {name} {value}" for name, value in detectron2_settings(checkpoint).items()]
+    if differing := other_conventions(checkpoint):
+        lines.append(f"its numbers there will differ, since it was trained with {', '.join(differing)}")
+    return lines
+
+
+# What `--to` takes: a function that writes the checkpoint read from `source` to `output`, and gives lines to print.
+EXPORTS: dict[str, Callable[[Checkpoint, str, str], list[str]]] = {"detectron2": write_detectron2}

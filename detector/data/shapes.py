@@ -202,7 +202,10 @@ def _place(
         mask = _cover(outline, size)
         box = _tight_box(mask >= _HALF)
         whole = np.prod(np.ptp(outline, axis=0))
-        if box is not None and _visible_share(box, whole) > 0.55 and _largest_overlap(box, boxes) < 0.1:
+        if box is None or _largest_overlap(box, boxes) >= 0.1:
+            continue
+        # Most of it lies inside the picture.
+        if (box[2] - box[0]) * (box[3] - box[1]) / whole > 0.55:
             return label, outline, mask, box
     return None
 
@@ -241,11 +244,6 @@ def _tight_box(covered: np.ndarray) -> tuple[int, int, int, int] | None:
     if not len(columns):
         return None
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-def _visible_share(box: tuple[int, int, int, int], whole: float) -> float:
-    x1, y1, x2, y2 = box
-    return (x2 - x1) * (y2 - y1) / whole
 
 
 def _largest_overlap(box: tuple[int, int, int, int], boxes: np.ndarray) -> float:

@@ -98,7 +98,8 @@ def check_results(results: list[dict], ground_truth: dict | None = None) -> None
     if not isinstance(results, list):
         keys = ", ".join(RESULT_KEYS)
         raise ValueError(f"results are a {type(results).__name__}; accepted is a list of dicts with {keys}")
-    accepted = {} if ground_truth is None else _accepted_ids(ground_truth)
+    sections = {} if ground_truth is None else {"image_id": "images", "category_id": "categories"}
+    accepted = {key: dict.fromkeys(e["id"] for e in ground_truth[name]) for key, name in sections.items()}
     for index, result in enumerate(results):
         fault = _fault(result, accepted)
         if fault:
@@ -121,14 +122,6 @@ def class_names_by_id(ground_truth: dict) -> dict[int, str]:
     if len(set(names.values())) < len(ground_truth["categories"]):
         raise ValueError(f"ids and names of categories must be unique, got {ground_truth['categories']}")
     return names
-
-
-def _accepted_ids(ground_truth: dict) -> dict[str, dict]:
-    """Per key of a result, the ids that it may have (as a dict's keys, in the order of the ground truth)."""
-    return {
-        "image_id": dict.fromkeys(image["id"] for image in ground_truth["images"]),
-        "category_id": dict.fromkeys(category["id"] for category in ground_truth["categories"]),
-    }
 
 
 def _fault(result: Any, accepted: Mapping[str, dict]) -> str | None:
