@@ -6,7 +6,7 @@ import torch
 
 
 def _check_torchvision() -> None:
-    """Raise an ImportError that names the matching pair where torchvision's operators cannot load."""
+    """Raise an ImportError that names the torch version which torchvision needs, where its operators cannot load."""
     try:
         import torchvision  # noqa: F401
 

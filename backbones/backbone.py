@@ -16,17 +16,20 @@ from .regions import Regions
 
 NUM_TRUNK_STAGES = 4
 NUM_STAGES = 5
-CROP = 14  # bins of a region along each axis, as the head takes it
-# Regions whose activations are held at once where they are recomputed. Each part projects the map anew: 24 GMAC of the
-# 1,600 of a ResNet-101's step on 512 regions.
+# Bins along each axis of a region that enters the head.
+CROP = 14
+# The most regions whose activations are held at once when the head recomputes them. Each part projects the map again:
+# 24 of the 1,600 GMAC of a ResNet-101's step on 512 regions.
 CHECKPOINTED_REGIONS = 128
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network's weights expect of an image: `(image * scale - mean) / std`, per channel.
+    """The preprocessing that a network's weights expect: `(image * scale - mean) / std`, per channel.
 
-    `image` is float RGB in [0, 1]; `mean` and `std` stand in `channel_order` and in the units of `image * scale`.
+    `image` is float RGB in [0, 1]. `mean` and `std` are in `channel_order`, in the units of `image * scale`.
+    Raises a ValueError for an unknown channel order, for a mean or std that is not three numbers, and for a std or scale
+    that is not positive.
     """
 
     mean: tuple[float, ...]
@@ -35,7 +38,8 @@ class Preprocessing:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std"):  # lists, as JSON has them, are tuples here
+        # JSON gives lists; they become tuples.
+        for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_choice("channel_order", self.channel_order, ("rgb", "bgr"))
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0 or self.scale <= 0:
@@ -54,8 +58,10 @@ def _freeze(stage: nn.Module) -> None:
 class Trunk(nn.Module):
     """Stages 1-4, run once per image: (N, 3, H, W) -> (N, C4, ceil(H/16), ceil(W/16)).
 
-    A frozen stage takes no gradient, and its batch norms stay in evaluation mode whatever `train()` is told:
-    without that, running statistics of frozen layers drift with the training images.
+    DenseNets round down where the other families round up.
+
+    A frozen stage takes no gradient. Its batch norms stay in evaluation mode after `train()`: otherwise their running
+    statistics would drift with the training images.
     """
 
     def __init__(self, stages: list[nn.Module], out_channels: int) -> None:
@@ -86,6 +92,7 @@ class Trunk(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, C4, ceil(H/16), ceil(W/16))"""
         features = images
         for stage in self.stages:
             features = run_blocks(stage, features, self.activation_checkpointing)
@@ -95,8 +102,8 @@ class Trunk(nn.Module):
 class RoIHead(nn.Module):
     """Stage 5 and average pooling, run once per region: (R, C4, 14, 14) -> (R, C5).
 
-    Of `Regions`, the 1x1 convolutions that open stage 5 run on the shared map (`shared_projection = False` crops
-    first, as the definition does).
+    When the head gets `Regions`, the 1x1 convolutions that open stage 5 run on the shared map. With
+    `shared_projection = False` the head crops first, as the definition does.
     """
 
     def __init__(self, stage5: nn.Sequential, out_channels: int) -> None:
@@ -109,6 +116,7 @@ class RoIHead(nn.Module):
         use_folding(self)
 
     def freeze(self) -> None:
+        """Freeze stage 5."""
         self.frozen = True
         _freeze(self.stage5)
 
@@ -119,7 +127,9 @@ class RoIHead(nn.Module):
         return self
 
     def forward(self, regions: Tensor) -> Tensor:
-        if not len(regions):  # many networks refuse an empty batch
+        """(R, C4, 14, 14), a tensor or `Regions` -> (R, C5)"""
+        # Many networks refuse an empty batch.
+        if not len(regions):
             source = regions.features if isinstance(regions, Regions) else regions
             return source.sum() + source.new_zeros(0, self.out_channels)
         if not isinstance(regions, Regions):
@@ -129,14 +139,17 @@ class RoIHead(nn.Module):
         elif self.activation_checkpointing and has_gradients(self.stage5) and not self._draws_statistics():
             parts = regions.parts(CHECKPOINTED_REGIONS)
             vectors = [recomputed(self.stage5, self._vectors, part) for part in parts]
-        else:  # batch statistics are of all regions, and a gradient keeps every part's activations: no parts
+        else:
+            # No parts: batch statistics need all regions, and gradients keep the activations of every part anyway.
             vectors = [self._vectors(regions, self.activation_checkpointing)]
         return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
     def _draws_statistics(self) -> bool:
+        """Whether a batch norm of stage 5 normalises with the batch's own statistics."""
         return any(isinstance(layer, _BatchNorm) and layer.training for layer in self.stage5.modules())
 
     def _vectors(self, regions: Tensor, checkpointing: bool = False) -> Tensor:
+        """(R, C4, 14, 14) -> (R, C5), all regions at once."""
         if isinstance(regions, Regions) and not self.shared_projection:
             regions = regions.crop()
         return self.pool(run_blocks(self.stage5, regions, checkpointing))
@@ -165,7 +178,7 @@ class Backbone(nn.Module):
         self.preprocessing = preprocessing or IMAGENET
 
     def freeze(self, num_stages: int) -> "Backbone":
-        """Freeze stages 1..num_stages of the five (1 is the stem, 2 is conv2_x)."""
+        """Freeze stages 1..num_stages of the five (1 is the stem, 2 is conv2_x). Others than 0..5 are a ValueError."""
         if not isinstance(num_stages, int) or not 0 <= num_stages <= NUM_STAGES:
             raise ValueError(f"frozen_stages is {num_stages!r}; accepted: 0 (none) to {NUM_STAGES} (all)")
         self.trunk.freeze(num_stages)
@@ -174,4 +187,5 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, C5)"""
         return self.roi_head(self.trunk(images))

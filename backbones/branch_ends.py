@@ -1,4 +1,4 @@
-"""What may end a residual branch: squeeze-excitation, shrinkage; and stochastic depth."""
+"""Layers at the end of a residual branch: squeeze-excitation, shrinkage and stochastic depth."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,26 +14,28 @@ REDUCTION = 16
 
 
 def squeeze_excitation(channels: int) -> SqueezeExcitation:
-    """x * sigmoid(fc2(relu(fc1(mean x)))), a factor a channel (Hu et al. 2018, arXiv 1709.01507), reduction 16.
+    """x * sigmoid(fc2(relu(fc1(mean x)))), one factor per channel, reduction 16 (Hu et al. 2018, arXiv 1709.01507).
 
-    At least four channels are squeezed into, as the narrowest published unit has: a narrower test network keeps them.
+    The squeeze keeps at least four channels, as many as the narrowest published unit has. This matters to narrow test
+    networks only.
     """
     return SqueezeExcitation(channels, max(channels // REDUCTION, 4))
 
 
 class ThresholdNorm(nn.BatchNorm2d):
-    """Batch norm of one vector an image or region.
+    """Batch norm of one vector per image or region.
 
-    A single vector has no variance: in training it is normalised by the running statistics, and these stay.
+    A single vector has no variance. In training it is normalised by the running statistics, which it does not update.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, 1, 1) -> (N, C, 1, 1)"""
         if self.training and len(x) < 2:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
 
 
-# Group norm of two channels at one position would leave only signs: all channels are one group there.
+# All channels are one group here: in groups of two channels at one position, a norm would leave only signs.
 THRESHOLD_NORMS: dict[str, Callable[[int], nn.Module]] = {
     **NORMS,
     "batch": ThresholdNorm,
@@ -42,18 +44,19 @@ THRESHOLD_NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
-    """sign(x) max(|x| - t, 0)"""
+    """sign(x) max(|x| - t, 0), x (N, C, H, W) and t (N, C, 1, 1) or (N, 1, 1, 1) -> (N, C, H, W)."""
     return torch.sign(x) * F.relu(x.abs() - threshold)
 
 
 class Shrinkage(nn.Module):
     """Soft thresholding with learned thresholds (Zhao et al., IEEE Transactions on Industrial Informatics 2020).
 
-    t = mean|x| sigmoid(fc2(relu(norm(fc1(mean|x|))))), so 0 <= t <= mean|x|. Channel-wise: means over positions, a
-    threshold a channel; channel-shared: the mean over positions and channels, one threshold an image or region.
+    t = mean|x| sigmoid(fc2(relu(norm(fc1(mean|x|))))), so 0 <= t <= mean|x|. Channel-wise, the means run over positions
+    and each channel has a threshold. Channel-shared, the factor is one mean over positions and channels, and each image
+    or region has one threshold.
 
-    Batch norm is published. It sees one vector an image, so a trunk trained on one or two images a batch learns more
-    with norm="group" or "frozen".
+    The paper uses batch norm. Batch norm sees one vector per image, so a trunk that is trained on one or two images per
+    batch learns more with norm="group" or "frozen".
     """
 
     def __init__(self, channels: int, norm: str, channel_shared: bool) -> None:
@@ -69,16 +72,17 @@ class Shrinkage(nn.Module):
         self.share = nn.Sequential(layers)
 
     def thresholds(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, 1, 1), or (N, 1, 1, 1) where channels share one."""
+        """(N, C, H, W) -> (N, C, 1, 1), or (N, 1, 1, 1) where channels share a threshold."""
         mean = x.abs().mean((2, 3), keepdim=True)
         share = self.share(mean)
         return share * (mean.mean(1, keepdim=True) if self.channel_shared else mean)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)"""
         return soft_threshold(x, self.thresholds(x))
 
 
-# name -> layers that follow the branch's last convolution, from its channels and the norm's name
+# name -> a function that makes the layers behind the last convolution, from the number of channels and the norm's name
 BRANCH_ENDS: dict[str | None, Callable[[int, str], dict[str, nn.Module]]] = {
     None: lambda channels, norm: {},
     "se": lambda channels, norm: {"se": squeeze_excitation(channels)},
@@ -89,7 +93,10 @@ BRANCH_ENDS: dict[str | None, Callable[[int, str], dict[str, nn.Module]]] = {
 
 
 def linear_rule(last: float, depths: tuple[int, ...]) -> list[list[float]]:
-    """Probabilities of dropping, stage by stage: l / L of the last block's for block l of L (Huang et al. 2016)."""
+    """Drop probabilities, one list per stage: last * l / L for block l of L (Huang et al. 2016).
+
+    `last` outside [0, 1) is a ValueError.
+    """
     if not 0 <= last < 1:
         raise ValueError(f"stochastic_depth is {last!r}; accepted: 0 (none) to below 1, of the last unit")
     drops = iter([last * block / sum(depths) for block in range(1, sum(depths) + 1)])
@@ -97,5 +104,8 @@ def linear_rule(last: float, depths: tuple[int, ...]) -> list[list[float]]:
 
 
 def stochastic_depth(drop: float) -> dict[str, nn.Module]:
-    """The branch dropped with that probability, an image or region at a time, and scaled to keep its expectation."""
+    """The layer that drops the branch of an image or region with probability `drop`; empty at 0.
+
+    It scales the branches that stay, so that their expectation does not change.
+    """
     return {"drop": StochasticDepth(drop, "row")} if drop else {}

@@ -1,6 +1,7 @@
-"""ResNets for 32x32 pictures, of He et al. 2015 (arXiv 1512.03385) and 2016 (1603.05027): classification only.
+"""CIFAR ResNets for 32x32 images (He et al. 2015, arXiv 1512.03385, and 2016, arXiv 1603.05027): classification only.
 
-Three stages of 16, 32 and 64 channels at strides 1, 2 and 4: there is no stride 16, so they are not in the registry.
+They have three stages, of 16, 32 and 64 channels at strides 1, 2 and 4. They have no stride 16, so they are not in the
+registry.
 """
 
 from collections import OrderedDict
@@ -12,13 +13,14 @@ from .folding import use_folding
 from .layers import conv, init_weights, norm_layer
 from .residual import ORIGINAL, BlockOptions, basic, bottleneck, residual_stage
 
-CIFAR_DEPTHS = (20, 32, 44, 56, 110, 164, 1001)  # of the papers; from 164 on of bottlenecks
+# The depths in the papers. From 164 on the units are bottlenecks.
+CIFAR_DEPTHS = (20, 32, 44, 56, 110, 164, 1001)
 CIFAR_WIDTHS = (16, 32, 64)
 _LAYERS_PER_UNIT = {basic: 2, bottleneck: 3}
 
 
 def _depths(depth: int, convs: object) -> tuple[int, int, int]:
-    """Units of each stage: 6n + 2 layers of basic blocks, 9n + 2 of bottlenecks."""
+    """The number of units in each stage: n, where the depth is 6n + 2 (basic blocks) or 9n + 2 (bottlenecks)."""
     layers = 3 * _LAYERS_PER_UNIT[convs]
     if not isinstance(depth, int) or depth < layers + 2 or (depth - 2) % layers:
         raise ValueError(
@@ -41,12 +43,15 @@ def cifar_resnet(
     norm: str = "batch",
     gate_bias: float = -6.0,
 ) -> nn.Sequential:
-    """(N, 3, 32, 32) -> (N, num_classes) logits.
+    """A CIFAR ResNet: (N, 3, 32, 32) -> (N, num_classes) logits. A value that is not accepted is a ValueError.
 
-    He's published 164 and 1001 layers are `cifar_resnet(164, order="full_preactivation", shortcut="B")`.
+    He's published networks with 164 and 1001 layers are `cifar_resnet(164, order="full_preactivation", shortcut="B")`
+    and the same with 1001. In the pre-activation orders both paths of the first unit start behind the stem's norm and
+    ReLU.
 
-    bottlenecks: None as in the papers, from 164 layers on. The other options are those of `resnet`.
-    In the pre-activation orders both paths of the first unit start behind the stem's norm and ReLU.
+    depth: 6n + 2 layers of basic blocks, or 9n + 2 of bottlenecks.
+    bottlenecks: whether the units are bottlenecks; None: as in the papers, from 164 layers on.
+    The other options are those of `resnet`.
     """
     deep = isinstance(depth, int) and depth >= 164
     convs = bottleneck if (deep if bottlenecks is None else bottlenecks) else basic

@@ -13,12 +13,13 @@ from .registry import register_variants
 from .weights import is_published, load_weights
 
 Norm = Callable[[int], nn.Module]
-BOTTLENECK = 4  # channels of a layer's 1x1, in growth rates (DenseNet-B)
+# Channels of a layer's 1x1 convolution, in growth rates (DenseNet-B).
+BOTTLENECK = 4
 FULL_WIDTH = 64
 
 
 class DenseLayer(nn.Module):
-    """[x, f(x)]: a dense layer adds its `growth` channels to all that came before it."""
+    """[x, f(x)]: a dense layer appends `growth` channels to its input."""
 
     def __init__(self, in_channels: int, growth: int, norm: Norm) -> None:
         super().__init__()
@@ -33,6 +34,7 @@ class DenseLayer(nn.Module):
         self.branch = nn.Sequential(layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C + growth, H, W)"""
         return torch.cat((x, self.branch(x)), dim=1)
 
 
@@ -42,7 +44,7 @@ def dense_block(in_channels: int, depth: int, growth: int, norm: Norm) -> nn.Seq
 
 
 def transition(in_channels: int, norm: Norm) -> nn.Sequential:
-    """The layers between two blocks, without the pool: half as many channels (DenseNet-C)."""
+    """The layers between two blocks, without the pool: (N, C, H, W) -> (N, C // 2, H, W) (DenseNet-C)."""
     layers = OrderedDict(
         norm=norm(in_channels), relu=nn.ReLU(inplace=True), conv=conv(in_channels, in_channels // 2, 1)
     )
@@ -57,7 +59,7 @@ def halve() -> nn.AvgPool2d:
 def dense_stages(
     growth: int, depths: tuple[int, int, int, int], norm: Norm
 ) -> tuple[list[nn.Sequential], int, int]:
-    """The five stages, C4 and C5. The last transition ends stage 4: its pool opens stage 5."""
+    """The five stages, C4 and C5. The last transition ends stage 4, and its pool opens stage 5."""
     stem = 2 * growth
     out1 = stem + depths[0] * growth
     out2 = out1 // 2 + depths[1] * growth
@@ -94,7 +96,7 @@ def dense_stages(
     return [nn.Sequential(layers) for layers in stages], c4, c5
 
 
-# torchvision's parameter names -> ours; the files that it publishes say "norm.1" for "norm1".
+# torchvision's parameter names -> ours. The published files write "norm.1" in place of "norm1".
 TORCHVISION_NAMES = (
     (r"\.(norm|relu|conv)\.([12])\.", r".\1\2."),
     (r"^features\.(conv0|norm0)\.", r"trunk.stage1.\1."),
@@ -107,9 +109,8 @@ TORCHVISION_NAMES = (
     (r"^features\.denseblock4\.", "roi_head.stage5.block."),
     (r"^features\.norm5\.", "roi_head.stage5.norm."),
 )
-TORCHVISION_NAMES += tuple(  # they count layers from 1, we from 0
-    (rf"\.block\.denselayer{k + 1}\.", f".block.{k}.branch.") for k in range(48)
-)
+# torchvision counts layers from 1, we count from 0.
+TORCHVISION_NAMES += tuple((rf"\.block\.denselayer{k + 1}\.", f".block.{k}.branch.") for k in range(48))
 
 
 def densenet(
@@ -122,11 +123,15 @@ def densenet(
     weights: str | None = None,
     frozen_stages: int = 0,
 ) -> Backbone:
-    """DenseNet-BC: a stem of two growth rates, and blocks of `depths` layers.
+    """DenseNet-BC: a stem with 2 * growth channels, and blocks of `depths` layers.
 
-    trunk: (N, 3, H, W) -> (N, C4, h, w) with h = floor(floor(ceil(H/4) / 2) / 2), and so w: the published network's
-    averages drop an odd last row, where other families round up. At a multiple of 16, as a detector pads to, h = H/16.
+    trunk: (N, 3, H, W) -> (N, C4, h, w) with h = floor(floor(ceil(H/4) / 2) / 2), and w likewise. The published
+    network's average pools drop an odd last row, where other families round up. At a multiple of 16, h = H/16;
+    detectors pad to such sizes.
 
+    A value that is not accepted is a ValueError.
+
+    growth: channels that each layer adds.
     width: 64 is the published network; every number of channels is multiplied by width / 64.
     norm: "batch", "group", or "frozen" (with weights only).
     weights: None, a published name ("imagenet_v1": torchvision's), or a file; "deferred" promises a later

@@ -1,4 +1,4 @@
-"""A norm of fixed statistics as part of the convolution before it, in training and for inference."""
+"""Fold a batch norm with fixed statistics into the convolution before it, in training and for inference."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,15 +12,17 @@ from .kernels.gradients import conv2d
 
 
 class FoldingSequential(nn.Sequential):
-    """A sequence that computes the same with less work while gradients are taken.
+    """An `nn.Sequential` that computes the same with less work while gradients are enabled.
 
-    A convolution and the frozen norm behind it run as conv(x, w * scale) + shift: no pass of the norm over the map, no
-    copies of it kept. `fold_norms = False` leaves the norm apart. Without gradients it is an `nn.Sequential`.
+    A convolution and the frozen norm behind it run as conv(x, w * scale) + shift. That saves the norm's pass over the
+    map and the copies it would keep. `fold_norms = False` leaves the norm apart. Without gradients the layers run as
+    in any `nn.Sequential`.
     """
 
     fold_norms = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W')"""
         for step in self._steps() if torch.is_grad_enabled() else self:
             x = step(x)
         return x
@@ -41,9 +43,9 @@ class FoldingSequential(nn.Sequential):
 
 
 def use_folding(module: nn.Module) -> None:
-    """Make every plain `nn.Sequential` in `module` a `FoldingSequential`, as torch's lazy modules change their class.
+    """Turn every plain `nn.Sequential` in `module` into a `FoldingSequential`; layers, names and hooks stay.
 
-    The layers, their names and the hooks stay.
+    Only the class of the object changes, as in torch's lazy modules.
     """
     for layers in module.modules():
         if type(layers) is nn.Sequential:
@@ -58,9 +60,9 @@ def set_folding(module: nn.Module, fold_norms: bool) -> None:
 
 
 def is_foldable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
-    """Whether norm(conv(x)) is one convolution, once the norm's statistics are fixed, and nobody listens in between.
+    """Whether norm(conv(x)) can run as one convolution once the norm's statistics are fixed; hooks forbid it.
 
-    timm's norms hold an activation, its convolutions standardise their weights: neither is folded.
+    timm's norms that hold an activation are not folded, nor are its convolutions that standardise their weights.
     """
     return (
         type(conv) is nn.Conv2d
@@ -72,9 +74,9 @@ def is_foldable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
 
 
 def fold(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that is norm(conv(x)), computed in `dtype` (None: the weights' own).
+    """Weight (C', C, kh, kw) and bias (C',) of the convolution that equals norm(conv(x)).
 
-    Gradients flow to the weights of both.
+    They are computed in `dtype` (None: the weights' own). Gradients flow to the weights of conv and norm.
     """
     tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     weight, bias, mean, variance, scale, shift = (t if t is None else t.to(dtype or t.dtype) for t in tensors)
@@ -84,7 +86,7 @@ def fold(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype | None = None) -> 
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
-    """Whether our `conv2d` may stand for the call of this layer."""
+    """Whether our `conv2d` may replace the call of this layer."""
     return (
         type(layer) is nn.Conv2d
         and layer.padding_mode == "zeros"
@@ -100,5 +102,5 @@ def _has_hooks(layer: nn.Module) -> bool:
 
 
 def _convolve(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """conv(x) with other weights."""
+    """conv(x) with another weight and bias, (N, C, H, W) -> (N, C', H', W')."""
     return conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)

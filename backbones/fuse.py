@@ -1,4 +1,4 @@
-"""The form of a network for inference: every norm that can be is part of the convolution before it."""
+"""Fuse a network for inference: fold its batch norms into the convolutions before them."""
 
 import copy
 
@@ -10,7 +10,10 @@ from .folding import fold, is_foldable
 
 
 def fuse(module: nn.Module) -> nn.Module:
-    """A copy for inference, with every batch norm folded into the convolution before it, in evaluation mode."""
+    """A copy for inference, in evaluation mode and without gradients.
+
+    Each batch norm that directly follows a convolution is folded into it.
+    """
     fused = copy.deepcopy(module).eval().requires_grad_(False)
     for parent in list(fused.modules()):
         if isinstance(parent, nn.Sequential):
@@ -21,6 +24,7 @@ def fuse(module: nn.Module) -> nn.Module:
 
 
 def _fold_sequence(layers: nn.Sequential) -> None:
+    """Fold each batch norm of a sequence into the convolution before it."""
     names = list(layers._modules)
     for name, following in zip(names[:-1], names[1:], strict=True):
         conv, norm = layers._modules.get(name), layers._modules[following]
@@ -30,7 +34,7 @@ def _fold_sequence(layers: nn.Sequential) -> None:
 
 
 def _fold_block(block: Block) -> None:
-    """The same in a piece of a graph; of timm's norms with an activation within, that stays."""
+    """Fold the batch norms of a traced block. A timm norm with an activation inside leaves its activation."""
     for conv, path in block.conv_norms:
         norm = block.get_submodule(path)
         _fold_into(block.get_submodule(conv), norm)
@@ -40,7 +44,7 @@ def _fold_block(block: Block) -> None:
 
 @torch.no_grad()
 def _fold_into(conv: nn.Conv2d, norm: nn.Module) -> None:
-    """Make `conv` compute norm(conv(x)). Float64 keeps the fold itself from costing precision."""
+    """Make `conv` compute norm(conv(x)). The fold runs in float64, so that it costs no precision."""
     weight, bias = fold(conv, norm, torch.float64)
     dtype, layout = conv.weight.dtype, torch.channels_last
     conv.weight = nn.Parameter(weight.to(dtype).contiguous(memory_format=layout), requires_grad=False)

@@ -1,6 +1,7 @@
 """BN-Inception (Ioffe & Szegedy 2015, arXiv 1502.03167) and SE-BN-Inception (Hu et al. 2017, arXiv 1709.01507).
 
-The form of the published Caffe networks: 3c and 4e halve the map, and every module's 5x5 is two 3x3.
+This is the form of the published Caffe networks: the units 3c and 4e halve the map, and two 3x3 convolutions replace
+each 5x5.
 """
 
 from collections import OrderedDict
@@ -17,13 +18,13 @@ from .weights import DEFERRED, is_published, load_weights, read_state_dict
 
 Norm = Callable[[int], nn.Module]
 FULL_WIDTH = 64
-# What the published Caffe weights were trained on: BGR from 0 to 255, less a mean.
+# The published Caffe weights expect BGR from 0 to 255, minus a mean.
 CAFFE_INCEPTION = Preprocessing(
     mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), channel_order="bgr", scale=255.0
 )
 
-# unit -> channels of the 1x1, the 3x3 (of its 1x1, of itself), the double 3x3 (likewise) and the pool's 1x1.
-# Without 1x1 and pool projection the unit halves the map, and the pooled input is the last branch.
+# unit -> channels of four branches: the 1x1, the 3x3 (its 1x1, its 3x3), the double 3x3 (likewise) and the pool's 1x1.
+# A unit with 0 for the 1x1 and the pool halves the map, and its last branch is the pooled input.
 UNITS = {
     "3a": (64, (64, 64), (64, 96), 32),
     "3b": (64, (64, 96), (64, 96), 64),
@@ -40,7 +41,7 @@ STAGES = {3: ("3a", "3b"), 4: ("3c", "4a", "4b", "4c", "4d"), 5: ("4e", "5a", "5
 
 
 class Inception(nn.Module):
-    """Branches side by side: end([branch(x), ...])."""
+    """Branches side by side: end(concatenation of branch(x) for every branch)."""
 
     def __init__(self, branches: dict[str, nn.Sequential], end: nn.Module) -> None:
         super().__init__()
@@ -48,11 +49,12 @@ class Inception(nn.Module):
         self.end = end
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H, W), or (N, C', ceil(H/2), ceil(W/2)) in a unit that halves."""
         return self.end(torch.cat([branch(x) for branch in self.branches.values()], dim=1))
 
 
 class Builder:
-    """What the layers of one network have in common: its norm, its width, biases before the norm, the units' end."""
+    """Makes the layers of one network from what they share: norm, width, biases before the norm, squeeze-excitation."""
 
     def __init__(self, norm: Norm, width: int, bias: bool, squeeze: bool) -> None:
         self.norm, self.width, self.bias, self.squeeze = norm, width, bias, squeeze
@@ -72,7 +74,7 @@ class Builder:
         return layers
 
     def branches(self, name: str, in_channels: int) -> dict[str, OrderedDict[str, nn.Module]]:
-        """The layers of a unit's branches, in the order of their channels."""
+        """The layers of a unit's branches, in the order in which their outputs are concatenated."""
         single, (reduced, out), (double_reduced, double_out), pooled = UNITS[name]
         stride = 1 if pooled else 2
         spatial = {
@@ -91,14 +93,17 @@ class Builder:
         }
 
     def unit(self, name: str, in_channels: int) -> tuple[Inception, int]:
-        """The Inception unit of that name, and its channels."""
+        """The Inception unit with this name, and its number of output channels."""
         single, (_, out), (_, double_out), pooled = UNITS[name]
         channels = self.scaled(single + out + double_out + pooled) + (0 if pooled else in_channels)
         branches = {k: nn.Sequential(layers) for k, layers in self.branches(name, in_channels).items()}
         return Inception(branches, squeeze_excitation(channels) if self.squeeze else nn.Identity()), channels
 
     def stage(self, k: int, in_channels: int) -> tuple[nn.Sequential, int]:
-        """The units of a stage, and their channels; stage 3 opens with a pool, 4 and 5 with a unit that halves."""
+        """The units of stage `k` and its number of output channels.
+
+        Stage 3 opens with a pool, stages 4 and 5 with a unit that halves the map.
+        """
         layers = OrderedDict(pool=CaffePool()) if k == 3 else OrderedDict()
         for name in STAGES[k]:
             layers[name], in_channels = self.unit(name, in_channels)
@@ -106,7 +111,7 @@ class Builder:
 
 
 def _caffe_names() -> tuple[tuple[str, str], ...]:
-    """Names of Caffe's layers, as PyTorch ports of its weights write them -> ours."""
+    """The names of Caffe's layers, as PyTorch ports of the weights write them -> ours."""
     stem = {"conv1_7x7_s2": (1, 1), "conv2_3x3_reduce": (2, 1), "conv2_3x3": (2, 2)}
     branches = {
         "1x1": ("1x1", 1),
@@ -142,11 +147,13 @@ def inception(
     weights: str | None = None,
     frozen_stages: int = 0,
 ) -> Backbone:
-    """The Inception family: bias before the norm as the published weights have it, squeeze-excitation after each unit.
+    """The Inception family. A value that is not accepted is a ValueError.
 
-    width: channels of the stem (64); every other width is a multiple of width / 64.
+    bias: whether convolutions have a bias before the norm, as in the published weights.
+    squeeze: whether squeeze-excitation ends each unit.
+    width: channels of the stem (64 in the published network); the other widths scale with it.
     norm: "batch", "group", or "frozen" (with weights only).
-    weights: None or a file, under our names or under Caffe's (these expect BGR from 0 to 255); "deferred" promises a
+    weights: None or a file with our names or Caffe's (Caffe's expect BGR from 0 to 255); "deferred" promises a
         later `load_state_dict`.
     frozen_stages: stages 1..frozen_stages take no gradient and keep their statistics.
     """
@@ -166,7 +173,7 @@ def inception(
 
 
 def load_caffe_weights(backbone: Backbone, weights: str | None) -> None:
-    """`load_weights`, and Caffe's preprocessing where a file is under Caffe's names."""
+    """`load_weights`, plus Caffe's preprocessing where a file has Caffe's names."""
     load_weights(backbone, weights, published=CAFFE_NAMES)
     is_file = weights not in (None, DEFERRED) and not is_published(weights)
     if is_file and "conv1_7x7_s2.weight" in read_state_dict(weights):

@@ -1,4 +1,4 @@
-"""Convolutions, norms and a pool that the families share, and their first weights."""
+"""Convolutions, norms and a max pool that the families share, and the initialisation of weights."""
 
 import math
 from collections.abc import Callable
@@ -13,23 +13,25 @@ from .messages import check_choice
 def conv(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
 ) -> nn.Conv2d:
-    """A convolution without bias that keeps the map's size at stride 1 (a norm follows, so a bias would be lost)."""
+    """A convolution without bias, since a norm follows that would remove it. It keeps the map's size at stride 1."""
     padding = kernel_size // 2
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
 
 
 def group_norm(num_channels: int) -> nn.GroupNorm:
-    """Group norm of 32 groups, or as many as divide `num_channels` (Wu & He 2018)."""
+    """Group norm with 32 groups (Wu & He 2018), or with fewer where 32 does not divide `num_channels`."""
     return nn.GroupNorm(math.gcd(32, num_channels), num_channels)
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
-    """torchvision's batch norm of fixed statistics: x * scale + shift, and one pass over a map without gradient.
+    """torchvision's batch norm with fixed statistics, x * scale + shift, in one pass where `x` needs no gradient.
 
-    The same to rounding; the two operations are Detectron2's, whose numbers come back to the last bit.
+    The two forms agree to rounding. Detectron2 chooses between them in the same way, so its numbers come back to the
+    last bit.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)"""
         if x.requires_grad:
             return super().forward(x)
         return nn.functional.batch_norm(
@@ -45,10 +47,10 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def norm_layer(norm: str, weights: object) -> Callable[[int], nn.Module]:
-    """The norm layer of that name, channels -> module.
+    """The norm layer with this name, channels -> module.
 
-    Frozen batch norm keeps the statistics of its weights; with random weights there are none to keep, the
-    activations grow from block to block and the first losses are near 1e5, so that is refused.
+    Raises a ValueError for an unknown name, and for "frozen" without weights. Frozen batch norm uses the statistics of
+    trained weights. With random weights the activations grow from block to block and the first losses are near 1e5.
     """
     check_choice("norm", norm, NORMS)
     if norm == "frozen" and weights is None:
@@ -60,25 +62,27 @@ def norm_layer(norm: str, weights: object) -> Callable[[int], nn.Module]:
 
 
 class CaffePool(nn.MaxPool2d):
-    """Max pooling 3x3 / 2 whose windows begin at the first position and run over the last: Caffe's.
+    """Caffe's max pooling, 3x3 with stride 2: windows begin at the first position and may run over the last.
 
-    A map of odd size has one window more than Caffe's, over its last row or column, so that the trunk's map keeps
-    ceil(H/16) x ceil(W/16); sizes that a detector pads to multiples of 32 never meet one.
+    On a map of odd size it has one window more than Caffe, over the last row or column. The trunk's map then keeps
+    ceil(H/16) x ceil(W/16). A detector pads images to multiples of 32 and never meets an odd size.
     """
 
     def __init__(self) -> None:
         super().__init__(3, stride=2, ceil_mode=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, ceil(H/2), ceil(W/2))"""
         height, width = x.shape[-2:]
         if height % 2 or width % 2:
-            x = nn.functional.pad(x, (0, width % 2, 0, height % 2))  # after a ReLU zeros are never the larger
+            # A zero never exceeds the outputs of a ReLU.
+            x = nn.functional.pad(x, (0, width % 2, 0, height % 2))
         return super().forward(x)
 
 
 @torch.no_grad()
 def init_weights(module: nn.Module) -> None:
-    """He initialisation of every convolution (fan out, ReLU), as torchvision's ResNets draw theirs."""
+    """He initialisation of every convolution (fan out, ReLU), as in torchvision's ResNets; biases become 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Parts of error messages: the nearest name, the first line of another error, where a state dict does not fit."""
+"""Parts of error messages: the nearest name, another error's first line, the misfit between two state dicts."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -7,32 +7,32 @@ from torch import Tensor
 
 
 def did_you_mean(name: object, accepted: Iterable[object]) -> str:
-    """The question after the nearest of the accepted names, or nothing where none is near."""
+    """'did you mean NAME? ' with the nearest accepted name, or '' where none is near."""
     close = difflib.get_close_matches(str(name), [str(a) for a in accepted], n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}? " if close else ""
 
 
 def nearest(name: object, accepted: Iterable[object]) -> str:
-    """The end of a sentence about a wrong name: the nearest accepted one, and all of them."""
+    """The end of a message about a wrong name: the nearest accepted name, then all accepted names."""
     accepted = list(map(str, accepted))
     return f"{did_you_mean(name, accepted)}accepted: {', '.join(accepted)}"
 
 
 def check_choice(name: str, value: object, accepted: Iterable[object]) -> None:
-    """Refuse a value of `name` that is not among the accepted ones."""
+    """Raise a ValueError where the value of `name` is not an accepted one."""
     if value not in (accepted := list(accepted)):
         raise ValueError(f"{name} is {value!r}; {nearest(value, accepted)}")
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, or the error's type where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Where the state dict `given` does not fit one of the keys and shapes of `wanted`; nothing where it fits.
+    """How the state dict `given` differs from `wanted` in keys and shapes; '' where it fits.
 
-    The counters of batch norms may be absent: old versions and frozen norms have none.
+    Counters of batch norms may be missing or unknown: old versions and frozen norms have none.
     """
     counter = "num_batches_tracked"
     shapes = [

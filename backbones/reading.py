@@ -14,20 +14,23 @@ from .messages import first_line
 
 
 def load_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a .safetensors file, and what stands beside them."""
+    """The tensors and the metadata of a .safetensors file."""
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def load_tensors(path: Path) -> Any:
-    """What a .safetensors or torch file holds: tensors, numbers, text and containers."""
+    """The contents of a .safetensors or torch file: tensors, numbers, text and containers."""
     if path.suffix == ".safetensors":
         return load_with_metadata(path)[0]
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read(path: str | Path, load: Callable[[Path], Any] = load_tensors) -> Any:
-    """load(path), its failure as one sentence: what a hostile file asks for, or how it is damaged."""
+    """load(path), with every failure as one sentence.
+
+    A missing file is a FileNotFoundError. A folder, a damaged file and a file that asks to run code are ValueErrors.
+    """
     path = Path(path)
     if path.is_dir():
         inside = next(iter(sorted(path.glob("*.safetensors"))), None)
@@ -43,7 +46,7 @@ def read(path: str | Path, load: Callable[[Path], Any] = load_tensors) -> Any:
                 f"{path} asks for {asked[1]}, which is never run or loaded: accepted are arrays, tensors and plain "
                 "containers (of a training checkpoint, save the weights alone)"
             ) from None
-        # torch's own words say how to run the code of such a file.
+        # torch's own message explains how to run the code in such a file, so it is not repeated.
         reason = "it may hold code, which is never run" if "weights_only" in str(error) else first_line(error)
         raise ValueError(
             f"{path} is damaged, cut short, or no file of tensors: {reason.rstrip('.')}"

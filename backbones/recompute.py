@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass, in place of being kept: less memory for more time."""
+"""Activation checkpointing: compute activations again in the backward pass, which takes less memory and more time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +16,7 @@ def has_gradients(block: nn.Module) -> bool:
 
 
 def run_blocks(blocks: nn.Module, features: Tensor, checkpointing: bool) -> Tensor:
-    """blocks(features), from (N, C, H, W) to (N, C', H', W'); with `checkpointing` each block is recomputed."""
+    """blocks(features), (N, C, H, W) -> (N, C', H', W'); with `checkpointing` each block is recomputed."""
     if not checkpointing:
         return blocks(features)
     for block in blocks if isinstance(blocks, nn.Sequential) else [blocks]:
@@ -28,17 +28,20 @@ def run_blocks(blocks: nn.Module, features: Tensor, checkpointing: bool) -> Tens
 
 
 def recomputed(block: nn.Module, function: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
-    """function(features), whose activations are computed again for the gradient; statistics move only once.
+    """function(features), (N, C, H, W) -> a tensor; its activations are computed again in the backward pass.
 
-    `function` runs `block`. Of `Regions`, the map alone is kept.
+    `function` runs `block`, whose batch norms update their running statistics only once. For `Regions` only the map
+    is kept.
     """
     if isinstance(features, Regions):
         regions = features
         return recomputed(block, lambda whole: function(regions.of(whole)), regions.features)
-    norms = [layer for layer in block.modules() if isinstance(layer, nn.BatchNorm2d)]
+    batch_norms = (layer for layer in block.modules() if isinstance(layer, nn.BatchNorm2d))
+    norms = [layer for layer in batch_norms if layer.track_running_stats]
 
     @contextmanager
     def still() -> Iterator[None]:
+        """Hold the running statistics of the batch norms."""
         momenta, counts = [n.momentum for n in norms], [n.num_batches_tracked.clone() for n in norms]
         for norm in norms:
             norm.momentum = 0.0

@@ -1,9 +1,9 @@
-"""Regions of a map: the pool that makes them of boxes, and crops that are made as late, and as little, as can be.
+"""RoI pooling that crops late: `RegionPool` gives `Regions`, whose crops are computed when something reads them.
 
 RoIAlign is linear, and so is a 1x1 convolution at each position: the two commute. A head that opens with 1x1
-convolutions runs them once on the map in place of once a region, with the same result.
+convolutions runs them once on the map, not once per region, with the same result.
 
-Letters: N images, C channels, H x W map, R regions, P x Q bins a region.
+Letters: N images, C channels, H x W map, R regions, P x Q bins per region.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from .kernels.gradients import conv2d
 from .kernels.roi_align import BinWeights, bin_weights, flatten_boxes, pair, sparse_roi_align
 from .messages import check_choice
 
-# Regions that a head takes at once without gradients. A part's largest activation is 0.4 MB a region: 64 stay below the
-# 32 MB that the C allocator keeps for the next part, and faulting in fresh pages costs more than the sums in them.
+# The most regions that a head takes at once without gradients. The largest activation has 0.4 MB per region. 64 regions
+# stay below the 32 MB that the C allocator keeps for the next part: fresh pages cost more time than the sums in them.
 CPU_REGIONS, GPU_REGIONS = 64, 1024
 
 
 class RegionPool(MultiScaleRoIAlign):
-    """Regions of one feature map: RoIAlign, or RoIPool with `mode="max"`.
+    """Pool the regions of one feature map: RoIAlign, or RoIPool with `mode="max"`.
 
-    A `MultiScaleRoIAlign`, since `FasterRCNN` asks for one, whose scale is told. torchvision's guesses it
-    from the first images and keeps it: 40 pixels, padded to 64, have 4 rows at stride 16, and 4 / 40 rounds
-    to 1/8.
+    It is a `MultiScaleRoIAlign`, since `FasterRCNN` asks for one, but its stride is an argument. torchvision's
+    guesses the scale from the first images and keeps it. The guess can be wrong: 40 pixels, padded to 64, have
+    4 rows at stride 16, and 4 / 40 rounds to 1/8.
 
     Args:
-        output_size: bins a region, P = Q or (P, Q).
+        output_size: bins per region, P = Q or (P, Q).
         sampling_ratio: as in `bin_weights`; not used by `mode="max"`.
-        stride: pixels of the image a position of the map.
-        aligned: as in `bin_weights`; `mode="max"` has no such form.
+        stride: image pixels per map position.
+        aligned: as in `bin_weights`; a ValueError with `mode="max"`.
         mode: "align" averages bilinear samples (He et al. 2017), "max" is RoIPool (Girshick 2015).
-        sparse: RoIAlign as a sparse product where that is faster, equal to rounding; False: torchvision's kernel.
-        max_regions: the most regions that a head takes at once without gradients, which bounds its memory whatever
-            the number of proposals; None: 64 on a CPU, 1024 elsewhere.
+        sparse: compute RoIAlign as a sparse product where that is faster, equal to rounding; False: torchvision's
+            kernel.
+        max_regions: the most regions that a head takes at once without gradients. It bounds the head's memory for
+            any number of proposals. None: 64 on a CPU, 1024 elsewhere.
     """
 
     def __init__(
@@ -70,24 +71,27 @@ class RegionPool(MultiScaleRoIAlign):
         boxes: list[Tensor],
         image_shapes: list[tuple[int, int]] | None = None,
     ) -> Regions:
-        """(N, C, H, W), alone or in a dict of one, and N (R_i, 4) boxes in pixels -> (R, C, P, Q), cropped late.
+        """(N, C, H, W), alone or in a dict of one, and N x (R_i, 4) boxes in pixels -> (R, C, P, Q), cropped late.
 
-        `image_shapes` is torchvision's signature; the scale does not depend on it.
+        `image_shapes` is there for torchvision's signature and is not used.
         """
         return Regions.of_map(self, _only_map(x), list(boxes))
 
     def is_sparse(self, features: Tensor) -> bool:
-        """Whether this pool reads such a map by the sparse product."""
+        """Whether this pool reads this (N, C, H, W) map by the sparse product."""
         return self.sparse and self.mode == "align" and _prefers_sparse(features)
 
     def crop(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
-        """(N, C, H, W) and N x (R_i, 4) boxes in pixels -> (R, C, P, Q), at once: the definition."""
+        """(N, C, H, W) and N x (R_i, 4) boxes in pixels -> (R, C, P, Q), cropped at once."""
         if self.is_sparse(features):
             return sparse_roi_align(features, self.bin_weights(features, boxes))
         return self._dense(features, boxes)
 
     def bin_weights(self, features: Tensor, boxes: list[Tensor]) -> BinWeights:
-        """The weights by which this pool reads an (N, C, H, W) map, or any other of its N, H and W."""
+        """The weights by which this pool reads any map of the same N, H and W as `features` (N, C, H, W).
+
+        boxes: N x (R_i, 4) xyxy, in pixels. Raises a ValueError with `mode="max"`.
+        """
         if self.mode != "align":
             raise ValueError(f'only mode="align" is a weighted sum, this pool has mode={self.mode!r}')
         return bin_weights(
@@ -101,7 +105,10 @@ class RegionPool(MultiScaleRoIAlign):
         )
 
     def _dense(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
-        """torchvision's kernels. They want one dtype for both, and 16 bits would move the boxes by pixels."""
+        """`crop` by torchvision's kernels, (N, C, H, W) and N x (R_i, 4) boxes -> (R, C, P, Q).
+
+        The kernels want one dtype for map and boxes. It is float32 at least: 16 bits would move the boxes by pixels.
+        """
         dtype = torch.promote_types(features.dtype, torch.float32)
         images, flat = flatten_boxes(boxes, features.shape[0])
         rois = torch.cat((images[:, None], flat), dim=1).to(dtype)
@@ -124,16 +131,19 @@ class RegionPool(MultiScaleRoIAlign):
 class Regions(Tensor):
     """The crops (R, C, P, Q) of a map's regions, computed when something reads them.
 
-    A tensor to every network. A 1x1 convolution of it runs on the map where that is less work, and its result is
-    cropped. Every other operation reads the crops. Its own elements are NaN: what passes by torch's functions shows.
+    Networks take it as a tensor. A 1x1 convolution of it runs on the map where that is less work, and the result is
+    cropped. Every other operation reads the crops. Its own elements are NaN, which shows code that reads them without
+    torch's functions.
 
-    features: the map, (N, C, H, W). boxes: N x (R_i, 4) xyxy, in pixels. projected: by the id of a weight, the weight
-    (kept alive, so that its id stays its own) and the map that its convolution made.
+    features: the map, (N, C, H, W).
+    boxes: N x (R_i, 4) xyxy, in pixels.
+    projected: the id of a weight -> that weight and the map that its convolution made. Keeping the weight keeps its id
+        from being used again.
     """
 
     @classmethod
     def of_map(cls, pool: RegionPool, features: Tensor, boxes: list[Tensor]) -> Regions:
-        """The regions that `pool` makes of an (N, C, H, W) map and N x (R_i, 4) boxes in pixels."""
+        """(N, C, H, W) and N x (R_i, 4) boxes in pixels -> the regions (R, C, P, Q) of `pool`."""
         size = (sum(len(b) for b in boxes), features.shape[1], *pool.output_size)
         regions = features.detach().new_full((), float("nan")).expand(size).as_subclass(cls)
         regions.pool, regions.features, regions.boxes = pool, features, boxes
@@ -147,6 +157,7 @@ class Regions(Tensor):
     def __torch_function__(
         cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Answer sizes without crops, send convolutions to `_conv2d`, and give the crops to every other function."""
         if func in _SIZES:
             return super().__torch_function__(func, types, args, kwargs)
         if func is torch.conv2d and isinstance(args[0], cls):
@@ -154,14 +165,14 @@ class Regions(Tensor):
         return func(*_cropped(args), **_cropped(kwargs or {}))
 
     def of(self, features: Tensor) -> Regions:
-        """The same regions of another map (N, C, H, W), or of this one with nothing computed yet."""
+        """The same boxes on another map (N, C, H, W), or on this map with nothing computed yet."""
         return Regions.of_map(self.pool, features, self.boxes)
 
     def crop(self, stride: int = 1) -> Tensor:
-        """The bins ::stride of the regions as a plain tensor, (R, C, P/stride, Q/stride)."""
+        """Every `stride`-th bin of the regions, a plain tensor (R, C, ceil(P/stride), ceil(Q/stride))."""
         if stride not in self._crops:
             whole, gradients = self._crops.get(1), torch.is_grad_enabled()
-            # A tensor of inference mode does not count the times that it is written into.
+            # `_is_changed` needs a version counter, which tensors made in inference mode lack.
             with torch.inference_mode(False), torch.set_grad_enabled(gradients):
                 made = self._read(self.features, stride) if whole is None else whole[:, :, ::stride, ::stride]
             self._crops[stride] = made
@@ -170,9 +181,9 @@ class Regions(Tensor):
         return self._crops[stride]
 
     def parts(self, max_regions: int | None = None) -> Iterator[Regions]:
-        """Parts of at most so many regions (None: the pool's bound), which share the maps that were projected.
+        """Yield parts of at most `max_regions` regions (None: the pool's bound), which share the projected maps.
 
-        They come one after another: what a part cropped is free when the next is made.
+        A loop that drops each part before it reads the next holds the crops of one part only.
         """
         default = CPU_REGIONS if self.features.device.type == "cpu" else GPU_REGIONS
         most = max_regions or self.pool.max_regions or default
@@ -196,17 +207,21 @@ class Regions(Tensor):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
     ) -> Tensor:
-        """`torch.nn.functional.conv2d` of the crops."""
+        """`torch.nn.functional.conv2d` of the crops, weight (C', C, kh, kw) -> (R, C', P', Q')."""
         down, right = (stride, stride) if isinstance(stride, int) else stride
         commutes = weight.shape[2:] == (1, 1) and padding in (0, (0, 0), "valid", "same") and groups == 1
         if not commutes or down != right or self._is_changed():
             return F.conv2d(self.crop(), weight, bias, stride, padding, dilation, groups)
         projected = self._project(weight, down)
-        # A bias does not commute: bins outside the map are 0.
+        # A bias does not commute with RoIAlign, whose bins outside the map are 0.
         return projected if bias is None else projected + bias.to(projected.dtype)[:, None, None]
 
     def _project(self, weight: Tensor, stride: int) -> Tensor:
-        """The 1x1 convolution on the map or on the crops, whichever is less work; weight (C', C, 1, 1)."""
+        """The 1x1 convolution of the regions, weight (C', C, 1, 1) -> (R, C', ceil(P/stride), ceil(Q/stride)).
+
+        It runs on the map or on the crops, whichever has fewer positions; with RoIPool on the crops, since a maximum
+        does not commute.
+        """
         rows, columns = self.pool.output_size
         num_bins = self._all_regions * -(-rows // stride) * -(-columns // stride)
         num_positions = self.features.shape[0] * self.features.shape[2] * self.features.shape[3]
@@ -217,11 +232,11 @@ class Regions(Tensor):
         return self._read(self.projected[id(weight)][1], stride)
 
     def _is_changed(self) -> bool:
-        """Whether somebody wrote into the crops: from then on they, and not the map, are the regions."""
+        """Whether somebody wrote into the crops. From then on the crops are the regions, and not the map."""
         return 1 in self._crops and self._crops[1]._version != self._first_version
 
     def _read(self, features: Tensor, stride: int) -> Tensor:
-        """The bins ::stride of the regions of an (N, C', H, W) map."""
+        """Every `stride`-th bin of the regions, (N, C', H, W) -> (R, C', ceil(P/stride), ceil(Q/stride))."""
         if not self.pool.is_sparse(features):
             return self.pool.crop(features, self.boxes)[:, :, ::stride, ::stride]
         if 1 not in self._weights:
@@ -231,7 +246,7 @@ class Regions(Tensor):
         return sparse_roi_align(features, self._weights[stride])
 
 
-# What a tensor says of itself without its elements.
+# Attributes and methods that read no elements, so they need no crops.
 _SIZES = {
     *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__),
     *(Tensor.size, Tensor.dim, Tensor.__len__),
@@ -248,11 +263,15 @@ def _cropped(value: Any) -> Any:
 
 
 def _prefers_sparse(features: Tensor) -> bool:
-    """The sparse product is faster on a CPU; elsewhere: to be measured. Exporters know torchvision's op."""
+    """Whether to read this (N, C, H, W) map by the sparse product.
+
+    It is faster on a CPU, and is used only there. Exporters get torchvision's operator, which they know.
+    """
     return features.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
 
 
 def _only_map(x: dict[str, Tensor] | Tensor) -> Tensor:
+    """The map (N, C, H, W), alone or in a dict of one."""
     if isinstance(x, Tensor):
         return x
     if len(x) != 1:

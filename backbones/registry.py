@@ -13,10 +13,10 @@ _LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[..., Backbone]]] =
 
 
 def register_backbone(*, options_of: Callable[..., Backbone] | None = None) -> Callable:
-    """Decorator: the function's name becomes a name for `create_backbone`.
+    """Decorator: the function's name becomes a name for `create_backbone`. A name that exists is a ValueError.
 
-    The keyword-only parameters of `options_of`, a family's builder, are the options that the name takes, and become
-    the decorated function's signature; None: the function's own.
+    options_of: the builder whose keyword-only parameters are the options of that name; None: the decorated function.
+        They become the decorated function's signature.
     """
 
     def register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
@@ -41,9 +41,9 @@ def register_variants(family: Callable[..., Backbone], variants: Mapping[str, tu
 
 
 def register_library(library: str, *, names: Callable[[], list[str]]) -> Callable:
-    """Decorator: "library/NAME" becomes a name for `create_backbone`, built by the decorated function of NAME.
+    """Decorator: "library/NAME" becomes a name for `create_backbone`, which calls the decorated function with NAME.
 
-    `names` lists every NAME; it is called only when a name of the library is asked for.
+    `names` lists every NAME. It is called only when somebody asks for a name in the library.
     """
 
     def register(builder: Callable[..., Backbone]) -> Callable[..., Backbone]:
@@ -56,9 +56,10 @@ def register_library(library: str, *, names: Callable[[], list[str]]) -> Callabl
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
-    """Names that `create_backbone` takes, sorted, as far as they match the shell-style pattern.
+    """The names that `create_backbone` takes and that match the shell-style pattern, sorted.
 
-    Networks of a library are listed where the pattern names it, as "timm/resnet*" does; not each can be cut.
+    A library's networks are listed only where the pattern names the library, as "timm/resnet*" does. Some of them
+    cannot be cut.
     """
     library, slash, _ = pattern.partition("/")
     if slash and library in _LIBRARIES:
@@ -85,12 +86,15 @@ def _builder(name: str) -> Callable[..., Backbone]:
 
 
 def backbone_options(name: str) -> dict[str, inspect.Parameter]:
-    """The options of a named backbone with their annotations and defaults."""
+    """The options of a named backbone with their annotations and defaults. An unknown name is a ValueError."""
     return dict(inspect.signature(_builder(name)).parameters)
 
 
 def create_backbone(name: str, **options: object) -> Backbone:
-    """Build a backbone by name, for example `create_backbone("resnet50", weights="imagenet_v2", frozen_stages=2)`."""
+    """Build a backbone by name, for example `create_backbone("resnet50", weights="imagenet_v2", frozen_stages=2)`.
+
+    An unknown name or a wrong value is a ValueError, an unknown option a TypeError; both say what is accepted.
+    """
     accepted = backbone_options(name)
     for option in options:
         if option not in accepted:

@@ -1,4 +1,4 @@
-"""Residual units in every order of activation (He et al. 2016, arXiv 1603.05027, Figure 4), and stages of them."""
+"""Residual units in each activation order (He et al. 2016, arXiv 1603.05027, Figure 4), and stages built from them."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,7 +22,7 @@ STRIDE_IN = ("3x3", "1x1")
 
 
 class ResidualBlock(nn.Module):
-    """Residual unit: closing(branch(x) + shortcut(x)); without a shortcut closing(branch(x)), a plain network's."""
+    """Residual unit: closing(branch(x) + shortcut(x)); without a shortcut closing(branch(x)), as in a plain network."""
 
     def __init__(
         self, branch: nn.Module, shortcut: nn.Module | None, closing: nn.Module, in_place: bool = True
@@ -34,10 +34,11 @@ class ResidualBlock(nn.Module):
         self.in_place = in_place
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C', H/stride, W/stride)"""
+        """(N, C, H, W) -> (N, C', ceil(H/stride), ceil(W/stride))"""
         return self.closing(self.join(x))
 
     def join(self, x: Tensor) -> Tensor:
+        """branch(x) + shortcut(x), (N, C, H, W) -> (N, C', ceil(H/stride), ceil(W/stride))"""
         branch = self.branch(x)
         if self.shortcut is None:
             return branch
@@ -46,7 +47,10 @@ class ResidualBlock(nn.Module):
 
 
 class GatedBlock(ResidualBlock):
-    """Residual unit with a gate g: closing(branch(x) + (1 - g(x)) shortcut(x)), g(x) branch(x) where exclusive."""
+    """Residual unit with a gate g: closing(branch(x) + (1 - g(x)) shortcut(x)).
+
+    An exclusive gate also multiplies the branch: g(x) branch(x).
+    """
 
     def __init__(
         self, branch: nn.Module, shortcut: nn.Module, closing: nn.Module, gate: nn.Module, exclusive: bool
@@ -56,13 +60,17 @@ class GatedBlock(ResidualBlock):
         self.exclusive = exclusive
 
     def join(self, x: Tensor) -> Tensor:
+        """The gated sum, (N, C, H, W) -> (N, C', ceil(H/stride), ceil(W/stride))."""
         branch, shortcut, gate = self.branch(x), self.shortcut(x), self.gate(x)
         return (gate * branch if self.exclusive else branch) + (1 - gate) * shortcut
 
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What the units of one network have in common; `backbones.resnet.resnet` says what each option means."""
+    """The options that all units of a network share; `backbones.resnet.resnet` explains each.
+
+    A value that is not accepted is a ValueError.
+    """
 
     convs: Callable[..., list[nn.Conv2d]]
     norm: str = "batch"
@@ -93,7 +101,7 @@ class BlockOptions:
             )
 
     def definition(self) -> dict[str, object]:
-        """The options that change the function which trained weights stand for, as far as the unit reads them."""
+        """The options that change what trained weights compute; basic units have fewer of them than bottlenecks."""
         options = ("shortcut", "order", "branch_end")
         if self.convs is bottleneck:
             options += ("stride_in", "groups", "width_per_group")
@@ -114,8 +122,9 @@ def basic(in_channels: int, width: int, stride: int, options: BlockOptions) -> l
 def bottleneck(in_channels: int, width: int, stride: int, options: BlockOptions) -> list[nn.Conv2d]:
     """1x1 to the inner width, 3x3 in groups, 1x1 to four times `width`.
 
-    The paper and Detectron2 place the stride in the first 1x1, torchvision (ResNet "v1.5") in the 3x3. The inner width
-    is `width` in ResNets; ResNeXt has groups of width_per_group / 64 of it, a wide network one such group above 64.
+    The paper and Detectron2 place the stride in the first 1x1, torchvision (ResNet "v1.5") in the 3x3.
+    The inner width is groups * width * width_per_group / 64. That is `width` in a ResNet. ResNeXt has many narrow
+    groups, a wide network has one group with a `width_per_group` above 64.
     """
     first, second = (stride, 1) if options.stride_in == "1x1" else (1, stride)
     inner = max(1, width * options.width_per_group // 64) * options.groups
@@ -130,7 +139,7 @@ EXPANSION = {basic: 1, bottleneck: 4}
 
 
 def arrange(convs: list[nn.Conv2d], options: BlockOptions, opened: bool) -> OrderedDict[str, nn.Module]:
-    """The convolutions of a branch with the norms and ReLUs of the order around them.
+    """The layers of a branch: its convolutions, with norms and ReLUs where the order places them.
 
     opened: in a pre-activation order, whether the first convolution's norm and ReLU stand before the unit.
     """
@@ -140,7 +149,8 @@ def arrange(convs: list[nn.Conv2d], options: BlockOptions, opened: bool) -> Orde
         opens = order in PREACTIVATIONS and not (opened and i == 1)
         if opens and order == FULL_PREACTIVATION:
             layers[f"bn{i}"] = options.layer(layer.in_channels)
-        if opens:  # the shortcut reads what the first ReLU alone would overwrite
+        if opens:
+            # A first ReLU without a norm before it would overwrite the input, which the shortcut reads.
             layers[f"relu{i}"] = nn.ReLU(inplace=i > 1 or order == FULL_PREACTIVATION)
         layers[f"conv{i}"] = layer
         if order != FULL_PREACTIVATION and not (order == BN_AFTER_ADDITION and i == last):
@@ -151,7 +161,10 @@ def arrange(convs: list[nn.Conv2d], options: BlockOptions, opened: bool) -> Orde
 
 
 def opening(channels: int, options: BlockOptions) -> OrderedDict[str, nn.Module]:
-    """What a pre-activation order puts before a unit that changes the size, for its branch and its shortcut."""
+    """The norm and ReLU that a pre-activation order puts before a unit that changes the size.
+
+    Branch and shortcut both read their output. The ReLU-only order has no norm, the other orders have neither.
+    """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if options.order == FULL_PREACTIVATION:
         layers["bn"] = options.layer(channels)
@@ -161,7 +174,7 @@ def opening(channels: int, options: BlockOptions) -> OrderedDict[str, nn.Module]
 
 
 def closing(channels: int, options: BlockOptions) -> nn.Module:
-    """What the order puts after the addition."""
+    """The layers that the order puts after the addition."""
     if options.order == ORIGINAL:
         return nn.ReLU(inplace=True)
     if options.order == BN_AFTER_ADDITION:
@@ -172,11 +185,12 @@ def closing(channels: int, options: BlockOptions) -> nn.Module:
 def residual_block(
     options: BlockOptions, in_channels: int, width: int, stride: int, drop: float = 0.0, opened: bool = False
 ) -> ResidualBlock:
-    """One unit: (N, in_channels, H, W) -> (N, out_channels, H/stride, W/stride).
+    """One unit: (N, in_channels, H, W) -> (N, out_channels, ceil(H/stride), ceil(W/stride)).
 
-    A projection's norm is there where the branch ends with one.
+    drop: the probability of dropping the branch. opened: as in `arrange`.
     """
     out_channels, order = options.out_channels(width), options.order
+    # A projection has a norm only where the branch ends with one.
     norm = None if order in (BN_AFTER_ADDITION, FULL_PREACTIVATION) else options.layer
     layers = arrange(options.convs(in_channels, width, stride, options), options, opened)
     layers |= BRANCH_ENDS[options.branch_end](out_channels, options.norm)
@@ -191,7 +205,7 @@ def residual_block(
     if options.shortcut in GATED:
         exclusive = options.shortcut == "exclusive_gating"
         return GatedBlock(*parts, gate(in_channels, out_channels, stride, options.gate_bias), exclusive)
-    # A ReLU's gradient reads what it gave, so nothing is added to that in place.
+    # The gradient of a ReLU reads the ReLU's output, so the addition must not overwrite it.
     return ResidualBlock(*parts, in_place=order != RELU_BEFORE_ADDITION)
 
 
@@ -204,12 +218,13 @@ def residual_stage(
     *,
     opened: bool = True,
 ) -> nn.Sequential:
-    """Residual units, the first with `stride`: (N, in_channels, H, W) -> (N, out, H/stride, W/stride).
+    """Residual units, the first with `stride`: (N, in_channels, H, W) -> (N, out, ceil(H/stride), ceil(W/stride)).
 
-    In a pre-activation order the stage ends with what opens the next one, where both of its first unit's paths start
-    (and so the network ends with the activation that Figure 5 of the paper asks for).
+    In a pre-activation order the stage ends with the norm and ReLU that open the next stage. Both paths of the next
+    stage's first unit start there. The last stage thus ends with the activation that Figure 5 of the paper asks for.
 
-    drops: the probability of dropping each unit's branch. opened: whether the first unit's opening stands before it.
+    drops: the probability of dropping each unit's branch.
+    opened: whether the norm and ReLU that open the first unit stand before the stage.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i, drop in enumerate(drops):

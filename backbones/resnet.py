@@ -1,4 +1,4 @@
-"""ResNet (He et al. 2015, arXiv 1512.03385), Table 1: stages conv1, conv2_x .. conv5_x; and variants by options."""
+"""ResNet (He et al. 2015, arXiv 1512.03385), Table 1: stages conv1, conv2_x .. conv5_x; options make the variants."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from .registry import backbone_options, register_variants
 from .residual import FULL_PREACTIVATION, ORIGINAL, BlockOptions, basic, bottleneck, opening, residual_stage
 from .weights import NameTable, is_published, load_weights
 
-# The publishers' parameter names -> ours. `layer1` is conv2_x, which stage2 holds behind the max pool; only timm's
-# SE-ResNets have a `layer0` and a `se_module`.
+# The publishers' parameter names -> ours. `layer1` is conv2_x, which stage2 holds behind the max pool. Only timm's
+# SE-ResNets have `layer0` and `se_module`.
 TORCHVISION_NAMES = (
     (r"^layer0\.", ""),
     (r"^(conv1|bn1)\.", r"trunk.stage1.\1."),
@@ -29,7 +29,7 @@ TORCHVISION_NAMES = (
     (r"\.downsample\.1\.", ".shortcut.bn."),
 )
 
-# Table 1 of the paper: the unit, and how many of them conv2_x .. conv5_x have.
+# Table 1 of the paper: depth -> the unit, and the number of units in conv2_x .. conv5_x.
 LAYOUTS = {
     18: (basic, (2, 2, 2, 2)),
     34: (basic, (3, 4, 6, 3)),
@@ -46,7 +46,7 @@ STEM_POOLS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _stem(width: int, options: BlockOptions) -> nn.Sequential:
-    """conv1, norm, ReLU; full pre-activation leaves the norm and ReLU to the first unit, behind the pool."""
+    """conv1, norm, ReLU; in full pre-activation conv1 alone, since the norm and ReLU open the first unit."""
     layers = OrderedDict(conv1=nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False))
     if options.order != FULL_PREACTIVATION:
         layers |= {"bn1": options.layer(width), "relu": nn.ReLU(inplace=True)}
@@ -54,7 +54,7 @@ def _stem(width: int, options: BlockOptions) -> nn.Sequential:
 
 
 def _stage2(width: int, drops: list[float], stem_pool: str, options: BlockOptions) -> nn.Sequential:
-    """Max pool and conv2_x, whose first unit changes the number of channels where it is a bottleneck."""
+    """Max pool and conv2_x. If conv2_x has bottlenecks, its first unit changes the number of channels."""
     preactivated = options.order == FULL_PREACTIVATION
     changes = options.out_channels(width) != width
     layers = OrderedDict(maxpool=STEM_POOLS[stem_pool]())
@@ -65,7 +65,7 @@ def _stage2(width: int, drops: list[float], stem_pool: str, options: BlockOption
 
 
 def _refuse_another_definition(name: str, weights: str, given: dict[str, object]) -> None:
-    """Published weights fit the network that their name stands for, with no option of its function changed."""
+    """Raise a ValueError where an option differs from the network that the published weights were trained with."""
     own = backbone_options(name)
     changed = [option for option in given if given[option] != own[option].default]
     if changed:
@@ -96,19 +96,23 @@ def resnet(
 ) -> Backbone:
     """The residual family: `depths` units of `basic` or `bottleneck` convolutions in conv2_x .. conv5_x.
 
+    A value that is not accepted is a ValueError.
+
     names: the publisher's parameter names -> ours.
     width: channels of the stem (64); every other width is a multiple of it.
-    stride_in: where a bottleneck's stride sits, "3x3" as torchvision's weights or "1x1" as the paper's and Detectron2's.
+    stride_in: where a bottleneck's stride sits: "3x3" as in torchvision's weights, or "1x1" as in the paper and
+        Detectron2.
     norm: "batch", "group", or "frozen" (with weights only).
     shortcut: "A", "B", "C", "none" (a plain network), "constant_scaling", "exclusive_gating", "shortcut_only_gating",
         "conv1x1", "dropout"; see `backbones.shortcuts.SHORTCUTS`.
-    order: of norms, ReLUs and the addition, He et al. 2016, Figure 4: "original", "bn_after_addition",
+    order: the order of norms, ReLUs and the addition (He et al. 2016, Figure 4): "original", "bn_after_addition",
         "relu_before_addition", "relu_only_preactivation", "full_preactivation".
-    branch_end: None, "se", "relu_se" (a ReLU before it, as timm's SE-ResNet-18/34), or residual shrinkage with
-        thresholds that channels share or not, "shrinkage_cs", "shrinkage_cw".
-    stochastic_depth: probability of dropping the last unit's branch in training; the others' rise linearly to it.
+    branch_end: None; "se"; "relu_se", with a ReLU before it as in timm's SE-ResNet-18/34; or residual shrinkage, with
+        one threshold for all channels ("shrinkage_cs") or one per channel ("shrinkage_cw").
+    stochastic_depth: probability of dropping the last unit's branch in training. The probabilities of the earlier units
+        rise linearly to it.
     groups, width_per_group: ResNeXt's 32x4d is 32 and 4; a network twice as wide inside is 1 and 128.
-    stem_pool: "padded" as torchvision's, "ceil" as Caffe's and the SE-ResNets'.
+    stem_pool: "padded" as in torchvision, "ceil" as in Caffe and the SE-ResNets.
     gate_bias: initial bias of a gated shortcut's gate; -6 leaves the shortcut open.
     weights: None, a published name (`published_weights` lists them), or a file; "deferred" promises a later
         `load_state_dict`.
@@ -136,12 +140,12 @@ def resnet(
     return backbone.freeze(frozen_stages)
 
 
-# A variant is the family with other defaults.
+# A variant is the residual family with other defaults.
 plain = partial(resnet, shortcut="none")
 wide = partial(resnet, width_per_group=128)
 
 register_variants(resnet, {f"resnet{depth}": layout for depth, layout in LAYOUTS.items()})
-# Without shortcuts: the degradation experiment of He et al. 2015, section 4.1.
+# Networks without shortcuts, from the degradation experiment of He et al. 2015, section 4.1.
 register_variants(plain, {f"plain{depth}": LAYOUTS[depth] for depth in (18, 34)})
 # ResNeXt (Xie et al. 2017, arXiv 1611.05431): the 3x3 in groups.
 for depth, groups, width in ((50, 32, 4), (101, 32, 8), (101, 64, 4)):

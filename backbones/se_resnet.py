@@ -1,9 +1,12 @@
 """SE-ResNet (Hu et al. 2018, arXiv 1709.01507) and the residual shrinkage network (Zhao et al., IEEE TII 2020).
 
-Both end the branch of a ResNet with factors or thresholds computed from its means. The SE-ResNets are those of timm's
-`legacy_seresnet` weights: Caffe's stem pool, the stride of a bottleneck in its first 1x1, and in basic blocks a ReLU
-before the squeeze. The shrinkage networks' authors build theirs of pre-activation units with zero-padded shortcuts
-(`order="full_preactivation", shortcut="A"`); thresholds are channel-wise, or shared (`branch_end="shrinkage_cs"`).
+Both end a ResNet's branch with factors or thresholds that are computed from the branch's means.
+
+The SE-ResNets fit timm's `legacy_seresnet` weights. They have Caffe's stem pool. A bottleneck has its stride in the
+first 1x1, and a basic block has a ReLU before the squeeze.
+
+The shrinkage networks have channel-wise thresholds; `branch_end="shrinkage_cs"` shares one between the channels. Their
+authors build them from pre-activation units with zero-padded shortcuts (`order="full_preactivation", shortcut="A"`).
 """
 
 from functools import partial

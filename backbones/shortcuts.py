@@ -1,6 +1,6 @@
 """Shortcuts of a residual unit: options A, B, C of He et al. 2015, and section 3 of He et al. 2016 (arXiv 1603.05027).
 
-Where the size changes, the projection of option B stands beneath scaling, gates and dropout.
+Scaling, gates and dropout use option B's projection where the size changes.
 """
 
 from collections import OrderedDict
@@ -24,45 +24,49 @@ SHORTCUTS = {
     "dropout": "half of the shortcut's values dropped in training, the others doubled",
 }
 GATED = ("exclusive_gating", "shortcut_only_gating")
-SCALE = 0.5  # of constant scaling, both terms
+# The factor of both terms in constant scaling.
+SCALE = 0.5
 DROPOUT = 0.5
 
 
 class ZeroPadding(nn.Module):
-    """Option A: every `stride`-th position, zeros behind the last channel; no parameters."""
+    """Option A: every `stride`-th position, with zero channels behind the last one; it has no parameters."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.stride, self.padding = stride, out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', ceil(H/stride), ceil(W/stride))"""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.padding))
 
 
 class Scale(nn.Module):
-    """A constant factor."""
+    """Multiply by a constant factor."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)"""
         return x * self.factor
 
 
 class Bias(nn.Module):
-    """A number added to each channel; apart from its convolution, which then commutes with RoIAlign."""
+    """A bias per channel, apart from its convolution: only a convolution without bias commutes with RoIAlign."""
 
     def __init__(self, channels: int, value: float) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.full((channels,), float(value)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)"""
         return x + self.bias[:, None, None]
 
 
 def gate(in_channels: int, out_channels: int, stride: int, bias: float) -> nn.Sequential:
-    """g(x) = sigmoid(W x + b), a 1x1 convolution and a bias of that initial value."""
+    """g(x) = sigmoid(W x + b), with W a 1x1 convolution and b a bias that starts at `bias`."""
     layers = OrderedDict(
         conv=conv(in_channels, out_channels, 1, stride), bias=Bias(out_channels, bias), sigmoid=nn.Sigmoid()
     )
@@ -72,7 +76,10 @@ def gate(in_channels: int, out_channels: int, stride: int, bias: float) -> nn.Se
 def shortcut(
     kind: str, in_channels: int, out_channels: int, stride: int, norm: Callable[[int], nn.Module] | None
 ) -> nn.Module | None:
-    """The shortcut of one unit; `norm` follows a projection, None where the branch has none after its last one."""
+    """The shortcut of one unit, or None for the kind "none".
+
+    norm: makes the norm behind a projection; None: no norm, as the branch has none behind its last convolution.
+    """
     changes = stride != 1 or in_channels != out_channels
     if kind == "none":
         return None

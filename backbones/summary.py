@@ -1,4 +1,4 @@
-"""Facts of a backbone: its channels, what it costs, and what it takes."""
+"""Facts about a backbone: its channels, its costs, and the weights and norms that it accepts."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,12 @@ from .weights import published_weights, timm_tags
 class Summary:
     """One row of the table of backbones.
 
-    parameters: of trunk and head, without a classifier. trunk_macs: multiply-accumulates of an image; head_macs: of a
-    (C4, 14, 14) region, before any of it is shared. weights: names that `weights=` takes. norms: names that `norm=`
-    takes. preprocessing: what the network expects of an image when it is built without weights.
+    parameters: the number in trunk and head, without a classifier.
+    trunk_macs: multiply-accumulates per image.
+    head_macs: multiply-accumulates per (C4, 14, 14) region, with nothing shared between regions.
+    weights: names that `weights=` takes.
+    norms: names that `norm=` takes.
+    preprocessing: that of the network when it is built without weights.
     """
 
     name: str
@@ -34,7 +37,10 @@ class Summary:
 
 
 def summarize(name: str, image_size: tuple[int, int] = (800, 1216)) -> Summary:
-    """The facts of a named backbone and an image of (height, width) pixels; nothing is computed on the meta device."""
+    """The facts about a named backbone, for an image of (height, width) pixels.
+
+    The backbone runs on the meta device, which computes no numbers.
+    """
     with torch.device("meta"):
         backbone = create_backbone(name).eval()
         trunk, head = backbone.trunk, backbone.roi_head
@@ -65,14 +71,14 @@ def _norms(name: str) -> tuple[str, ...]:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers that training can change; factors and statistics of a frozen norm are none."""
+    """The number of parameters. Factors and statistics of a frozen norm are buffers, so they do not count."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def multiply_accumulates(module: nn.Module, *inputs: object) -> int:
     """Multiply-accumulates of convolutions and matrix products in one forward pass, in evaluation mode.
 
-    Counted by torch's flop counter (a multiply-accumulate is two FLOP), on the meta device as on any other.
+    torch's flop counter counts them; a multiply-accumulate is two FLOP. The meta device works, too.
     """
     was_training = module.training
     module.eval()

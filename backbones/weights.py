@@ -1,4 +1,4 @@
-"""Named and file weights into a backbone."""
+"""Load published weights by name, or weights from a file, into a backbone."""
 
 import importlib.util
 import json
@@ -19,14 +19,17 @@ from .reading import load_with_metadata, read
 DEFERRED = "deferred"
 NameTable = tuple[tuple[str, str], ...]
 
-# Our names -> timm's of the same network. Its weights are "timm/TAG", the tag being part of timm's full name
-# (legacy_seresnet50.in1k): without one timm would choose, and choose otherwise in another version.
+# Our names -> timm's names for the same network. The weights are "timm/TAG", with the tag in timm's full name
+# (legacy_seresnet50.in1k). Without a tag timm takes its default, which may change between versions.
 TIMM_ARCHITECTURES = {"se_resnet": "legacy_seresnet", "preact_resnet": "resnetv2_"}
 _CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file or of a torch file, read without running code from it."""
+    """The state dict in a .safetensors or torch file, read without running code from it.
+
+    Raises a ValueError where the file holds anything but a state dict of tensors.
+    """
     state = read(path)
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -37,7 +40,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def stored_preprocessing(path: str | Path) -> Preprocessing | None:
-    """What a .safetensors file of tools/convert_weights.py says beside the weights that they expect of an image."""
+    """The preprocessing that tools/convert_weights.py stored in the file's metadata, or None."""
     if Path(path).suffix != ".safetensors":
         return None
     text = read(path, load_with_metadata)[1].get("preprocessing")
@@ -45,7 +48,7 @@ def stored_preprocessing(path: str | Path) -> Preprocessing | None:
 
 
 def rename(state: dict[str, Tensor], names: NameTable) -> dict[str, Tensor]:
-    """The state dict with every (pattern, replacement) of `names` applied to its keys in order."""
+    """The state dict with renamed keys: every (pattern, replacement) of `names` is applied in order."""
     renamed = {}
     for key, value in state.items():
         for pattern, replacement in names:
@@ -56,7 +59,7 @@ def rename(state: dict[str, Tensor], names: NameTable) -> dict[str, Tensor]:
 
 @contextmanager
 def downloading(source: str, place: str) -> Iterator[None]:
-    """Say what to fetch from where, and where to put it, when a download fails."""
+    """When a download fails, raise an OSError that says what to fetch by hand and where to put it."""
     try:
         yield
     except OSError as error:
@@ -66,7 +69,7 @@ def downloading(source: str, place: str) -> Iterator[None]:
 
 
 def torchvision_network(name: str, weights: str | None) -> tuple[nn.Module, Preprocessing]:
-    """torchvision's network of that name, and what it expects of an image; "imagenet_v1" is its IMAGENET1K_V1."""
+    """torchvision's network with this name, and its preprocessing; "imagenet_v1" is torchvision's IMAGENET1K_V1."""
     if weights is None:
         return get_model(name, weights=None), IMAGENET
     entry = get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
@@ -77,6 +80,7 @@ def torchvision_network(name: str, weights: str | None) -> tuple[nn.Module, Prep
 
 
 def _torchvision_names(name: str) -> list[str]:
+    """The names of torchvision's weights for a backbone; none where torchvision has no such network."""
     try:
         entries = get_model_weights(name).__members__
     except ValueError:
@@ -90,6 +94,7 @@ def _timm_architecture(name: str) -> str | None:
 
 
 def import_timm() -> ModuleType:
+    """The timm package; an ImportError that says how to install it where it is missing."""
     try:
         import timm
     except ImportError as error:
@@ -98,7 +103,7 @@ def import_timm() -> ModuleType:
 
 
 def timm_network(full_name: str, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
-    """timm's network of that name (its tag included), and what it expects of an image."""
+    """timm's network with this name, which includes the tag, and its preprocessing."""
     timm = import_timm()
     config = timm.get_pretrained_cfg(full_name)
     source = getattr(config, "hf_hub_id", None) or getattr(config, "url", None)
@@ -108,12 +113,12 @@ def timm_network(full_name: str, pretrained: bool) -> tuple[nn.Module, Preproces
 
 
 def timm_tags(architecture: str) -> list[str]:
-    """The tags under which timm publishes weights of an architecture; needs timm."""
+    """The tags under which timm publishes weights for an architecture. It needs timm."""
     return [full_name.partition(".")[2] for full_name in import_timm().list_pretrained(f"{architecture}.*")]
 
 
 def _timm_names(name: str) -> list[str]:
-    """`timm/TAG` for a backbone; none where timm is not installed."""
+    """The "timm/TAG" names for a backbone; none where timm is not installed."""
     architecture = _timm_architecture(name)
     if architecture is None or importlib.util.find_spec("timm") is None:
         return []
@@ -121,20 +126,20 @@ def _timm_names(name: str) -> list[str]:
 
 
 def published_weights(name: str) -> list[str]:
-    """Names that `weights=` takes for a backbone, the publisher's, never a moving default.
+    """The published names that `weights=` takes for a backbone. None of them is a default that may change.
 
-    torchvision's are "imagenet_v1" and "imagenet_v2", timm's "timm/TAG" (known where timm is installed).
+    torchvision's are "imagenet_v1" and "imagenet_v2". timm's are "timm/TAG", listed only where timm is installed.
     """
     return sorted({*_torchvision_names(name), *_timm_names(name)})
 
 
 def is_published(weights: object) -> bool:
-    """Whether `weights` names a publisher's weights, as "imagenet_v1" or "timm/in1k" does, and not a file."""
+    """Whether `weights` is a published name, such as "imagenet_v1" or "timm/in1k", and not a file."""
     return isinstance(weights, str) and re.fullmatch(r"imagenet_\w+|timm/\w+", weights) is not None
 
 
 def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessing]:
-    """The state dict in the publisher's names, and what it expects of an image."""
+    """The state dict under the publisher's names, and the preprocessing."""
     from_timm = weights.startswith("timm/")
     if from_timm:
         import_timm()
@@ -151,7 +156,10 @@ def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessin
 
 
 def load_weights(backbone: Backbone, weights: str | Path | None, published: NameTable) -> None:
-    """Fill `backbone` from a published name or a file; `published` maps the publisher's keys to ours."""
+    """Fill `backbone` from a published name or a file; None and "deferred" load nothing.
+
+    published: the publisher's keys -> ours. Weights that do not exist or do not fit are a ValueError.
+    """
     if weights is None or weights == DEFERRED:
         return
     if is_published(weights):
@@ -163,7 +171,10 @@ def load_weights(backbone: Backbone, weights: str | Path | None, published: Name
 
 
 def load_into(backbone: Backbone, state: dict[str, Tensor], published: NameTable, source: str) -> None:
-    """Load a state dict of our keys or of the publisher's; refuse another architecture by its first differences."""
+    """Load a state dict with our keys or the publisher's.
+
+    A state dict of another architecture is a ValueError that names the first differences.
+    """
     if not any(key.startswith(("trunk.", "roi_head.")) for key in state):
         state = rename({k: v for k, v in state.items() if not k.startswith(_CLASSIFIERS)}, published)
     wanted = backbone.state_dict()

@@ -1,4 +1,4 @@
-"""Measurements of tools/benchmark.py: our detector and torchvision's of one network, alternating in one process."""
+"""The measurements of tools/benchmark.py: our detector and torchvision's of one network, in turn in one process."""
 
 from .detectron2 import has_detectron2
 from .growth import measure_scaling

@@ -1,4 +1,4 @@
-"""The command line of tools/benchmark.py: what to measure, and what is printed and written of it."""
+"""The command line of tools/benchmark.py: choose a measurement, print its table, and write its JSON and plot."""
 
 import argparse
 import sys
@@ -34,7 +34,7 @@ STEP_PARTS = ("forward", "backward", "update")
 
 
 def main(description: str) -> int:
-    """Parse the command line, measure, print and write; gives the exit status."""
+    """Parse the command line, measure, print and write. Returns the exit status."""
     args = parse_arguments(description)
     try:
         args.measure(args)
@@ -51,7 +51,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     for add in (add_inference, add_training, add_scaling, add_loader, add_evaluation):
         add(commands)
-    args, rest = parser.parse_known_args()  # overrides stand anywhere among a subcommand's options
+    # Overrides may stand anywhere among a subcommand's options.
+    args, rest = parser.parse_known_args()
     unknown = [a for a in rest if a.startswith("-") or "=" not in a or not hasattr(args, "overrides")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -61,27 +62,27 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
 
 def add_inference(commands: Any) -> None:
-    parser = commands.add_parser("inference", help="detection, ours against stock, with its parts")
+    parser = commands.add_parser("inference", help="detection and its parts, ours against torchvision's")
     parser.set_defaults(measure=measure_inference)
     add_model_arguments(parser)
     parser.add_argument("--sizes", nargs="+", type=size, default=[(600, 800), (800, 1067)], metavar="HxW")
-    parser.add_argument("--proposals", nargs="+", type=positive, default=[1000, 300], help="an image")
+    parser.add_argument("--proposals", nargs="+", type=positive, default=[1000, 300], help="per image")
     parser.add_argument(
         "--without-winograd",
         action="store_true",
-        help="our optimised form with plain 3x3 too (in bf16 it is so)",
+        help="also our optimised form with plain 3x3 convolutions, as bf16 always has",
     )
-    parser.add_argument("--compile", action="store_true", help="our optimised form through torch.compile too")
+    parser.add_argument("--compile", action="store_true", help="also our form through torch.compile")
     add_stock_arguments(parser)
 
 
 def add_training(commands: Any) -> None:
-    parser = commands.add_parser("training", help="a training step, ours against stock")
+    parser = commands.add_parser("training", help="a training step, ours against torchvision's")
     parser.set_defaults(measure=measure_training)
     add_model_arguments(parser)
     parser.add_argument("--sizes", nargs="+", type=size, default=[(600, 800)], metavar="HxW")
-    parser.add_argument("--regions", nargs="+", type=positive, default=[512, 128], help="an image")
-    parser.add_argument("--checkpointing", action="store_true", help="ours with checkpointed activations too")
+    parser.add_argument("--regions", nargs="+", type=positive, default=[512, 128], help="per image")
+    parser.add_argument("--checkpointing", action="store_true", help="ours with activation checkpointing too")
     add_stock_arguments(parser)
 
 
@@ -93,7 +94,9 @@ def add_scaling(commands: Any) -> None:
         [100, 300, 500, 1000, 1500, 2000],
         [(300, 400), (450, 600), (600, 800), (750, 1000), (900, 1200)],
     )
-    parser.add_argument("--size", type=size, default=(600, 800), metavar="HxW", help="at which regions grow")
+    parser.add_argument(
+        "--size", type=size, default=(600, 800), metavar="HxW", help="image size for --regions"
+    )
     parser.add_argument("--regions", nargs="+", type=positive, default=regions)
     parser.add_argument("--sizes", nargs="+", type=size, default=sizes, metavar="HxW")
     parser.add_argument("--form", choices=INFERENCE_FORMS, default="ours_optimized")
@@ -105,13 +108,13 @@ def add_loader(commands: Any) -> None:
         "loader", usage=usage, help="images/s of the training loader and of decoding alone"
     )
     parser.set_defaults(measure=measure_loading, overrides=[])
-    parser.add_argument("--config", required=True, help="whose training data and augmentation to read")
+    parser.add_argument("--config", required=True, help="a recipe with training data and augmentation")
     parser.add_argument("--min-size", type=positive, default=600, help="short side in pixels")
     parser.add_argument(
         "--max-size", type=positive, help="bound of the long side (default: 5/3 of the short one)"
     )
-    parser.add_argument("--images", type=positive, default=500, help="images a pass")
-    parser.add_argument("--workers", nargs="+", type=int, default=[2], help="processes")
+    parser.add_argument("--images", type=positive, default=500, help="images per pass")
+    parser.add_argument("--workers", nargs="+", type=int, default=[2], help="processes, one case for each")
     add_output_arguments(parser, repeats=5)
 
 
@@ -120,32 +123,37 @@ def add_evaluation(commands: Any) -> None:
     parser.set_defaults(measure=measure_scoring)
     parser.add_argument("--images", type=positive, default=5000)
     parser.add_argument("--classes", type=positive, default=80)
-    parser.add_argument("--boxes", type=positive, help="objects (default: 7.2 an image, as val2017)")
-    parser.add_argument("--detections", type=positive, default=100, help="an image")
+    parser.add_argument("--boxes", type=positive, help="objects (default: 7.2 per image, as in val2017)")
+    parser.add_argument("--detections", type=positive, default=100, help="per image")
     parser.add_argument("--backends", nargs="+", help="default: every installed one")
     add_output_arguments(parser, repeats=1)
 
 
 def add_stock_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--skip-stock", action="store_true", help="ours alone: no ratios")
-    parser.add_argument("--stock-channels-last", action="store_true", help="stock in our memory layout too")
+    parser.add_argument(
+        "--skip-stock", action="store_true", help="ours alone, without ratios to torchvision's (stock)"
+    )
+    parser.add_argument("--stock-channels-last", action="store_true", help="stock in channels-last too")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backbone", default="resnet101", help="a ResNet that torchvision has too")
+    parser.add_argument("--backbone", default="resnet101", help="a ResNet that torchvision also has")
     parser.add_argument("--batch", type=positive, default=1, help="images at once")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bf16 is by autocast")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bf16 is under autocast")
     parser.add_argument("--stock-dtype", choices=DTYPES, help="of stock (default: that of ours)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=positive, help="of torch (default: torch's own choice)")
+    parser.add_argument("--threads", type=positive, help="of torch (default: torch's choice)")
     parser.add_argument(
-        "--tf32", action="store_true", help="let CUDA's float32 products be TF32, in every form"
+        "--tf32", action="store_true", help="use TF32 for CUDA's float32 products, in every form"
     )
     parser.add_argument(
-        "--matrix-size", type=positive, default=2048, help="of the product that gives the limit"
+        "--matrix-size",
+        type=positive,
+        default=2048,
+        help="side of the matrices whose product gives the limit",
     )
     parser.add_argument(
-        "--memory", action="store_true", help="peak memory too, each form in a process of its own"
+        "--memory", action="store_true", help="also peak memory, each form in its own process"
     )
     parser.add_argument("--warmup", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--plot", metavar="FILE.png")
@@ -165,7 +173,7 @@ def positive(text: str) -> int:
 
 
 def size(text: str) -> tuple[int, int]:
-    """Height x width in pixels: "600x800"."""
+    """Parse height x width in pixels, such as "600x800"."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; accepted: height x width, as 600x800")
@@ -177,7 +185,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def write(args: argparse.Namespace, **measured: Any) -> None:
-    """The JSON file: machine, arguments, and what was measured so far."""
+    """Write the JSON file of --output: machine, settings, and the measurements so far."""
     if args.output is None:
         return
     settings = {

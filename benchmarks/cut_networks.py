@@ -16,7 +16,7 @@ from backbones.summary import count_parameters, multiply_accumulates
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "cut_networks.md"
 IMAGE, ODD_IMAGE, CROP = (224, 224), (97, 130), 14
 
-# Small networks of each family; their larger ones are cut alike.
+# Small networks of each family. Its larger ones are cut in the same way.
 FAMILIES = {
     "ResNet": ("torchvision/resnet18", "timm/resnet10t", "timm/resnet26d"),
     "ResNeXt": ("torchvision/resnext50_32x4d",),
@@ -78,14 +78,15 @@ TEXT = f"""# Networks cut by tracing
 
 Written by `python benchmarks/cut_networks.py`. `create_backbone(name)` builds each of them.
 
-parameters: of trunk and head, without what follows the last map. trunk: an image of {IMAGE[0]}x{IMAGE[1]} pixels; head: a
-region of {CROP}x{CROP}. projected: opening 1x1 convolutions that run on the shared map. map: rows and columns, of H x W
-pixels, where H and W are no multiples of 16: rounded up (ceil), down (floor), or refused by the network; a detector
-pads its images to multiples of 32.
+parameters: of trunk and head, without the layers after the last map. trunk: an image of {IMAGE[0]}x{IMAGE[1]} pixels.
+head: a region of {CROP}x{CROP}. projected: the number of opening 1x1 convolutions that run on the shared map.
+map: how H / 16 and W / 16 are rounded to rows and columns, up (ceil) or down (floor). "multiples of 32": the network
+refuses other sizes. A detector pads its images to multiples of 32.
 """
 
 
 def create(name: str) -> Backbone:
+    """The backbone on the meta device. ValueError: the network cannot be cut."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return create_backbone(name).eval()
@@ -125,7 +126,7 @@ def last_layer(backbone: Backbone) -> str:
 
 
 def rounding(backbone: Backbone) -> str:
-    """How a map's size follows from an image's."""
+    """How an image's size is rounded to its map's: the last column of the table."""
     try:
         size = tuple(backbone.trunk(torch.zeros(1, 3, *ODD_IMAGE, device="meta")).shape[2:])
     except RuntimeError:
@@ -135,6 +136,7 @@ def rounding(backbone: Backbone) -> str:
 
 
 def refusal(name: str) -> str:
+    """The reason for which a network is refused. ValueError: it was cut."""
     try:
         create(name)
     except ValueError as error:

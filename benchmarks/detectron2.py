@@ -12,12 +12,12 @@ from .timing import Parts
 
 
 def has_detectron2(backbone: str) -> bool:
-    """Whether it is installed and has a C4 recipe of that network."""
+    """Whether Detectron2 is installed and has a C4 recipe of that network."""
     return backbone in ("resnet50", "resnet101") and importlib.util.find_spec("detectron2") is not None
 
 
 def build_detectron2(settings: Settings, size: Size, count: int) -> nn.Module:
-    """Its C4 recipe of the same depth, random weights, the same number of forced proposals."""
+    """Detectron2's C4 detector of the same depth, with random weights and `count` forced proposals per image."""
     from detectron2 import model_zoo
     from detectron2.modeling import build_model
     from detectron2.structures import Boxes, Instances
@@ -41,7 +41,7 @@ def build_detectron2(settings: Settings, size: Size, count: int) -> nn.Module:
 
 
 def detectron2_parts(model: nn.Module) -> Parts:
-    """Its parts, under the names of ours."""
+    """The parts of Detectron2's detector, under the names of ours."""
     heads = model.roi_heads
     return [
         (model.backbone, "forward", "trunk"),

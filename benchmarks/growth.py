@@ -1,4 +1,4 @@
-"""Growth of time with regions and with pixels."""
+"""The growth of time with regions and with pixels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,12 +15,13 @@ from .timing import Seconds, Stopwatch, alternate
 def measure_scaling(
     settings: Settings, size: Size, regions: Sequence[int], sizes: Sequence[Size], form: str
 ) -> dict[str, dict[str, Any]]:
-    """Times of one form: at `size` for each number of regions, and at their middle number for each of `sizes`."""
+    """Time one form at `size` for each number of regions, and at the middle number for each of `sizes`."""
     settings.apply()
     model = build_inference(settings, [form], max(regions))[form]
     middle = sorted(regions)[len(regions) // 2]
     set_case(model, size, middle)
-    agree({form: model}, make_images(settings, size), settings.tf32)  # for the score threshold
+    # This sets the score threshold.
+    agree({form: model}, make_images(settings, size), settings.tf32)
     by_regions = {str(count): (size, count) for count in regions}
     by_pixels = {f"{h}x{w}": ((h, w), middle) for h, w in sizes}
     return {
@@ -53,7 +54,10 @@ def _growth(
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | None:
-    """y = slope * x + intercept by least squares, and the part of y's variance that it explains; None below 2 points."""
+    """Fit y = slope * x + intercept by least squares; None for fewer than 2 points.
+
+    r_squared is the part of y's variance that the line explains.
+    """
     if len(x) < 2:
         return None
     slope, intercept = np.polyfit(x, y, 1).tolist()

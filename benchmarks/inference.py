@@ -1,4 +1,4 @@
-"""Detection in several forms of one detector: times by part, ratios to stock, distance to the limit."""
+"""Compare detection in several forms of one detector: times by part, ratios to stock, distance to the limit."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +19,16 @@ from .models import ForcedProposals, build_form, make_images, random_weights, se
 from .settings import DTYPES, Settings, Size, allow_tf32
 from .timing import Parts, Seconds, Stopwatch, alternate, per_second, ratios
 
-# Pairs of box and class of an image that reach NMS, about what a trained detector leaves at 0.05.
+# Pairs of box and class per image that reach NMS: about as many as a trained detector leaves at a score of 0.05.
 DETECTED = 300
-MAX_DIFFERENCE = 1e-4  # of float32 head features, relative to the largest
+# Accepted difference of float32 head features, relative to the largest.
+MAX_DIFFERENCE = 1e-4
 
 
 def compare_inference(
     settings: Settings, sizes: Sequence[Size], proposals: Sequence[int], forms: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """A case for each size and number of proposals: times of every form, ratios to stock, distance to the limit."""
+    """Yield a case for each size and number of proposals: times by form, ratios to stock, distance to the limit."""
     settings.apply()
     models = build_inference(settings, forms, max(proposals))
     for size, count in product(sizes, proposals):
@@ -35,6 +36,7 @@ def compare_inference(
 
 
 def build_inference(settings: Settings, forms: Sequence[str], most_proposals: int) -> dict[str, FasterRCNN]:
+    """A model of each form, all with the same random weights and with forced proposals."""
     weights = random_weights(settings.backbone)
     options = {
         "rpn_pre_nms_top_n_test": max(1000, most_proposals),
@@ -82,7 +84,7 @@ def _inference_case(
 def inference_call(
     watch: Stopwatch, model: nn.Module, inputs: list, dtype: str, parts: Parts | None = None
 ) -> Callable[[], Seconds]:
-    """Times model(inputs); the parts are those of a detector of torchvision's shape unless given."""
+    """A call that times model(inputs). parts: None takes those of `inference_parts`."""
     parts = inference_parts(model) if parts is None else parts
 
     @torch.inference_mode()
@@ -94,11 +96,11 @@ def inference_call(
 
 
 def inference_parts(model: FasterRCNN) -> Parts:
-    """The parts of a detector of torchvision's shape; our head crops its maps itself, by `Regions`."""
+    """The parts of a detector with torchvision's attributes. Our head crops its maps when it reads `Regions`."""
     heads, trunk = model.roi_heads, model.backbone
     return [
         (model.transform, "forward", "transform"),
-        # from outside of what is compiled: a clock within would break it in two
+        # A clock inside a compiled call would break it in two, so this one is outside.
         (trunk, "forward" if trunk._compiled_call_impl is None else "_compiled_call_impl", "trunk"),
         (model.rpn, "forward", "rpn"),
         (heads.box_roi_pool, "forward", "roi_align"),
@@ -111,10 +113,10 @@ def inference_parts(model: FasterRCNN) -> Parts:
 
 
 def agree(models: dict[str, FasterRCNN], images: list[Tensor], tf32: bool) -> tuple[float, dict[str, float]]:
-    """Check that the forms compute the same, and give each one score threshold.
+    """Check that all forms compute the same, and give them the same score threshold.
 
-    Gives the threshold, and each form's largest difference of float32 head features from the first form's,
-    relative to the largest feature; more than `MAX_DIFFERENCE` is an error.
+    images: N x (3, H, W). Returns the threshold, and the largest difference of each form's float32 head features from
+    the first form's, relative to the largest feature. ValueError: a difference is above `MAX_DIFFERENCE`.
     """
     allow_tf32(False)
     outputs = {form: head_outputs(model, images) for form, model in models.items()}

@@ -1,4 +1,4 @@
-"""The limit: multiply-accumulates over the machine's rate of matrix products."""
+"""The limit: the time of a model's multiply-accumulates at the machine's rate of matrix products."""
 
 from collections.abc import Callable
 from statistics import median
@@ -14,21 +14,22 @@ from .models import stock_detector
 from .settings import DTYPES, Settings, Size
 from .timing import Seconds, Stopwatch, Times
 
-MANY_REGIONS = 4000  # so many that projecting the map once is less work at any size of image
+# So many that projecting the map once is less work, at any image size.
+MANY_REGIONS = 4000
 
 
 def matrix_call(watch: Stopwatch, settings: Settings, dtype: str) -> Callable[[], Seconds]:
-    """Times a product of matrix_size^3 multiply-accumulates, three times over."""
+    """A call that times a product of matrix_size^3 multiply-accumulates: the median of three."""
     shape, options = (settings.matrix_size,) * 2, {"dtype": DTYPES[dtype], "device": settings.device}
     a, b = torch.randn(shape, **options), torch.randn(shape, **options)
     return lambda: {"total": median(watch.time(lambda: a @ b)["total"] for _ in range(3))}
 
 
 def count_macs(settings: Settings, size: Size) -> dict[str, int]:
-    """Multiply-accumulates an image (trunk, RPN, projection of the shared map) and a region (head).
+    """Multiply-accumulates per image (trunk, rpn, projection) and per region (head, projected_head).
 
-    trunk, rpn, head: of the stock network. projected_head: what is left of a region when the head's opening 1x1
-    convolutions run on the map, for `projection` an image.
+    trunk, rpn, head: of the stock network. projection: of the head's opening 1x1 convolutions, run once on the map.
+    projected_head: of the rest of the head.
     """
     with torch.device("meta"):
         stock = stock_detector(settings, None, frozen=False)
@@ -56,9 +57,9 @@ def count_macs(settings: Settings, size: Size) -> dict[str, int]:
 def over_limit(
     times: Times, macs: dict[str, int], rates: dict[str, float], settings: Settings, regions: int
 ) -> dict[str, dict[str, float]]:
-    """Time of trunk and head over that of their multiply-accumulates at the machine's rate.
+    """The time of trunk and head, divided by the time of their multiply-accumulates at the machine's rate.
 
-    Ours is held to the projected head's count, without the projection.
+    For our head, the multiply-accumulates are those of projected_head, without the projection.
     """
     result = {}
     for form, parts in times.items():

@@ -1,4 +1,4 @@
-"""Peak memory of one form, in a process that holds it alone."""
+"""Peak memory of one form, in a process that holds nothing else."""
 
 import json
 import os
@@ -26,7 +26,7 @@ _RUN = (
 def peak_memory(
     task: str, settings: Settings, form: str, size: Sequence[int], count: int
 ) -> dict[str, float]:
-    """What `run_alone` gives in a new process."""
+    """Call `run_alone` in a new process and return its result. RuntimeError: the process failed."""
     command = [sys.executable, "-c", _RUN, json.dumps([task, asdict(settings), form, list(size), count])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -38,10 +38,11 @@ def peak_memory(
 def run_alone(
     task: str, settings: dict[str, Any], form: str, size: Sequence[int], count: int
 ) -> dict[str, float]:
-    """Run one form once (training: two steps, the second with the optimizer's state) and give peaks in MB.
+    """Run one form and return its peaks of memory in MB. On CUDA, they are of tensors on the device.
 
-    task: "inference" of `count` proposals, or "training" on `count` regions.
-    building_mb: until the model stood; running_mb: from then on; peak_mb: of both. On CUDA, of tensors on the device.
+    task: "inference" of `count` proposals, or "training" on `count` regions. Inference runs once. Training runs two
+    steps, because the optimizer's state exists only in the second.
+    building_mb: until the model is built. running_mb: from then on. peak_mb: the larger of both.
     """
     chosen = Settings(**settings)
     chosen.apply()
@@ -67,9 +68,9 @@ def _build_detection(settings: Settings, form: str, size: Size, count: int) -> C
 
 
 def peak_mb(device: str) -> float:
-    """The process's peak: resident memory, or tensors' memory on a CUDA device.
+    """The process's peak in MB: resident memory, or the memory of tensors on a CUDA device.
 
-    Linux's VmHWM is of this program alone; `ru_maxrss` also remembers the process that started it.
+    Linux's VmHWM counts this program alone. `ru_maxrss` may also count the process that started it.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -84,7 +85,7 @@ def peak_mb(device: str) -> float:
 
 
 def _forget_peak(device: str) -> None:
-    """Begin a new peak, where the system can (Linux; elsewhere the old one stays)."""
+    """Begin a new peak, on CUDA and on Linux. On other systems the old one stays."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -1,8 +1,8 @@
-"""One detector in every form that is timed: torchvision's own composition, and ours.
+"""One detector in every form that is timed: "stock", composed of torchvision's parts, and ours.
 
-Forced, and alike in every form: the weights (random, batch norm's statistics those of noise pictures, so that
-activations keep their scale), the proposals (`ForcedProposals`) and the size of the images. Stock is what a user
-composes of torchvision's parts: eager, contiguous, its own pool.
+All forms have the same random weights, proposals (`ForcedProposals`) and image sizes. Batch norm's statistics are those
+of noise pictures, so that activations keep their scale. Stock is as a user composes it: eager, contiguous, and with
+torchvision's pool.
 """
 
 import math
@@ -30,13 +30,14 @@ INFERENCE_FORMS = ("stock", "stock_channels_last", "ours", "ours_direct", "ours_
 
 
 def random_weights(name: str) -> dict[str, Tensor]:
-    """A torchvision network's seeded random weights, batch norm's statistics those of noise pictures."""
+    """A torchvision network's seeded random weights, with batch norm's statistics of noise pictures."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = _stock_network(name, nn.BatchNorm2d).train()
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # the plain mean of the batches
+                # The statistics are the plain mean of the batches.
+                module.momentum = None
         with torch.no_grad():
             network(torch.randn(2, 3, 128, 128))
     return network.state_dict()
@@ -53,10 +54,10 @@ def _stock_network(name: str, norm: Callable[[int], nn.Module]) -> nn.Module:
 def build_form(
     form: str, settings: Settings, weights: dict[str, Tensor], *, training: bool = False, **options: object
 ) -> FasterRCNN:
-    """The detector in one form, in evaluation or training mode; `options` are FasterRCNN's.
+    """Build the detector in one form, in evaluation or training mode. options: arguments of FasterRCNN.
 
-    In training batch norm is frozen, and so are the stem and conv2_x. Winograd products are of float32 only: in bf16
-    they take 3.5 times the convolution's time.
+    In training, batch norm, the stem and conv2_x are frozen. Winograd products are for float32 only: in bf16 they take
+    3.5 times the convolution's time.
     """
     if form.startswith("stock"):
         model = stock_detector(settings, weights, training, **options)
@@ -74,7 +75,10 @@ def build_form(
 def stock_detector(
     settings: Settings, weights: dict[str, Tensor] | None, frozen: bool, **options: object
 ) -> FasterRCNN:
-    """FasterRCNN of torchvision's parts, the network cut behind layer3; `weights` None leaves its own."""
+    """torchvision's FasterRCNN with a ResNet that is cut after layer3.
+
+    weights: None keeps the network's own random ones. frozen: batch norm, the stem and layer1 are frozen.
+    """
     network = _stock_network(settings.backbone, FrozenBatchNorm2d if frozen else nn.BatchNorm2d)
     if weights is not None:
         network.load_state_dict(weights)
@@ -106,17 +110,17 @@ def _our_detector(
 
 @torch.no_grad()
 def _seed_outputs(model: FasterRCNN) -> None:
-    """The same small random weights of RPN and predictor in every form."""
+    """Give RPN and predictor the same small random weights in every form."""
     generator = torch.Generator().manual_seed(1)
     for parameter in (*model.rpn.head.parameters(), *model.roi_heads.box_predictor.parameters()):
         parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
 
 
 class ForcedProposals:
-    """The RPN's own filter runs, so that its time counts; then seeded boxes take the place of what it gave.
+    """Replaces the RPN's proposals by `count` seeded boxes per image, since those of random weights are few and alike.
 
-    Random weights' proposals are too few and too alike. In training the seed of what follows is set too: every
-    form samples the same anchors and regions.
+    The RPN's own filter still runs, so that its time counts. In training, torch's seed is set too, so that every form
+    samples the same anchors and regions.
     """
 
     def __init__(self, rpn: nn.Module) -> None:
@@ -145,7 +149,10 @@ class ForcedProposals:
 
 
 def random_boxes(count: int, size: Size, seed: int) -> Tensor:
-    """(count, 4) boxes within the image: sides of 16 to 512 pixels, uniform in their logarithm, as far as they fit."""
+    """(count, 4) float32 xyxy boxes within the image.
+
+    The sides are from 16 to 512 pixels, uniform in their logarithm, and at most 0.9 of the image's.
+    """
     rng = np.random.default_rng(seed)
     limit = 0.9 * np.array(size[::-1])
     sides = np.minimum(np.exp(rng.uniform(math.log(16), math.log(512), (count, 2))), limit)
@@ -154,11 +161,12 @@ def random_boxes(count: int, size: Size, seed: int) -> Tensor:
 
 
 def set_case(model: FasterRCNN, size: Size, count: int) -> None:
-    """Have the model's transform leave images of `size` at it, and its `ForcedProposals` give `count` an image."""
+    """Make the model keep images of `size` at that size, and make its `ForcedProposals` give `count` per image."""
     model.transform.min_size, model.transform.max_size = (min(size),), max(size)
     model.rpn.filter_proposals.count = count
 
 
 def make_images(settings: Settings, size: Size) -> list[Tensor]:
+    """A batch of seeded noise images (3, H, W) in [0, 1]."""
     generator = torch.Generator().manual_seed(2)
     return [torch.rand(3, *size, generator=generator).to(settings.device) for _ in range(settings.batch)]

@@ -1,4 +1,4 @@
-"""Throughput of what stands around the detector: the loader of training images, and COCO's evaluation."""
+"""Throughput of the parts around the detector: the loader of training images, and COCO's evaluation."""
 
 import importlib.util
 import math
@@ -20,7 +20,7 @@ from .timing import Seconds, Stopwatch, alternate, per_second, ratios
 
 
 class _Decoded(Dataset):
-    """The pictures of a data set decoded and thrown away; an item is asked for as `TransformedDataset`'s."""
+    """Decodes the pictures of a data set and keeps only their shapes. Keys are as in `TransformedDataset`."""
 
     def __init__(self, paths: np.ndarray) -> None:
         self.paths = paths
@@ -35,9 +35,9 @@ class _Decoded(Dataset):
 def measure_loader(
     config: Config, num_images: int, workers: Sequence[int], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """For each number of workers: images/s of the training loader, and of decoding the same files alone.
+    """Yield, for each number of workers, images/s of the training loader and of decoding the same files alone.
 
-    Both passes go through the same kind of loader over the same batches, from the first asked for to the last; the
+    Both go through the same kind of loader over the same batches. A pass is timed from the first batch to the last. The
     workers live on between passes.
     """
     dataset = build_dataset(config.data, "train")
@@ -53,7 +53,8 @@ def measure_loader(
             name: build_loader(d, batches, num_workers, pin_memory=False) for name, d in datasets.items()
         }
         calls = {name: partial(watch.time, partial(_drain, loader)) for name, loader in loaders.items()}
-        times = alternate(calls, repeats, warmup=1)  # starts the workers
+        # The warm-up starts the workers.
+        times = alternate(calls, repeats, warmup=1)
         yield {
             "workers": num_workers,
             "images": count,
@@ -64,7 +65,7 @@ def measure_loader(
 
 
 def _batches(aspect_ratios: np.ndarray, num_images: int, config: Config) -> list[list[tuple[int, int]]]:
-    """Training batches of as many epochs as `num_images` need."""
+    """Training batches for `num_images` images, from as many epochs as they need."""
     sampler = TrainBatches(
         aspect_ratios, config.train.batch_size, config.train.seed, config.loader.group_by_aspect_ratio
     )
@@ -81,6 +82,7 @@ def _drain(loader: Iterable) -> None:
 
 
 def coco_backends() -> list[str]:
+    """The backends of COCO evaluation that are installed."""
     packages = {"faster": "faster_coco_eval", "pycocotools": "pycocotools"}
     return [name for name, package in packages.items() if importlib.util.find_spec(package)]
 
@@ -88,7 +90,7 @@ def coco_backends() -> list[str]:
 def measure_evaluation(
     num_images: int, num_classes: int, num_boxes: int, detections: int, backends: Sequence[str], repeats: int
 ) -> dict[str, Any]:
-    """Seconds of COCO's evaluation of generated detections by each backend, and its twelve numbers."""
+    """Time each backend's COCO evaluation of generated detections, and compare its twelve numbers with the first's."""
     ground_truth, results = make_coco(num_images, num_classes, num_boxes, detections)
     watch, metrics = Stopwatch("cpu"), {}
 
@@ -111,7 +113,10 @@ def measure_evaluation(
 
 
 def make_coco(num_images: int, num_classes: int, num_boxes: int, detections: int) -> tuple[dict, list[dict]]:
-    """Seeded ground truth, and results of which each object has a shifted one and the rest are anywhere."""
+    """Seeded ground truth and results, in COCO's formats.
+
+    Each object has a result with a shifted box, up to `detections` per image. The other results are anywhere.
+    """
     rng = np.random.default_rng(0)
     size = np.array([640, 480])
 

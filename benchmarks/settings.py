@@ -1,4 +1,4 @@
-"""What a measurement is made with, and on."""
+"""The settings of a measurement, and the machine that it runs on."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ Size = tuple[int, int]  # height, width in pixels
 
 @dataclass(frozen=True)
 class Settings:
-    """What a measurement of the detector is made with; `stock_dtype` None means that of ours."""
+    """Settings of a measurement of the detector. stock_dtype: None takes `dtype`."""
 
     backbone: str = "resnet101"
     batch: int = 1
@@ -36,9 +36,9 @@ class Settings:
         return self.stock_dtype or self.dtype if form.startswith("stock") else self.dtype
 
     def apply(self) -> None:
-        """Threads of the process, and whether CUDA's float32 products may be TF32 (torch's own default differs).
+        """Set the threads of the process, and whether CUDA's float32 products and convolutions may be TF32.
 
-        Numbers that fade out become 0, as in a run: on some CPUs products of denormal ones take twenty times as long.
+        Denormal numbers become 0, as in a run. On some CPUs, their products take twenty times as long.
         """
         torch.set_flush_denormal(True)
         if self.threads is not None:
@@ -52,7 +52,7 @@ def allow_tf32(allowed: bool) -> None:
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures were measured on and with."""
+    """The machine, the versions and the command of a measurement."""
     on_cuda = torch.device(device).type == "cuda"
     return {
         "cpu": _cpu_model(),

@@ -1,4 +1,4 @@
-"""What was measured, as tables and plots."""
+"""Measurements as tables and plots."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from detector.tables import format_table
 
 
 def format_times(case: dict[str, Any], title: str, parts: Sequence[str]) -> str:
-    """Medians of each form by part, then what they are of stock's."""
+    """A table of each form's median seconds by part, and then of their ratios to stock's."""
     memory = case["memory"] or {}
     rows = [
         (
@@ -31,6 +31,7 @@ def format_times(case: dict[str, Any], title: str, parts: Sequence[str]) -> str:
 
 
 def format_limit(case: dict[str, Any]) -> str:
+    """A table of each form's time over the limit, with the rates of matrix products below it."""
     rates = ", ".join(
         f"{d} {rate / 1e9:.1f}" for d, rate in case["matrix_product"]["macs_per_second"].items()
     )
@@ -57,7 +58,10 @@ def new_figure(num_panels: int, panel_height: float) -> tuple[Any, list[Any]]:
 
 
 def plot_parts(path: str, cases: list[dict[str, Any]], counted: str, parts: Sequence[str]) -> None:
-    """A panel a case, a bar a form, its parts side by side; the whisker is from the fastest to the slowest round."""
+    """Plot a panel for each case and a bar for each form, with its parts side by side.
+
+    The black line goes from the fastest to the slowest round.
+    """
     figure, panels = new_figure(len(cases), 1.2 + 0.4 * len(cases[0]["times"]))
     for axes, case in zip(panels, cases, strict=True):
         forms = list(case["times"])
@@ -77,7 +81,7 @@ def plot_parts(path: str, cases: list[dict[str, Any]], counted: str, parts: Sequ
 
 
 def plot_growth(path: str, growth: dict[str, dict[str, Any]]) -> None:
-    """Seconds over regions and over pixels with the fitted line, and the peak memory where it was measured."""
+    """Plot seconds over regions and over pixels with the fitted line, and the peak memory if it was measured."""
     memory = growth["regions"].get("memory")
     figure, panels = new_figure(3 if memory else 2, 3.0)
     for axes, (name, curve) in zip(panels[:2], growth.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Seconds: of the parts of a call, of calls that alternate, and what they come to."""
+"""Time the parts of a call, run calls in turn, and summarise their seconds."""
 
 import time
 from collections import defaultdict
@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-Seconds = dict[str, float]  # "total" and each part
-Summary = dict[str, Any]  # quartiles of a part, and the seconds of each round
-Parts = list[tuple[Any, str, str]]  # (owner, attribute, part): each call of owner.attribute is of that part
-Times = dict[str, dict[str, Summary]]  # of each form, of each part
+# Seconds of a call: "total" and each part.
+Seconds = dict[str, float]
+# The quartiles of a part, and its seconds in each round.
+Summary = dict[str, Any]
+# (owner, attribute, part): each call of owner.attribute counts as that part.
+Parts = list[tuple[Any, str, str]]
+# Summaries by form, then by part.
+Times = dict[str, dict[str, Summary]]
 
 
 class Stopwatch:
-    """Seconds of a call by part, each moment counted once: a part within another is taken out of it."""
+    """Measures the seconds of a call by part. Each moment counts once: a part within another is taken out of it."""
 
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
@@ -25,7 +29,7 @@ class Stopwatch:
         self._open: list[str] = []
 
     def time(self, call: Callable[[], object]) -> Seconds:
-        """{"total", "other" and each part: seconds}; on CUDA the parts are of the device's own clock."""
+        """Run `call`; return seconds of "total", "other" and each part. On CUDA, the device's clock times the parts."""
         self._marks, self._open = [], []
         self._synchronize()
         started = time.perf_counter()
@@ -39,6 +43,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """A context that counts as the part `name`."""
         self._open.append(name)
         self._mark(name)
         try:
@@ -49,7 +54,7 @@ class Stopwatch:
 
     @contextmanager
     def watch(self, parts: Parts) -> Iterator[None]:
-        """Within, every call of `owner.attribute` is a part."""
+        """A context in which every call of `owner.attribute` counts as its part."""
         with ExitStack() as stack:
             for owner, attribute, part in parts:
                 stack.enter_context(_replaced(owner, attribute, self._timed(getattr(owner, attribute), part)))
@@ -63,7 +68,7 @@ class Stopwatch:
         return timed
 
     def _mark(self, part: str) -> None:
-        """From now on it is `part` that runs."""
+        """Note that `part` runs from now on."""
         if self.device.type != "cuda":
             self._marks.append((part, time.perf_counter()))
             return
@@ -87,7 +92,10 @@ def _replaced(owner: Any, attribute: str, value: object) -> Iterator[None]:
 
 
 def alternate(calls: dict[str, Callable[[], Seconds]], repeats: int, warmup: int) -> Times:
-    """Each call's parts summarised over `repeats` rounds of all calls in turn, every second round backwards."""
+    """Run all calls in turn, and summarise the parts of each over `repeats` rounds.
+
+    Every second round runs backwards. `warmup` rounds come first and do not count.
+    """
     samples: dict[str, list[Seconds]] = {name: [] for name in calls}
     for number in range(-warmup, repeats):
         for name in list(calls) if number % 2 == 0 else reversed(calls):
@@ -107,12 +115,12 @@ def summarize(seconds: Sequence[float]) -> Summary:
 
 
 def per_second(times: Times, num_images: int) -> dict[str, float]:
-    """Images/s of each form, by the median of its total."""
+    """Images per second of each form, from the median of its total."""
     return {form: num_images / parts["total"]["median"] for form, parts in times.items()}
 
 
 def ratios(times: Times, reference: str = "stock") -> dict[str, dict[str, float]]:
-    """Medians of each form over the reference's, for the parts that both have; {} without a reference."""
+    """Each form's medians divided by the reference's, for the parts that both have; {} without a reference."""
     if reference not in times:
         return {}
     base = {part: summary["median"] for part, summary in times[reference].items() if summary["median"] > 0}

@@ -1,4 +1,4 @@
-"""A training step in several forms of one detector."""
+"""Compare a training step in several forms of one detector."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ NUM_OBJECTS = 8  # ground-truth boxes of a training image
 def compare_training(
     settings: Settings, sizes: Sequence[Size], regions: Sequence[int], forms: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """A case for each size and number of regions: times of a step of every form, and ratios to stock."""
+    """Yield a case for each size and number of regions: times of a step by form, and ratios to stock."""
     settings.apply()
     for size, count in product(sizes, regions):
         steps = build_training(settings, forms, size, count)
@@ -47,14 +47,14 @@ def build_training(
     for form in forms:
         model = build_form(form, settings, weights, training=True, box_batch_size_per_image=regions)
         ForcedProposals(model.rpn)
-        # torchvision's own number of training proposals: four in five are background, so the sample fills
+        # At least 2000, as in torchvision's training. Four in five are background, so the sample of regions fills.
         set_case(model, size, max(2000, 4 * regions))
         steps[form] = TrainingStep(form, model, settings, size)
     return steps
 
 
 def make_targets(settings: Settings, size: Size) -> list[dict[str, Tensor]]:
-    """`NUM_OBJECTS` seeded boxes an image."""
+    """`NUM_OBJECTS` seeded boxes per image: boxes (M, 4) xyxy pixels, labels (M,)."""
     labels = torch.arange(NUM_OBJECTS) % (settings.num_classes - 1) + 1
     return [
         {
@@ -66,7 +66,7 @@ def make_targets(settings: Settings, size: Size) -> list[dict[str, Tensor]]:
 
 
 class TrainingStep:
-    """Forward, backward and SGD's update of one model on one batch; ours with the fused optimizer."""
+    """Forward, backward and SGD's update of one model on one batch. Our forms use the fused optimizer."""
 
     def __init__(self, form: str, model: FasterRCNN, settings: Settings, size: Size) -> None:
         self.model, self.watch = model, Stopwatch(settings.device)
@@ -93,7 +93,7 @@ class TrainingStep:
         return self.watch.time(self)
 
     def count_regions(self) -> tuple[int, dict[str, float]]:
-        """How many regions the head sees, and the losses, of a step without update."""
+        """The number of regions that the head sees, and the losses, in a step without an update."""
         seen: list[int] = []
         predictor = self.model.roi_heads.box_predictor
         hook = predictor.register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
@@ -106,7 +106,10 @@ class TrainingStep:
 
 
 def _compare_losses(steps: dict[str, TrainingStep], settings: Settings) -> dict[str, float]:
-    """The largest relative difference of each form's first losses from the first form's; checks the regions too."""
+    """The largest relative difference of each form's losses from the first form's, before any update.
+
+    ValueError: a form trains on another number of regions.
+    """
     counted = {form: step.count_regions() for form, step in steps.items()}
     _, reference = next(iter(counted.values()))
     sampler = next(iter(steps.values())).model.roi_heads.fg_bg_sampler

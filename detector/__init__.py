@@ -1,6 +1,7 @@
 """Faster R-CNN around a classification backbone cut at conv4_x: data, training, evaluation, inference."""
 
-import backbones  # noqa: F401  first: it says so where torchvision's operators do not fit the installed torch
+# First, because it raises a clear error if torchvision's operators do not fit the installed torch.
+import backbones  # noqa: F401
 
 from .build import build_model
 from .config import Config, load_config

@@ -1,4 +1,4 @@
-"""A configuration -> the detector that it describes, and its training."""
+"""Build the detector that a configuration describes, and its training."""
 
 import math
 
@@ -16,7 +16,7 @@ from .model.faster_rcnn import C4FasterRCNN, build_faster_rcnn
 def build_model(config: ModelConfig, num_classes: int, *, load_weights: bool = True) -> C4FasterRCNN:
     """The detector that a configuration describes, in channels-last layout.
 
-    num_classes: K, with background. load_weights: False where a checkpoint's weights follow, so that none are fetched.
+    num_classes: K, with background. load_weights: False fetches no weights, for a model that gets a checkpoint's.
     """
     options = dict(config.backbone)
     if not load_weights:
@@ -28,7 +28,7 @@ def build_model(config: ModelConfig, num_classes: int, *, load_weights: bool = T
 
 
 def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device: torch.device) -> Training:
-    """Optimizer, schedule, scaler and averages around a model; `num_batches` are an epoch's."""
+    """Build the optimizer, schedule, gradient scaler and weight averages of a model. num_batches: of an epoch."""
     options = config.train
     groups = parameter_groups(model, options.weight_decay, options.norm_decay)
     fused = device.type in ("cpu", "cuda")

@@ -1,7 +1,7 @@
-"""Weights with all that a detector needs, and the state that a run resumes from.
+"""The files of a run: weights with all that a detector needs, and the state that the run resumes from.
 
-`best.safetensors`, `last.safetensors`: weights; the metadata holds config, class names and preprocessing.
-`training_state.pt`: optimizer, schedule, averages and counters beside the raw weights. Nothing here runs code.
+`best.safetensors`, `last.safetensors`: weights. Their metadata holds config, class names, preprocessing and metrics.
+`training_state.pt`: raw weights, optimizer, schedule, averages and counters. Reading a file runs no code from it.
 """
 
 import dataclasses
@@ -27,13 +27,16 @@ from .model.faster_rcnn import C4FasterRCNN
 FORMAT = "fasterrcnn-c4"
 VERSION = 2
 
-# Version 1 had these in `model`.
+# Settings that version 1 kept in the section `model`.
 _SPEED = ("shared_projection", "sparse_roi_align", "fold_norms", "activation_checkpointing")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights and what they need: the recipe, the classes, and what the weights expect of an image."""
+    """Weights with the recipe, the class names and the preprocessing that they need.
+
+    metrics: of the evaluation that made these weights the best ones; otherwise {}.
+    """
 
     state_dict: dict[str, Tensor]
     config: Config
@@ -42,28 +45,29 @@ class Checkpoint:
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def with_overrides(self, overrides: Sequence[str]) -> "Checkpoint":
-        """The same weights under `key=value` overrides of the recipe, such as "model.box_nms_thresh=0.4"."""
+        """The same weights with `key=value` overrides of the recipe, for example "model.box_nms_thresh=0.4"."""
         values = self.config.model_dump(mode="json")
         return dataclasses.replace(
             self, config=parse_config(values, overrides, source="the checkpoint's config")
         )
 
     def build(self) -> C4FasterRCNN:
-        """The detector with these weights, in evaluation mode."""
+        """Build the detector with these weights, in evaluation mode. ValueError: they do not fit the config."""
         model = build_model(self.config.model, Config.num_classes(self.class_names), load_weights=False)
-        # Otherwise the model has what the config says, overridden or not.
+        # A preprocessing that the config sets is in the model already, and comes before the stored one.
         if self.config.model.preprocessing is None:
             model.transform.set_preprocessing(self.preprocessing)
         if differences := misfit(model.state_dict(), self.state_dict):
             raise ValueError(f"the weights do not fit the config beside them; {differences}")
-        model.load_state_dict(self.state_dict, strict=False)  # counters of batch norms may be absent
+        # Counters of batch norms may be absent.
+        model.load_state_dict(self.state_dict, strict=False)
         return model.eval()
 
 
 def parse_stored_config(values: dict[str, Any], version: int, source: str) -> Config:
     """The configuration that a file of this version holds.
 
-    In version 1, settings of speed and conventions stood in `model`, and None meant the default.
+    In version 1, the settings of speed and conventions were in `model`, and None meant the default.
     """
     if version < 2:
         model = {key: value for key, value in values["model"].items() if value is not None}
@@ -74,6 +78,7 @@ def parse_stored_config(values: dict[str, Any], version: int, source: str) -> Co
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a .safetensors file, whole or not at all."""
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -86,10 +91,13 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read `best.safetensors` or `last.safetensors`."""
+    """Read a .safetensors checkpoint of tools/train.py or tools/convert_weights.py.
+
+    ValueError: a file of another program, without a detector, or of a newer version.
+    """
     if Path(path).suffix in (".pth", ".pt", ".pkl"):
         raise ValueError(
-            f"{path} is not a checkpoint of this project; tools/convert_weights.py makes one of another program's"
+            f"{path} is not a checkpoint of this project; tools/convert_weights.py converts those of other programs"
         )
     tensors, metadata = read(path, load_with_metadata)
     if metadata.get("format") != FORMAT:
@@ -108,11 +116,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def save_training_state(path: str | Path, state: dict[str, Any]) -> None:
+    """Write `training_state.pt`, whole or not at all."""
     state = {**state, "version": VERSION}
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def load_training_state(path: str | Path) -> dict[str, Any]:
+    """Read `training_state.pt`. FileNotFoundError: there is none."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is nothing to resume from: {path} does not exist")

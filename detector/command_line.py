@@ -1,11 +1,11 @@
-"""What the tools have in common: their parser, and errors as one sentence on standard error."""
+"""Shared by the command-line tools: the parser, and errors as one sentence on standard error."""
 
 import argparse
 import sys
 from collections.abc import Callable
 
-DEVICE_HELP = "cpu, cuda, cuda:1 (default: the GPU where there is one)"
-PATHS_HELP = "pictures, folders, or patterns such as 'a/*.jpg'; also key=value, a setting of the recipe"
+DEVICE_HELP = "cpu, cuda, cuda:1 (default: the GPU if there is one)"
+PATHS_HELP = "pictures, folders or patterns such as 'a/*.jpg'; key=value overrides a setting of the recipe"
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -16,7 +16,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def exit_status(call: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
-    """What call(args) gives, None as 0; 1 where it raises an error for people, which is printed."""
+    """Run call(args) and return the exit status: its result, 0 for None, 1 after an error.
+
+    An error that the user can mend is printed as one sentence; any other exception passes through.
+    """
     try:
         return call(args) or 0
     except (ValueError, OSError, TypeError, ImportError, FloatingPointError) as error:
@@ -25,7 +28,7 @@ def exit_status(call: Callable[[argparse.Namespace], int | None], args: argparse
 
 
 def report_skipped(messages: list[str]) -> int:
-    """Name what could not be read on standard error; gives the exit status, 1 where there was any."""
+    """Print what could not be read to standard error. Returns the exit status: 1 if there was any, else 0."""
     for message in messages:
         print(f"skipped: {message}", file=sys.stderr)
     return 1 if messages else 0

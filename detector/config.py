@@ -1,4 +1,7 @@
-"""The configuration: a YAML file of names and numbers -> frozen typed models. It stops at the door."""
+"""The configuration: a YAML file of names and numbers, read into frozen typed models.
+
+The network and the training loops take plain arguments, not a configuration.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,13 +19,13 @@ from .settings import Section, parse, section_of, sentence
 
 
 class ModelConfig(build_faster_rcnn.settings):
-    """What the detector is: the backbone, and the arguments of `build_faster_rcnn`, which declares them."""
+    """The detector: its backbone, and the arguments that `build_faster_rcnn` declares."""
 
-    backbone: dict[str, Any] = Field(description="name, and the options of that backbone")
+    backbone: dict[str, Any] = Field(description="the name of a backbone, and its options")
 
     @property
     def resizing(self) -> dict[str, Any]:
-        """How images come to the network's size: arguments of the loader's transforms."""
+        """How images are resized to the network's size, as arguments of the loader's transforms."""
         chosen = self.conventions
         return {
             "min_size": self.min_size,
@@ -39,7 +42,7 @@ class ModelConfig(build_faster_rcnn.settings):
     @field_validator("backbone")
     @classmethod
     def _check_backbone(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Types of the options as the named backbone's builder declares them."""
+        """Check the options against the arguments that the named backbone's builder declares."""
         if "name" not in value:
             raise ValueError(f"backbone needs a name; got {value}")
         options = section_of(value["name"], backbone_options(value["name"]).values())
@@ -48,12 +51,15 @@ class ModelConfig(build_faster_rcnn.settings):
 
 
 class AugmentConfig(Section):
-    """What training images go through after the resize; every draw is a function of (seed, epoch, image id)."""
+    """Augmentation of training images. Every draw is a function of (seed, epoch, image id).
+
+    `scale` changes the size that images are resized to; the other steps follow the resize.
+    """
 
     horizontal_flip: float = Field(0.5, ge=0, le=1)
     vertical_flip: float = Field(0.0, ge=0, le=1)
     scale: tuple[float, float] = Field(
-        (1.0, 1.0), description="factor on the network's size, drawn between the two"
+        (1.0, 1.0), description="factor on the network's size, drawn uniformly between the two"
     )
     crop: float = Field(0.0, ge=0, le=1, description="probability of a crop that keeps every box whole")
     brightness: float = Field(0.0, ge=0, le=1)
@@ -70,10 +76,10 @@ class AugmentConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation."""
+    """Optimisation, and when a run evaluates, logs and stops."""
 
     epochs: int = Field(12, gt=0)
-    batch_size: int = Field(2, gt=0, description="images a step of the loader")
+    batch_size: int = Field(2, gt=0, description="images per batch")
     accumulate: int = Field(1, gt=0, description="batches whose gradients are added up for one update")
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.0025, gt=0, description="after warm-up, for batch_size x accumulate images an update")
@@ -82,19 +88,19 @@ class TrainConfig(Section):
     norm_decay: bool = Field(False, description="decay norms and biases too")
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: tuple[float, ...] = Field(
-        (), description="multistep: epochs after which the rate falls by gamma"
+        (), description="multistep: epochs after which lr is multiplied by gamma"
     )
     gamma: float = Field(0.1, gt=0, le=1)
     warmup_steps: int = Field(100, ge=0, description="updates of linear warm-up")
-    warmup_factor: float = Field(0.001, gt=0, le=1, description="of lr, at the first update")
-    clip_norm: float | None = Field(None, gt=0, description="bound of the gradients' norm")
+    warmup_factor: float = Field(0.001, gt=0, le=1, description="factor on lr at the first update")
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of all gradients together")
     amp: Literal["none", "bf16", "fp16"] = "none"
     ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of the averaged weights, which are then evaluated"
+        None, gt=0, lt=1, description="decay of the averaged weights, which are evaluated and saved"
     )
-    eval_every: int = Field(1, gt=0, description="epochs")
+    eval_every: int = Field(1, gt=0, description="epochs between evaluations")
     patience: int | None = Field(
-        None, gt=0, description="stop after so many evaluations without a better one"
+        None, gt=0, description="stop after this many evaluations without a better best_metric"
     )
     best_metric: Literal["AP", "AP50", "AP75"] = "AP"
     log_every: int = Field(20, gt=0, description="updates between lines of metrics.jsonl")
@@ -121,12 +127,15 @@ class Config(Section):
 
     @staticmethod
     def num_classes(class_names: tuple[str, ...]) -> int:
-        """K: the data's classes and background. The only place that adds it."""
+        """K: the data's classes and background. A recipe's K is computed nowhere else."""
         return len(class_names) + 1
 
 
 def split_overrides(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Arguments that set a key of the recipe (section.key=value, and no file of that name), and the others."""
+    """Split arguments into overrides of the recipe and others. Returns (overrides, others).
+
+    An override is section.key=value, where the recipe has that section and no file has that name.
+    """
     overrides: list[str] = []
     others: list[str] = []
     for argument in arguments:
@@ -137,7 +146,10 @@ def split_overrides(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The recipe of a YAML file with `key=value` overrides, for example `["train.lr=0.01", "data.root=/data"]`."""
+    """Read a recipe from a YAML file, with `key=value` overrides such as `["train.lr=0.01", "data.root=/data"]`.
+
+    FileNotFoundError: there is no such file. ValueError: as in `parse_config`.
+    """
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -152,7 +164,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(values: Any, overrides: list[str] | tuple[str, ...] = (), source: str = "config") -> Config:
-    """Check plain dictionaries (of YAML or of a checkpoint) and freeze them."""
+    """Check plain dictionaries, from YAML or a checkpoint, and freeze them.
+
+    ValueError: wrong keys or values, a line for each. source: the name of the file in errors.
+    """
     if not isinstance(values, dict):
         raise ValueError(
             f"{source} holds {type(values).__name__}; accepted: sections {', '.join(Config.model_fields)}"

@@ -14,8 +14,8 @@ from .run_log import read_log
 def plot_curves(log_path: str | Path, png_path: str | Path) -> None:
     """Draw a run's `metrics.jsonl` over its steps: losses, average precision where evaluated, learning rate.
 
-    Losses are running means with the single values faint behind the total. The picture is written whole or
-    not at all.
+    Losses are running means; the single values of the total are drawn faintly behind it. The picture is written
+    whole or not at all.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -45,7 +45,8 @@ def _plot_losses(axes: Any, train: list[dict], val: list[dict]) -> None:
         _plot_series(axes, train, name, smooth=True, label=name)
     _plot_series(axes, val, "loss", color="tab:purple", marker="o", markersize=4, label="validation loss")
     total, validation = _series(train, "loss")[1], _series(val, "loss")[1]
-    if len(total) and total.max() > 0:  # one early spike must not flatten the curves
+    # One early spike must not flatten the curves.
+    if len(total) and total.max() > 0:
         top = min(total.max(), 2 * np.percentile(total, 95))
         axes.set_ylim(0, 1.05 * max(top, validation.max(initial=0)))
     if axes.get_legend_handles_labels()[0]:
@@ -66,14 +67,14 @@ def _plot_series(axes: Any, records: list[dict], name: str, *, smooth: bool = Fa
 
 
 def _series(records: Iterable[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the records that have a number of that name."""
+    """Steps (n,) and values (n,) of the n records that have a number of that name."""
     points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     points = np.array(points, dtype=np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """The mean of the last fiftieth of the curve at each point (of fewer values at its beginning)."""
+    """(n,) values -> (n,) means, each over the last n // 50 values, or over fewer at the beginning."""
     window = max(1, len(values) // 50)
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)

@@ -1,4 +1,4 @@
-"""What a run is about to do, said before it starts."""
+"""A summary of a run, printed before it starts."""
 
 import math
 from collections import Counter
@@ -21,7 +21,7 @@ def describe(
     val_set: DetectionDataset | None,
     device: torch.device,
 ) -> str:
-    """What a run is about to do: data, sizes, parameters, cost."""
+    """Describe what a run is about to do: its data, image sizes, parameters and cost."""
     lines = []
     for name, dataset in (("train", train_set), ("val", val_set)):
         if dataset is None:

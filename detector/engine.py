@@ -1,4 +1,4 @@
-"""Training and evaluation: loops over built objects. Nothing here knows a config."""
+"""Training and evaluation loops. They take built objects, not a configuration."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -23,7 +23,10 @@ class NonFiniteLossError(FloatingPointError):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, norm_decay: bool) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: those that decay, and norms and biases (one dimension), that do not."""
+    """Trainable parameters in two groups for an optimizer: with weight decay, and without.
+
+    Norms and biases, which have one dimension, decay only if `norm_decay` is True.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trainable if norm_decay or p.ndim > 1]
     others = [p for p in trainable if not norm_decay and p.ndim <= 1]
@@ -41,7 +44,10 @@ def build_schedule(
     warmup_steps: int = 0,
     warmup_factor: float = 0.001,
 ) -> LRScheduler:
-    """Linear warm-up, then steps at `milestones` or a cosine to 0 at `total_steps`; all counted in updates."""
+    """Linear warm-up, then steps at `milestones`, or a cosine to 0 at `total_steps`. Steps are updates.
+
+    kind: "multistep" or "cosine". The warm-up takes at most half of `total_steps`.
+    """
     warmup_steps = min(warmup_steps, total_steps // 2)
     if kind == "cosine":
         main: LRScheduler = CosineAnnealingLR(optimizer, max(1, total_steps - warmup_steps))
@@ -54,9 +60,9 @@ def build_schedule(
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of the weights; the decay rises to `decay` as (1 + n) / (10 + n) in the n updates.
+    """Exponential moving average of the weights; after n updates its decay is min(decay, (1 + n) / (10 + n)).
 
-    Buffers are the model's newest.
+    Buffers are not averaged: they are copies of the model's newest.
     """
 
     @torch.no_grad()
@@ -69,7 +75,7 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
 
 @dataclass
 class Training:
-    """What a run changes as it goes, and what it resumes from."""
+    """The state of a training, which changes with each update and from which a run resumes."""
 
     model: C4FasterRCNN
     optimizer: torch.optim.Optimizer
@@ -77,8 +83,8 @@ class Training:
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None = None
     epoch: int = 0  # whole epochs done
-    batch: int = 0  # batches done of the epoch after them
-    step: int = 0  # updates
+    batch: int = 0  # batches done of the current epoch
+    step: int = 0  # updates done
     best: float = -math.inf
     evaluations_since_best: int = 0
 
@@ -119,7 +125,10 @@ class Training:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Images as float32 in [0, 1] and targets on `device`, copied without waiting from pinned memory."""
+    """Move a batch to `device`: images (3, h, w) uint8 -> float32 in [0, 1], and the tensors of the targets.
+
+    Copies from pinned memory do not wait.
+    """
     images, targets = batch
     images = [image.to(device, non_blocking=True).float().div_(255) for image in images]
     moved = [
@@ -130,13 +139,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The context of mixed precision in `dtype`; None changes nothing."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 class LossMonitor:
-    """Collects the losses of steps on the device and reads them seldom, since reading waits for the device.
+    """Collects the losses of steps on the device, and reads them every `interval` steps.
 
-    On a CPU every step is read; elsewhere every `interval` steps.
+    On a CPU it reads every step. Elsewhere it reads seldom, because reading waits for the device.
     """
 
     def __init__(self, device: torch.device, interval: int) -> None:
@@ -144,11 +154,12 @@ class LossMonitor:
         self.pending: list[tuple[list[int], Tensor]] = []
 
     def add(self, losses: dict[str, Tensor], image_ids: list[int]) -> list[dict[str, float]]:
-        """Note a step; returns the losses of the steps read now (empty when it is not yet time)."""
+        """Add a step. Returns the losses of the steps that are read now, or [] if it is not yet time to read."""
         self.pending.append((image_ids, torch.stack([losses[name].detach().float() for name in LOSSES])))
         return self.read() if len(self.pending) >= self.interval else []
 
     def read(self) -> list[dict[str, float]]:
+        """The losses of the steps not yet read, one dict a step. NonFiniteLossError: one is infinite or NaN."""
         if not self.pending:
             return []
         values = torch.stack([v for _, v in self.pending]).tolist()
@@ -159,7 +170,7 @@ class LossMonitor:
                 numbers = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
                 raise NonFiniteLossError(
                     f"a loss is not finite at image ids {image_ids}: {numbers}. Usual causes: a learning rate too "
-                    "high, a missing warm-up, no clipping (train.clip_norm), fp16 where bf16 is to be had."
+                    "high, a missing warm-up, no clipping (train.clip_norm), fp16 where the device has bf16."
                 )
         return steps
 
@@ -177,10 +188,12 @@ def train_one_epoch(
     read_every: int = 20,
     on_step: Callable[[list[dict[str, float]], int], bool | None] = lambda losses, num_images: None,
 ) -> bool:
-    """Train on the batches that `loader` still has of the epoch's `num_batches`.
+    """Train on the rest of an epoch: the batches that `loader` still has of the epoch's `num_batches`.
 
-    Losses are torchvision's four, summed. `on_step(losses read, images)` is called after each update or batch;
-    when it gives True, training stops after the next whole update. Returns whether the epoch was finished.
+    The loss is the sum of torchvision's four. Each update has the gradients of `accumulate` batches; the epoch's
+    last update may have fewer. `on_step(losses, num_images)` is called after each batch, with the losses that were
+    read after it. When it returns True, training stops after the current update. Returns whether the epoch was
+    finished. NonFiniteLossError: a loss is infinite or NaN.
     """
     model, monitor, stop = training.model, LossMonitor(device, read_every), False
     model.train()
@@ -209,7 +222,7 @@ def train_one_epoch(
 
 
 def update(training: Training, clip_norm: float | None) -> None:
-    """One step of the optimizer with the gradients there are, and of what follows it."""
+    """Clip the gradients, step the optimizer, the schedule and the averages, and clear the gradients."""
     if clip_norm is not None:
         training.scaler.unscale_(training.optimizer)
         parameters = (p for group in training.optimizer.param_groups for p in group["params"])
@@ -234,10 +247,10 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     on_step: Callable[[int], object] = lambda num_images: None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Detections in COCO's results format and mean losses, from one pass over the images.
+    """Detections in COCO's results format, and mean losses per image, from one pass over the images.
 
-    category_ids: the data set's own id of label i + 1 at place i. The losses' samples are a function of
-    (seed, image id), so that epochs compare.
+    category_ids: the data set's own ids, `category_ids[label - 1]`. Returns (results, losses); losses["loss"] is the
+    sum of the four. Anchors and regions are sampled by (seed, image id), so the losses of two epochs can be compared.
     """
     ids, was_training = list(category_ids), model.training
     model.eval()
@@ -260,7 +273,10 @@ def evaluate(
 
 
 def coco_results(detected: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
-    """One image's detections as COCO results: xywh boxes, the data set's own category ids."""
+    """One image's detections as COCO results: xywh boxes, and the data set's own category ids.
+
+    detected: boxes (M, 4) xyxy pixels, labels (M,), scores (M,). category_ids: `category_ids[label - 1]`.
+    """
     boxes = detected["boxes"].float().cpu()
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
     return [

@@ -18,7 +18,7 @@ from .progress import Progress
 
 
 class Evaluation:
-    """The images of a data set in batches of test settings; the workers of its loader live as long as it does."""
+    """Evaluates models on one data set with the recipe's settings. Its loader's workers live as long as it does."""
 
     def __init__(self, dataset: DetectionDataset, config: Config, device: torch.device) -> None:
         self.dataset, self.config, self.device = dataset, config, device
@@ -30,7 +30,7 @@ class Evaluation:
     def run(
         self, model: C4FasterRCNN, title: str = "evaluate"
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """Detections in COCO's results format, and mean losses, with progress."""
+        """Detections in COCO's results format, and mean losses, as `engine.evaluate` returns them. Shows progress."""
         with Progress(len(self.dataset), title) as progress:
             return evaluate(
                 optimize(model, winograd=False),
@@ -44,6 +44,6 @@ class Evaluation:
 
 
 def score(dataset: DetectionDataset, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """COCO's twelve numbers with per-class AP, and VOC's AP of the same detections under "voc"."""
+    """COCO's twelve numbers and per-class AP of detections; under "voc", VOC's AP of the same detections."""
     ground_truth = dataset.to_coco()
     return {**evaluate_coco(ground_truth, results), "voc": evaluate_voc(ground_truth, results)}

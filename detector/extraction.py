@@ -1,4 +1,7 @@
-"""Region features of many pictures into files. A stopped extraction continues; several processes share the pictures."""
+"""Write the region features of many pictures to files.
+
+A stopped extraction continues where it was. Under torchrun, the processes share the pictures.
+"""
 
 import hashlib
 import json
@@ -33,10 +36,11 @@ def extract_features(
     batch_size: int = 1,
     device: str | None = None,
 ) -> list[str]:
-    """Write the vectors of each picture's regions; gives a sentence for each picture that cannot be read.
+    """Write the vectors of each picture's regions. Returns a sentence for each picture that cannot be read.
 
-    regions, boxes_path: as in `extract_regions` and `read_boxes`. format: "npz" or "tsv"; None: "tsv" where `output` ends so.
-    overrides: key=value settings of the recipe. Under torchrun each process takes its share of the pictures.
+    regions, boxes_path: as in `extract_regions` and `read_boxes`. overrides: key=value settings of the recipe.
+    format: "npz" or "tsv"; None chooses "tsv" if `output` ends in .tsv, else "npz". batch_size: pictures at once.
+    ValueError: `output` holds features of other settings, or is a file where a folder is needed, or the reverse.
     """
     is_npz = (format or ("tsv" if Path(output).suffix == ".tsv" else "npz")) == "npz"
     checkpoint = load_checkpoint(weights_path).with_overrides(overrides)
@@ -65,7 +69,7 @@ def extract_features(
 
 
 def _load(images: Sequence[Path], device: torch.device, unreadable: list[str]) -> dict[Path, Tensor]:
-    """The readable pictures as tensors; a sentence for each other one is added to `unreadable`."""
+    """The readable pictures as (3, H, W) tensors. Adds a sentence to `unreadable` for each of the others."""
     tensors = {}
     for image in images:
         try:
@@ -78,7 +82,7 @@ def _load(images: Sequence[Path], device: torch.device, unreadable: list[str]) -
 def _open_files(
     output: Path, is_npz: bool, images: Sequence[Path], rank: int, world_size: int
 ) -> NpzFolder | TsvFile:
-    """Where this process writes. Names are of all pictures, so that they are the same in every process."""
+    """The files that this process writes. Names depend on all pictures, so every process chooses the same ones."""
     if is_npz:
         return NpzFolder(output, images)
     return TsvFile(output if world_size == 1 else output.with_suffix(f".{rank}of{world_size}.tsv"), images)
@@ -87,7 +91,7 @@ def _open_files(
 def _settings(
     checkpoint: Checkpoint, weights_path: str, regions: str, boxes_path: str | None
 ) -> dict[str, Any]:
-    """What the vectors depend on, and the names of their labels."""
+    """The settings that the vectors depend on, and the class names of their labels."""
     digest = {
         path: hashlib.sha256(Path(path).read_bytes()).hexdigest()
         for path in (weights_path, boxes_path)
@@ -103,7 +107,7 @@ def _settings(
 
 
 def _check_settings(output: Path, is_npz: bool, settings: dict[str, Any]) -> None:
-    """Write the settings beside the features; refuse to mix features of different ones."""
+    """Write the settings beside the features. ValueError: other settings are there already."""
     if output.exists() and output.is_dir() != is_npz:
         raise ValueError(f"--output {output}: {'a folder' if is_npz else 'a file'} is needed")
     path = output / "extraction.json" if is_npz else output.with_suffix(".json")
@@ -118,6 +122,6 @@ def _check_settings(output: Path, is_npz: bool, settings: dict[str, Any]) -> Non
 
 
 def _local_device() -> str | None:
-    """The GPU of this process among torchrun's on one machine."""
+    """The GPU that torchrun's LOCAL_RANK gives this process; None without torchrun or CUDA."""
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None

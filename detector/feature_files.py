@@ -1,4 +1,7 @@
-"""Region features on disk: an .npz a picture, or the TSV of bottom-up attention. Both continue where a run stopped."""
+"""Region features on disk: one .npz per picture, or the TSV file of bottom-up attention.
+
+Both continue where a run stopped.
+"""
 
 import base64
 import mmap
@@ -12,12 +15,12 @@ from .features import RegionFeatures
 from .files import write_atomically
 from .names import file_names, image_ids
 
-# The columns of bottom-up attention's files (Anderson et al. 2018, arXiv 1707.07998), which have no header.
+# The columns of bottom-up attention's files (Anderson et al. 2018, arXiv 1707.07998). The files have no header.
 TSV_FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 
 
 class NpzFolder:
-    """An .npz for each picture: boxes, features, scores, labels, class_scores, image_size (height, width), path."""
+    """One .npz per picture: the arrays of `RegionFeatures`, with image_size (height, width), and the picture's path."""
 
     def __init__(self, folder: str | Path, images: Sequence[Path]) -> None:
         self.folder = Path(folder)
@@ -25,7 +28,7 @@ class NpzFolder:
         self.names = file_names(images)
 
     def is_done(self, image: Path) -> bool:
-        """Whether the picture has its file; a file of that name from another picture is an error."""
+        """Whether the picture has its file already. ValueError: the file is of another picture."""
         file = self.folder / f"{self.names[image]}.npz"
         if not file.exists():
             return False
@@ -44,7 +47,10 @@ class NpzFolder:
 
 
 class TsvFile:
-    """A line a picture: id, width, height, number of boxes, and boxes and features as base64 of float32."""
+    """One line per picture: id, width, height, number of boxes, boxes (M, 4) and features (M, C5).
+
+    Boxes and features are float32 in base64.
+    """
 
     def __init__(self, path: str | Path, images: Sequence[Path]) -> None:
         self.path = Path(path)
@@ -69,7 +75,7 @@ class TsvFile:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut the file after its last whole line: a stopped run may have left half of one."""
+    """Cut the file after its last whole line. A stopped run may have left half a line."""
     if not path.stat().st_size:
         return
     with open(path, "r+b") as file:

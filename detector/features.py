@@ -26,7 +26,7 @@ class RegionFeatures:
 
     boxes: (M, 4) float32 xyxy, pixels of the image as given; features: (M, C5) float32;
     class_scores: (M, K) float32, the softmax over classes, background first; image_size: (height, width).
-    labels (M,) and scores (M,): of detections their own, of other regions the best foreground class.
+    labels (M,) and scores (M,): a detection's own; for other regions, the best foreground class and its probability.
     """
 
     boxes: Tensor
@@ -46,10 +46,10 @@ def extract_regions(
 ) -> list[RegionFeatures]:
     """Vectors of the detector's own regions, or of given ones, from one run of the trunk.
 
-    images: N x (3, H, W) in [0, 1]. regions: "detections", or "proposals" of the test settings.
-    boxes: N x (M, 4) xyxy in pixels of the images, in place of `regions`.
+    images: N x (3, H, W) in [0, 1]. regions: "detections", or "proposals", the RPN's boxes before classification.
+    boxes: N x (M, 4) xyxy in pixels of the images; they replace `regions`.
 
-    `features` are pooled from the final boxes; `class_scores` of a detection come from its proposal, as its score does.
+    `features` are pooled from the final boxes. A detection's `class_scores` come from its proposal, as its score does.
     """
     check_choice("regions", regions, REGIONS)
     if boxes is not None:
@@ -82,10 +82,10 @@ def _best_class(logits: Tensor) -> dict[str, Tensor]:
 
 
 def read_boxes(path: str | Path, images: Sequence[Path]) -> dict[Path, Tensor]:
-    """Boxes of each picture from a JSON file.
+    """Read the boxes of each picture from a JSON file: (M, 4) xyxy pixels.
 
-    The file is {"a.jpg": [[x1, y1, x2, y2], ...], ...}, a picture named by its path as given or by its file's name,
-    or the detections.json that tools/infer.py writes.
+    The file is {"a.jpg": [[x1, y1, x2, y2], ...], ...}, or the detections.json that tools/infer.py writes. It names a
+    picture by its path as given, or by its file name. ValueError: a picture has no boxes, or its name is ambiguous.
     """
     path = Path(path)
     content = read_json(path)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Write files whole or not at all, and read JSON."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make the file under a temporary name, then rename it: whole or not at all."""
+    """Write a file whole or not at all: `write(temporary_path)` makes it, then it is renamed to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
@@ -23,19 +23,19 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
-    """`value` as a JSON file, whole or not at all."""
+    """Write `value` as a JSON file, whole or not at all. ValueError: it holds NaN or an infinity."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A .safetensors file, whole or not at all."""
+    """Write a .safetensors file, whole or not at all."""
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_atomically(path, lambda temporary: save_file(on_cpu, temporary, metadata=metadata))
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds; an error names the file."""
+    """Read a JSON file. FileNotFoundError and ValueError name the file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The first batch of a run as a picture: what the network sees, with its boxes."""
+"""The first batch of a run as a picture: the images as the network sees them, with their boxes."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from .visualize import draw_boxes, tile
 def save_first_batch(
     path: Path, dataset: TransformedDataset, batches: TrainBatches, class_names: tuple[str, ...]
 ) -> None:
-    """A picture of the first batch with its boxes, as the network sees them."""
+    """Save a picture of the first batch, of at most 8 images, as the network sees them."""
     batches.set_epoch(0)
     pictures = []
     for key in next(iter(batches))[:8]:

@@ -1,4 +1,4 @@
-"""Detections of pictures: `Detector.load(path)(image)`."""
+"""Detect objects in pictures: `Detector.load(path)(image)`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +25,12 @@ Boxes = Tensor | np.ndarray | Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, by descending score.
+    """The objects found in one image, by descending score.
 
     boxes: (M, 4) float32 xyxy, pixels of the image as given; labels: (M,) int64 in 1..K-1; scores: (M,) float32;
     class_names: the detector's foreground names, `class_names[label - 1]`;
-    features: (M, C5) float32, the RoI head's vector of each box, where asked for.
-    class_scores: (M, K) float32, the probabilities of all classes, background first, where asked for.
+    features: (M, C5) float32, the RoI head's vector of each box, if asked for.
+    class_scores: (M, K) float32, the probabilities of all classes, background first, if asked for.
     """
 
     boxes: Tensor
@@ -49,7 +49,7 @@ class Detections:
         return [self.class_names[label - 1] for label in self.labels.tolist()]
 
     def above(self, score_thresh: float) -> "Detections":
-        """Those with a score of at least `score_thresh`."""
+        """The detections with a score of at least `score_thresh`."""
         kept = self.scores >= score_thresh
         columns = {name: value[kept] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **columns)
@@ -85,9 +85,10 @@ class Detector:
         optimize: bool = True,
         compile: bool = False,
     ) -> "Detector":
-        """Read a checkpoint of tools/train.py, or take one that is read; `device` is the GPU where there is one.
+        """Load a detector from the path of a checkpoint, or from a `Checkpoint` in memory.
 
-        optimize: the fused form of the network, equal to rounding; False keeps the modules as trained.
+        device: None chooses the GPU if there is one, else the CPU.
+        optimize: use the fused form of the network, equal up to rounding; False keeps the modules as trained.
         compile: run trunk and head through torch.compile, once for all image sizes (a minute at the first image).
         """
         checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
@@ -109,12 +110,13 @@ class Detector:
         class_agnostic_nms: bool | None = None,
         channel_order: str = "rgb",
     ) -> Detections:
-        """Detect in one picture: a path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) tensor.
+        """Detect objects in one picture: a path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) tensor.
 
-        score_thresh: the lowest score returned (default: the recipe's, 0.05 unless set). features: also give the RoI head's vector of each box.
-        class_scores: also give the probabilities of all classes. class_agnostic_nms: a detection suppresses those of other
-        classes too (default: as the recipe says).
-        channel_order: of an array, "rgb" or OpenCV's "bgr".
+        score_thresh: the lowest score returned; None takes the recipe's, which is 0.05 by default.
+        features: also return the RoI head's vector of each box. class_scores: also return all class probabilities.
+        class_agnostic_nms: whether a detection suppresses those of other classes too; None takes the recipe's.
+        channel_order: "rgb", or "bgr" as OpenCV reads pictures; of an array or a tensor.
+        ValueError or TypeError: as in `to_tensor`.
         """
         if score_thresh is not None and not 0 <= score_thresh <= 1:
             raise ValueError(f"score_thresh is {score_thresh!r}; accepted: 0 to 1")
@@ -131,16 +133,17 @@ class Detector:
 
     @torch.inference_mode()
     def features(self, image: Picture, boxes: Boxes, *, channel_order: str = "rgb") -> Tensor:
-        """The RoI head's vectors, (M, C5) float32, of boxes (M, 4) xyxy in pixels of the picture; the trunk runs once.
+        """The RoI head's vectors, (M, C5) float32, of boxes (M, 4) xyxy in pixels of the picture.
 
-        Any number of boxes, also partly outside the picture. `detector(image, features=True)` gives those of detections.
+        Boxes may lie partly outside the picture. The trunk runs once for all of them. For the vectors of detections,
+        call `detector(image, features=True)`.
         """
         tensor = to_tensor(image, channel_order).to(self.device)
         return self.model.region_vectors([tensor], [check_boxes(boxes).to(self.device)])[0].cpu()
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name, checked to exist; None chooses the GPU where there is one."""
+    """The device of that name; None chooses the GPU if there is one. ValueError: it cannot be used here."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -155,7 +158,11 @@ def choose_device(name: str | torch.device | None) -> torch.device:
 
 
 def to_tensor(image: Picture, channel_order: str = "rgb") -> Tensor:
-    """A picture as (3, H, W) float32 RGB in [0, 1]."""
+    """A picture as (3, H, W) float32 RGB in [0, 1].
+
+    image: a path, a PIL image, a uint8 array (H, W, 3) or grey (H, W), or a tensor (3, H, W), uint8 or float in [0, 1].
+    ValueError: another shape or range, or an unreadable file. TypeError: another type.
+    """
     check_choice("channel_order", channel_order, ("rgb", "bgr"))
     if isinstance(image, (str, Path)):
         image, channel_order = load_image(image), "rgb"

@@ -1,4 +1,4 @@
-"""Names for what is written of each picture."""
+"""Names of the files and lines that are written for each picture."""
 
 import re
 from collections import Counter
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def file_names(images: Sequence[Path]) -> dict[Path, str]:
-    """A name for each picture's file: its own without suffix, with its folder's before it where two agree."""
+    """A different name for each picture: its file name without suffix.
+
+    Pictures of the same name get their folder's name in front, and then a number if they still agree.
+    """
     stems = Counter(image.stem for image in images)
     names: dict[Path, str] = {}
     taken: set[str] = set()
@@ -23,7 +26,10 @@ def file_names(images: Sequence[Path]) -> dict[Path, str]:
 
 
 def image_ids(images: Sequence[Path]) -> dict[Path, str]:
-    """Ids as readers expect them: the number that ends each name, as in COCO's; else, for all, the files' names."""
+    """An id for each picture: the number at the end of its file name, as in COCO.
+
+    If a name has no number, or two numbers agree, all ids are those of `file_names`.
+    """
     numbers = [re.search(r"(\d+)$", image.stem) for image in images]
     ids = [str(int(number[1])) for number in numbers if number]
     if len(ids) == len(images) and len(set(ids)) == len(ids):
@@ -32,7 +38,7 @@ def image_ids(images: Sequence[Path]) -> dict[Path, str]:
 
 
 def drawing_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """A JPEG in the folder for each picture; never one of the pictures themselves."""
+    """The path of a JPEG in `folder` for each picture. ValueError: one would overwrite a picture."""
     drawings = {image: folder / f"{name}.jpg" for image, name in file_names(images).items()}
     if {image.resolve() for image in images} & {drawing.resolve() for drawing in drawings.values()}:
         raise ValueError(

@@ -17,15 +17,15 @@ _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
 class Progress(AbstractContextManager):
-    """The progress of one epoch: a bar on a terminal, elsewhere a plain line every so many seconds.
+    """The progress of one epoch: a bar on a terminal, elsewhere a plain line every `interval` seconds.
 
     Args:
         num_images: images of the epoch.
-        title: what runs, for example "epoch 3/12".
-        epochs_left: whole epochs after this one, for the time left for the run.
+        title: the name of the work, for example "epoch 3/12".
+        epochs_left: whole epochs after this one; they count in the time left for the run.
         interval: seconds between plain lines.
         stream: where to write, standard output by default.
-        enabled: False writes nothing (every process but the first), and still measures.
+        enabled: False writes nothing but still measures, for every process except the first.
     """
 
     smoothing = 0.9
@@ -49,7 +49,8 @@ class Progress(AbstractContextManager):
         self._stream = sys.stdout if stream is None else stream
         self._enabled = enabled
         self._start = time.perf_counter()
-        self._first: tuple[float, int] | None = None  # time and images after the first step, which warms up
+        # Time and images after the first step, which warms up.
+        self._first: tuple[float, int] | None = None
         self._last_line = -math.inf
         self._shown: dict[str, float] = {}
         shape = {"dynamic_ncols": True, "bar_format": _BAR}
@@ -57,7 +58,7 @@ class Progress(AbstractContextManager):
         self._bar = tqdm(total=num_images, desc=title, file=self._stream, **shape) if on_terminal else None
 
     def update(self, num_images: int, **numbers: float) -> None:
-        """Count the images of one step and show its numbers: losses as running means, others as they are."""
+        """Count the images of one step, and show its numbers: losses as running means, others as they are."""
         self.images_seen += num_images
         now = time.perf_counter()
         if self._first is None:
@@ -75,7 +76,7 @@ class Progress(AbstractContextManager):
 
     @property
     def images_per_second(self) -> float:
-        """Images a second since the first step, or with it while there is no other; 0 before it."""
+        """Images per second without the first step, which warms up. Until a second step, with it; 0 before any."""
         if self._first is None:
             return 0.0
         start, images = self._first if self.images_seen > self._first[1] else (self._start, 0)
@@ -115,7 +116,7 @@ class Progress(AbstractContextManager):
 
 
 def memory_mb() -> float:
-    """Peak GPU memory of tensors in MB where CUDA is in use, otherwise the resident memory of the process."""
+    """Peak memory of tensors on the GPU in MB if CUDA is in use, else the resident memory of the process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     try:

@@ -42,19 +42,22 @@ from .transfer import start_from
 
 STATE = "training_state.pt"
 BEST_METRICS = "best_metrics.json"
-# What may differ when a run is resumed; everything else would make it another run.
+# Settings of `train` that may change when a run resumes. The others, and those of `model`, may not.
 _FREE = ("eval_every", "patience", "log_every")
 
 
 class Run:
-    """A training as a configuration describes it, new or continued: `metrics = Run(config, folder, device).train()`.
+    """A training that a configuration describes, new or resumed: `metrics = Run(config, folder, device).train()`.
 
-    The folder receives best.safetensors, last.safetensors, training_state.pt, config.yaml, metrics.jsonl,
-    first_batch.jpg, curves.png.
+    The folder receives best.safetensors, best_metrics.json, last.safetensors, training_state.pt, config.yaml,
+    metrics.jsonl, first_batch.jpg, curves.png, and tensorboard/ if TensorBoard is installed.
 
     Args:
         resume: continue from training_state.pt where the run stopped.
-        start_from_path: a checkpoint whose weights the run starts from, as far as they fit. A resumed run has begun.
+        start_from_path: a checkpoint whose weights a new run starts from, as far as they fit. Not used by `resume`.
+
+    ValueError: the folder holds a run already, the settings changed since it stopped, or there are no boxes to learn.
+    FileNotFoundError: there is nothing to resume from.
     """
 
     def __init__(
@@ -70,9 +73,8 @@ class Run:
         state = load_training_state(self.folder / STATE) if resume else self._refuse_old_run()
         start = None if start_from_path is None or resume else load_checkpoint(start_from_path)
         if device.type == "cpu":
-            torch.set_flush_denormal(
-                True
-            )  # activations and moments that fade out would slow every product down
+            # Activations and moments that fade out become denormal numbers, which would slow down every product.
+            torch.set_flush_denormal(True)
         self.train_set = build_dataset(config.data, "train")
         self._check_classes(state)
         names = self.train_set.class_names
@@ -82,9 +84,8 @@ class Run:
         fresh = state is None and start is None
         model = build_model(config.model, Config.num_classes(names), load_weights=fresh).to(device)
         apply_speed(model, config.speed)
-        if (
-            state is not None and "preprocessing" in state
-        ):  # it belongs to the weights, wherever they came from
+        # The preprocessing belongs to the weights, wherever they came from.
+        if state is not None and "preprocessing" in state:
             model.transform.set_preprocessing(Preprocessing(**state["preprocessing"]))
         if start is not None:
             started = start_from(model, config.model, names, start)
@@ -106,7 +107,10 @@ class Run:
             self.training.load_state_dict(state)
 
     def train(self) -> dict[str, Any]:
-        """The epochs that are left; gives the best evaluation's metrics ({} without validation data)."""
+        """Train the epochs that are left. Returns the best evaluation's metrics, or {} without validation data.
+
+        Interrupted: the run was asked to stop, and has saved its state.
+        """
         training, options = self.training, self.config.train
         print(describe(self.config, training.model, self.train_set, self.val_set, self.device), flush=True)
         self._write_config()
@@ -143,7 +147,7 @@ class Run:
         return due and self.evaluation is not None
 
     def epoch(self, log: RunLog, stop: StopSignal) -> bool:
-        """Train on what is left of an epoch, or until `stop` is asked for; gives whether the epoch was finished."""
+        """Train on the rest of an epoch, or until `stop` is asked for. Returns whether the epoch was finished."""
         training, options = self.training, self.config.train
         self.batches.set_epoch(training.epoch, training.batch)
         num_left = max(1, len(self.train_set) - training.batch * options.batch_size)
@@ -155,7 +159,7 @@ class Run:
             steps = StepLog(log, progress, training, options.log_every)
 
             def on_step(losses: list[dict[str, float]], num_images: int) -> bool:
-                # A short epoch has a line in the log too.
+                # The last batch writes a line, so that an epoch shorter than log_every has one too.
                 steps.add(losses, num_images, last=stop.asked or training.batch == len(self.batches))
                 return stop.asked
 
@@ -173,7 +177,7 @@ class Run:
             )
 
     def validate(self, log: RunLog) -> dict[str, Any]:
-        """COCO's metrics and the losses of the validation data."""
+        """Evaluate on the validation data: COCO's metrics, with "losses" and "epoch"."""
         started, training = time.perf_counter(), self.training
         title = f"validate {training.epoch}/{self.config.train.epochs}"
         results, losses = self.evaluation.run(training.evaluated_model, title)
@@ -186,7 +190,7 @@ class Run:
         return metrics | {"losses": losses, "epoch": training.epoch}
 
     def keep_best(self, metrics: dict[str, Any]) -> None:
-        """Save the weights as the best ones where the metric says so."""
+        """Save the weights as best.safetensors if `best_metric` is better than before."""
         training, value = self.training, metrics[self.config.train.best_metric]
         if value is not None and value > training.best:
             training.best, training.evaluations_since_best = value, 0
@@ -232,7 +236,10 @@ class Run:
 
 
 def check_resumable(saved: Config, config: Config) -> None:
-    """Refuse to continue with another model or optimisation: the saved schedule and moments belong to theirs."""
+    """Check that a run resumes with the model and the optimisation that it was saved with.
+
+    ValueError: a setting changed. The saved schedule and moments would not fit it.
+    """
     before, now = saved.model_dump(mode="json"), config.model_dump(mode="json")
     changed = [
         f"{section}.{key} was {before[section].get(key)!r}, now {value!r}"

@@ -17,13 +17,13 @@ from .progress import Progress, memory_mb
 
 
 class RunLog(AbstractContextManager):
-    """The numbers of a run: a JSON object a line in `metrics.jsonl`, and TensorBoard's events when installed.
+    """The numbers of a run: one JSON object per line in `metrics.jsonl`, and TensorBoard's events when installed.
 
-    A line is `{"kind": "train" or "val", "epoch": ..., "step": ..., <name>: <number>, ...}`, on disk when
-    `write` returns. JSON has no NaN or infinity: they are written as null. An existing file is continued; the
-    torn last line of a killed run is dropped.
+    A line is `{"kind": "train" or "val", "epoch": ..., "step": ..., <name>: <number>, ...}`. It is in the file when
+    `write` returns. JSON has no NaN or infinity, so these are written as null. An existing file is continued, without
+    the incomplete last line that a killed run may leave.
 
-    after_step: drop the lines of later steps, which a run resumed there will write again; None drops none.
+    after_step: drop the lines of later steps, because a run that resumes there writes them again; None drops none.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class RunLog(AbstractContextManager):
         self._writer = _open_tensorboard(run_dir, purged_from) if tensorboard else None
 
     def write(self, kind: str, *, epoch: int, step: int, **numbers: Any) -> None:
-        """Append one line. Numbers may be Python's, numpy's or tensors of one element, and dicts of them."""
+        """Append one line. Numbers may be Python's, numpy's, tensors of one element, or dicts of them."""
         line = _plain({"kind": kind, "epoch": epoch, "step": step, **numbers})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -56,7 +56,7 @@ class RunLog(AbstractContextManager):
 
 
 class StepLog:
-    """The steps of an epoch: shown as they come, and written to the log as means over `interval` updates."""
+    """Shows the steps of an epoch as they come, and logs their means over `interval` updates."""
 
     def __init__(self, log: RunLog, progress: Progress, training: Training, interval: int) -> None:
         self.log, self.progress, self.training, self.interval = log, progress, training, interval
@@ -64,7 +64,7 @@ class StepLog:
         self._written = training.step
 
     def add(self, losses: list[dict[str, float]], num_images: int, last: bool) -> None:
-        """The losses read after a batch of `num_images`; the last batch has a line whatever the interval."""
+        """Add the losses read after a batch of `num_images`. last: write a line now, whatever the interval."""
         self._losses += losses
         shown = {"loss": sum(losses[-1].values()), **losses[-1]} if losses else {}
         self.progress.update(num_images, **shown, lr=self.training.lr)
@@ -88,7 +88,10 @@ class StepLog:
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; an incomplete last line, as a killed run leaves it, is left out."""
+    """Read the lines of a `metrics.jsonl`, without an incomplete last line that a killed run may leave.
+
+    ValueError: another line is not JSON.
+    """
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     records = []
     for number, line in enumerate(lines, start=1):

@@ -1,7 +1,7 @@
-"""How settings are declared: a frozen section, types with their range, and a check of a function's arguments.
+"""Declare settings: a frozen section, types with their range, and a check of a function's arguments.
 
-A setting is declared once, as an argument or a field with its type, range and default. The YAML key, the check and the
-error message come from that.
+A setting is declared once, as an argument or a field with its type, range and default. The YAML key, the check and
+the error message follow from the declaration.
 """
 
 import inspect
@@ -43,8 +43,8 @@ class Section(BaseModel):
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Decorator: check the keyword-only arguments of a function by their annotations.
 
-    A wrong value is a ValueError and an unknown name a TypeError, in a sentence each. `function.settings` is the
-    `Section` that declares the same settings for a recipe.
+    A wrong value raises a ValueError and an unknown name a TypeError. `function.settings` is the `Section` that
+    declares the same settings for a recipe.
     """
     declared = inspect.signature(function, eval_str=True).parameters
     fields = [p for p in declared.values() if p.kind is p.KEYWORD_ONLY]
@@ -65,13 +65,13 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def section_of(name: str, parameters: Iterable[inspect.Parameter]) -> type[Section]:
-    """The section whose settings are these parameters of a function."""
+    """Make a section whose settings are these parameters of a function."""
     fields = {p.name: (Any if p.annotation is p.empty else p.annotation, p.default) for p in parameters}
     return create_model(name, __base__=Section, **fields)
 
 
 def parse(section: type[S], values: dict[str, Any]) -> S:
-    """A section of these values; a ValueError of a sentence for each that is wrong."""
+    """Make a section of these values. ValueError: a sentence for each wrong one."""
     try:
         return section(**values)
     except ValidationError as error:

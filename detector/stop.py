@@ -1,15 +1,15 @@
-"""Ctrl-C and the signals that ask a process to end, as a flag that long work looks at."""
+"""Ctrl-C and SIGTERM, as a flag that long work looks at."""
 
 import signal
 from types import FrameType
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and saved what it resumes from."""
+    """The run was asked to stop, and has saved the state that it resumes from."""
 
 
 class StopSignal:
-    """While entered, `asked` becomes True at Ctrl-C or when the process is told to end; a second time ends at once.
+    """A context whose `asked` becomes True at Ctrl-C or SIGTERM. A second signal raises KeyboardInterrupt.
 
     A signal that was ignored before, as in a background job, stays ignored.
     """

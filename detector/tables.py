@@ -1,4 +1,4 @@
-"""Tables, counts and durations as text for the eye."""
+"""Tables, counts and durations as text for people."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,10 @@ from typing import Any
 
 
 def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str] | None = None) -> str:
-    """Rows as aligned text: columns of numbers to the right, others to the left; None is "-"."""
+    """Rows as aligned text: columns of numbers to the right, others to the left; None is "-".
+
+    ValueError: rows of different length.
+    """
     cells = [[_format_cell(value) for value in row] for row in rows]
     everything = ([list(header)] if header is not None else []) + cells
     if not everything:
@@ -37,15 +40,16 @@ def _is_number(cell: str) -> bool:
 
 
 def format_count(count: float) -> str:
-    """A large number for the eye: 52_950_000 -> "52.95 M"."""
+    """A large number as short text: 52_950_000 -> "52.95 M"."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= limit * 0.999995:  # what would be shown as 1000.00 of the smaller unit
+        # Just below the limit, the smaller unit would show 1000.00.
+        if abs(count) >= limit * 0.999995:
             return f"{count / limit:.2f} {unit}"
     return f"{count:g}"
 
 
 def format_duration(seconds: float) -> str:
-    """A duration for the eye: "45 s", "12 min 5 s", "3 h 20 min", "2 d 4 h"."""
+    """A duration as short text: "45 s", "12 min 5 s", "3 h 20 min", "2 d 4 h"."""
     if not math.isfinite(seconds):
         return "unknown time"
     total = round(seconds)

@@ -1,6 +1,6 @@
-"""Start a training from another detector's weights: what fits is kept, and what is new is said.
+"""Start a training from another detector's weights: keep what fits, and report what is new.
 
-Rows of the predictor are kept by the names of their classes, whatever their order; background has its own.
+The predictor's rows are matched by the names of their classes, whatever their order. Background's row is always kept.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,19 @@ from .model.faster_rcnn import C4FasterRCNN
 
 _PREDICTOR = "roi_heads.box_predictor."
 _RPN_OUTPUTS = ("rpn.head.cls_logits.", "rpn.head.bbox_pred.")
-_COUNTER = "num_batches_tracked"  # frozen norms have none
-# These settings say what to return, or are compared apart.
+# Frozen norms have no such counter.
+_COUNTER = "num_batches_tracked"
+# Left out of the comparison of settings: these only change what is returned, or are compared on their own.
 _FREE = ("backbone", "preprocessing", "class_agnostic_nms", "conventions")
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a training begins with: names of tensors and of classes, and settings that differ from the weights' own."""
+    """The result of `start_from`.
+
+    kept, new: names of tensors. kept_classes, new_classes: names of classes. other_settings: a text for each setting
+    that differs from the checkpoint's.
+    """
 
     kept: tuple[str, ...]
     new: tuple[str, ...]
@@ -52,10 +57,11 @@ class Start:
 def start_from(
     model: C4FasterRCNN, config: ModelConfig, class_names: Sequence[str], checkpoint: Checkpoint
 ) -> Start:
-    """Copy into `model` what fits of a checkpoint, with the preprocessing that its weights expect.
+    """Copy a checkpoint's weights into `model` where they fit, and set the preprocessing that they expect.
 
-    Trunk and RoI head must fit whole. The RPN's two outputs are kept where the anchors are as many and in the same
-    order, the predictor's rows where a class has the same name.
+    Trunk and RoI head must fit whole, otherwise a ValueError is raised. The RPN's two output layers are kept if the
+    anchors have the same order, aspect ratios and number of sizes. The predictor's rows are kept for background and
+    for classes of the same name.
     """
     wanted, given = model.state_dict(), checkpoint.state_dict
     _refuse_other_network(wanted, given, config, checkpoint.config.model)
@@ -109,7 +115,10 @@ def _same_anchors(one: ModelConfig, other: ModelConfig) -> bool:
 def _predictor_rows(
     wanted: dict[str, Tensor], given: dict[str, Tensor], class_names: Sequence[str], theirs: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The predictor with the rows of background and of the classes that both have; the others as initialised."""
+    """The predictor's tensors: cls_score (K, C5) and (K,), bbox_pred (4K, C5) and (4K,).
+
+    Rows of background and of classes that both have come from `given`, the others from `wanted`.
+    """
     pairs = [(0, 0)] + [
         (label, 1 + list(theirs).index(name)) for label, name in enumerate(class_names, 1) if name in theirs
     ]
@@ -126,7 +135,7 @@ def _predictor_rows(
 
 
 def _other_settings(config: ModelConfig, theirs: ModelConfig) -> tuple[str, ...]:
-    """Settings that the weights were trained with and the recipe has otherwise, backbone's options among them."""
+    """A text for each setting that differs between the recipe and the weights, with the backbone's stride_in."""
     ours, before = (m.model_dump() | m.conventions.model_dump() for m in (config, theirs))
     differing = {
         name: (value, before[name])

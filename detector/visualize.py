@@ -27,10 +27,12 @@ def draw_boxes(
         boxes: (M, 4) xyxy pixels of this picture; parts outside it are cut off.
         labels: (M,) class ids 1..K-1, which also choose the colours.
         class_names: K-1 foreground names; `class_names[label - 1]` is written.
-        scores: (M,) in [0, 1], written behind the name with two digits when given.
+        scores: (M,) in [0, 1]; if given, they are written after the name with two digits.
 
-    Lines and letters grow with the picture. Boxes of high score lie over those of low score, and their tags
-    choose their places first, away from each other as far as there is room.
+    Lines and letters grow with the picture. Boxes of high score are drawn over those of low score. Their tags are
+    placed first. Tags avoid each other if there is room.
+
+    ValueError: another kind of image, lengths that do not agree, or labels outside 1..K-1.
     """
     picture = Image.fromarray(_to_array(image))
     boxes, labels = _to_numbers(boxes).reshape(-1, 4), _to_numbers(labels).reshape(-1).astype(int)
@@ -58,13 +60,17 @@ def draw_boxes(
 def class_color(label: int) -> Color:
     """The RGB colour of a class id, the same in every picture and run; it shows on black and on white."""
     index = int(label) - 1
-    hue = index * 0.618034 % 1  # the golden ratio never repeats a hue, and neighbours differ most
+    # Steps by the golden ratio never repeat a hue, and hues of successive labels are far apart.
+    hue = index * 0.618034 % 1
     red, green, blue = colorsys.hls_to_rgb(hue, (0.5, 0.36, 0.62)[index % 3], 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def tile(images: Sequence[np.ndarray], columns: int, gap: int = 8, background: int = 255) -> np.ndarray:
-    """A contact sheet: (H, W, 3) uint8 pictures of any sizes, centred in equal cells, `columns` in a row."""
+    """A contact sheet: (H, W, 3) uint8 pictures of any sizes, centred in equal cells, `columns` in a row.
+
+    ValueError: there are no pictures, or `columns` is below 1.
+    """
     if not images:
         raise ValueError("tile needs at least one picture, got none")
     if columns < 1:
@@ -117,9 +123,9 @@ def _check_lengths(
 
 
 def _draw_outline(draw: ImageDraw.ImageDraw, box: np.ndarray, color: Color, line_width: int) -> None:
-    """A coloured line around the box and, where there is room, a thin black or white one inside it.
+    """Draw a coloured line around the box (4,) xyxy and, if there is room, a thin black or white one inside it.
 
-    One of the two stands out from any background.
+    One of the two lines stands out from any background.
     """
     width, height = draw.im.size
     left, top = np.clip(box[:2], 0, (width - 1, height - 1)).round().astype(int).tolist()
@@ -137,7 +143,7 @@ def _draw_tags(
     colors: Sequence[Color],
     font_size: int,
 ) -> None:
-    """A filled tag at each box, in the order given: where it covers earlier tags least."""
+    """Draw a filled tag at each box (4,) xyxy, in the order given, at the place where it covers earlier tags least."""
     font = ImageFont.load_default(size=font_size)
     pad = max(1, font_size // 6)
     ascent, descent = font.getmetrics()
@@ -153,10 +159,10 @@ def _draw_tags(
 def _choose_place(
     box: np.ndarray, size: tuple[int, int], picture: tuple[int, int], taken: np.ndarray
 ) -> Rectangle:
-    """Where a tag goes: of the places at the box's corners, the first that covers least of `taken`.
+    """Choose a tag's place among those at the box's corners: the first that covers least of `taken`.
 
-    Places are inside the picture. `size` is the tag's width and height, `picture` the picture's, `taken` (T,
-    4) xyxy the tags already there.
+    All places are inside the picture. box: (4,) xyxy. size, picture: (width, height) of the tag and of the picture.
+    taken: (T, 4) xyxy, the tags already there.
     """
     width, height = size
     left, top, right, bottom = box
@@ -180,7 +186,7 @@ def _choose_place(
 
 
 def _covered(place: Rectangle, taken: np.ndarray) -> float:
-    """Area of the rectangles (T, 4) that a rectangle covers."""
+    """The area of the rectangles `taken`, (T, 4) xyxy, that `place` covers, in pixels."""
     sides = np.minimum(taken[:, 2:], place[2:]) - np.maximum(taken[:, :2], place[:2])
     return float(sides.clip(min=0).prod(axis=1).sum())
 

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from backbones import backbone_options, list_backbones, registry
+from backbones.fuse import fuse
+from backbones.regions import RegionPool
 from detector import build_faster_rcnn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +44,20 @@ def test_a_new_backbone_trains_and_detects(own_backbone):
     assert set(model.eval()(images)[0]) == {"boxes", "labels", "scores"}
 
 
+def test_a_new_backbone_projects_its_opening_convolution_on_the_map_and_folds_its_norms(own_backbone):
+    head = own_backbone.eval().roi_head
+    features, boxes = torch.rand(1, 64, 6, 8), [torch.tensor([[8.0, 8, 60, 70], [0.0, 0, 128, 96]])]
+    regions = RegionPool()(features, boxes)
+    with torch.no_grad():
+        vectors = head(regions)
+        torch.testing.assert_close(vectors, head(regions.of(features).crop()), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(vectors, fuse(head)(regions.of(features)), rtol=1e-4, atol=1e-6)
+    opening = head.stage5[0][0].weight
+    assert list(regions.projected) == [id(opening)] and 1 not in regions._crops
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fuse(own_backbone).modules())
+
+
 def test_the_table_of_backbones_names_each_one():
     table = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| (\w+) \| \d+ \| \d+ \|", table, re.M) == list_backbones()
-    assert f"{len(list_backbones())} names" in README
+    assert f"There are {len(list_backbones())} names" in README

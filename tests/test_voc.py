@@ -1,6 +1,7 @@
 """VOC folders into a data set: pixel conventions, splits, classes, and the two real sets."""
 
 import pickle
+import shutil
 import time
 
 import numpy as np
@@ -168,6 +169,17 @@ def test_missing_things_are_named(write, tmp_path):
     (root / "ImageSets/Main/train.txt").write_text("a\na\n")
     with pytest.raises(ValueError, match=r"lists 1 image\(s\) more than once: a"):
         load_voc(root, "train")
+
+
+def test_annotations_alone_need_no_pictures(write, tmp_path):
+    root = write({"a": [CAT], "b": [DOG]})
+    whole = load_voc(root, "train")
+    shutil.rmtree(root / "JPEGImages")
+    alone = load_voc(root, "train", check_pictures=False)
+    assert alone.to_coco() == whole.to_coco()
+    (root / "Annotations/b.xml").write_text(f"<annotation>{object_xml(*DOG)}</annotation>")
+    with pytest.raises(FileNotFoundError, match=r"b\.jpg: no such picture file"):
+        load_voc(root, "train", check_pictures=False)
 
 
 def test_malformed_xml_and_a_split_without_objects_are_errors(write):

@@ -1,4 +1,6 @@
-"""Measure the detector against torchvision's of the same network, on this machine, alternating in one process.
+"""Compare the detector with torchvision's of the same network on this machine. They take turns in one process.
+
+"scaling" times ours alone while regions and pixels grow. "loader" and "evaluation" time reading and scoring.
 
 python tools/benchmark.py inference --sizes 600x800 800x1067 --proposals 1000 300 --memory --output inference.json
 python tools/benchmark.py inference --device cuda --dtype bf16 --stock-dtype float32 --batch 8 --stock-channels-last
@@ -11,7 +13,7 @@ python tools/benchmark.py evaluation --images 5000
 import sys
 from pathlib import Path
 
-# The measurements stand beside this folder and are not installed.
+# The package `benchmarks` stands beside this folder and is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.command import main

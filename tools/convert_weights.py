@@ -1,4 +1,4 @@
-"""Convert a checkpoint of another program, or one of ours to Detectron2's names.
+"""Convert a checkpoint of another program to ours, or one of ours to Detectron2's.
 
 python tools/convert_weights.py model_final_f97cb7.pkl --output r50_c4.safetensors
 python tools/convert_weights.py R-50.pkl --from msra --output r50_msra.safetensors
@@ -6,9 +6,9 @@ python tools/convert_weights.py own.pth model.min_size=600 --class-names names.t
 python tools/convert_weights.py best.safetensors --to detectron2 --output best.pkl
 
 Sources: detectron2 (C4 detectors, .pkl and .pth), msra (ImageNet R-50.pkl, R-101.pkl), mmdetection (caffe C4 .pth),
-torchvision and timm (classifiers); jwyang is refused with the reasons. The source is guessed from the tensors' names.
+torchvision and timm (classifiers). jwyang is refused with the reasons. The source is guessed from the tensors' names.
 Files are read without running code from them. A detector becomes a checkpoint for infer.py, evaluate.py and train.py
---start-from; a classifier becomes weights of a backbone: model.backbone={name: ..., weights: FILE}.
+--start-from. A classifier becomes weights of a backbone: model.backbone={name: ..., weights: FILE}.
 """
 
 import argparse
@@ -27,15 +27,15 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="the checkpoint to convert")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings of the detector, as model.min_size=600"
+        "overrides", nargs="*", metavar="key=value", help="settings of a detector, such as model.min_size=600"
     )
-    parser.add_argument("--from", dest="source", choices=SOURCES, help="what wrote FILE (default: guessed)")
-    parser.add_argument("--to", choices=EXPORTS, help="FILE is ours: write it under these names")
+    parser.add_argument("--from", dest="source", choices=SOURCES, help="FILE's program (default: guessed)")
+    parser.add_argument("--to", choices=EXPORTS, help="write FILE, which is ours, for this program")
     parser.add_argument("--output", required=True, metavar="OUT", help=".safetensors; with --to .pkl or .pth")
     parser.add_argument(
-        "--class-names", metavar="FILE", help="one a line or a JSON list (default: COCO's 80, VOC's 20)"
+        "--class-names", metavar="FILE", help="one per line, or a JSON list (default: COCO's 80 or VOC's 20)"
     )
-    parser.add_argument("--backbone", metavar="NAME", help="the network of a classifier that is no ResNet")
+    parser.add_argument("--backbone", metavar="NAME", help="a classifier's network, if it is no ResNet")
     args = parser.parse_intermixed_args()
     return exit_status(export if args.to else convert, args)
 

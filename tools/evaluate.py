@@ -24,11 +24,11 @@ from detector.model.speed import apply_speed
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.root=/data/voc")
-    parser.add_argument("--weights", help="a checkpoint of tools/train.py")
+    parser.add_argument("--weights", help="a checkpoint of train.py or convert_weights.py")
     parser.add_argument(
         "--detections", metavar="FILE", help="score this file (COCO's results format), without a model"
     )
-    parser.add_argument("--config", help="whose data to use (default: the checkpoint's own)")
+    parser.add_argument("--config", help="a recipe whose data to use (default: the checkpoint's)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="val")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for metrics.json and detections.json"
@@ -45,7 +45,8 @@ def evaluate(args: argparse.Namespace) -> None:
     checkpoint = None if args.weights is None else load_checkpoint(args.weights)
     if args.config is not None:
         config = load_config(args.config, args.overrides)
-    else:  # overrides of model.* hold too, such as model.box_score_thresh
+    else:
+        # Overrides of model.* hold too, such as model.box_score_thresh.
         checkpoint = checkpoint.with_overrides(args.overrides)
         config = checkpoint.config
     names = None if checkpoint is None else checkpoint.class_names

@@ -1,4 +1,4 @@
-"""Vectors of the regions of pictures (2048-d of a ResNet-50), with boxes, scores and class posteriors.
+"""Write vectors of pictures' regions (2048-d for a ResNet-50), with boxes, scores and class probabilities.
 
 python tools/extract_features.py --weights r50_c4.safetensors photos --output features
 python tools/extract_features.py --weights best.safetensors photos --boxes boxes.json --output features
@@ -7,13 +7,14 @@ python tools/extract_features.py --weights best.safetensors photos model.box_sco
     model.box_detections_per_img=36 model.class_agnostic_nms=true --output features_36.tsv
 torchrun --nproc-per-node 8 tools/extract_features.py --weights best.safetensors photos --output features
 
-npz: a folder with an .npz a picture: boxes (M, 4) xyxy, features (M, C5), scores, labels, class_scores (M, K),
-image_size (height, width), path; extraction.json beside them names the labels.
-tsv: bottom-up attention's file for captioning and question answering, which such programs read: image_id, image_w,
-image_h, num_boxes, boxes, features, the last two base64 of float32, without a header. It has no scores.
+npz: a folder with one .npz per picture: boxes (M, 4) xyxy, features (M, C5), scores, labels, class_scores (M, K),
+image_size (height, width), path. extraction.json beside them names the labels.
+tsv: one file in the format of bottom-up attention, which programs for captioning and question answering read. Its
+columns are image_id, image_w, image_h, num_boxes, boxes, features; boxes and features are float32 in base64. It has no
+header and no scores.
 
-A stopped run continues where it was. Under torchrun each process takes its share of the pictures; in the TSV format
-each writes a file of its own, FILE.0of8.tsv, to be joined with cat.
+A stopped run continues where it was. Under torchrun, each process takes its share of the pictures. In the TSV format,
+each process writes its own file, such as FILE.0of8.tsv; join them with cat.
 """
 
 import argparse
@@ -36,16 +37,16 @@ def main() -> int:
         "--regions", choices=REGIONS, default="detections", help="the detector's own (default)"
     )
     which.add_argument("--boxes", metavar="FILE.json", help='{"a.jpg": [[x1, y1, x2, y2], ...], ...}, pixels')
-    parser.add_argument("--format", choices=FORMATS, help="default: tsv where the output ends so, else npz")
+    parser.add_argument("--format", choices=FORMATS, help="default: tsv if the output ends in .tsv, else npz")
     parser.add_argument(
-        "--batch", type=int, default=1, help="pictures at once; padding moves the last digits (default 1)"
+        "--batch", type=int, default=1, help="pictures at once; padding changes the last digits (default 1)"
     )
     parser.add_argument("--device", help=DEVICE_HELP)
     return exit_status(extract, parser.parse_intermixed_args())
 
 
 def extract(args: argparse.Namespace) -> int:
-    """Every readable picture is done; unreadable ones are named at the end, with exit status 1."""
+    """Process every readable picture. Unreadable ones are named at the end, with exit status 1."""
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; accepted: 1 or more")
     overrides, pictures = split_overrides(args.paths)

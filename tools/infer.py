@@ -1,4 +1,4 @@
-"""Detect objects in pictures: draws them and writes one JSON.
+"""Detect objects in pictures, draw them, and write one JSON file.
 
 python tools/infer.py --weights runs/shapes/best.safetensors datasets/shapes/val --output runs/shapes/drawings
 python tools/infer.py --weights best.safetensors street.jpg "holiday/*.png" --score-thresh 0.3 --output found
@@ -9,9 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from detector import Detector
+from detector import Detections, Detector
 from detector.checkpoint import load_checkpoint
 from detector.command_line import DEVICE_HELP, PATHS_HELP, exit_status, make_parser, report_skipped
 from detector.config import split_overrides
@@ -26,7 +27,7 @@ from detector.visualize import draw_boxes
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("paths", nargs="+", metavar="PATH", help=PATHS_HELP)
-    parser.add_argument("--weights", required=True, help="a checkpoint of tools/train.py")
+    parser.add_argument("--weights", required=True, help="a checkpoint of train.py or convert_weights.py")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the drawings and detections.json"
     )
@@ -36,7 +37,7 @@ def main() -> int:
 
 
 def infer(args: argparse.Namespace) -> int:
-    """Every readable picture is done; unreadable ones are named at the end, with exit status 1."""
+    """Process every readable picture. Unreadable ones are named at the end, with exit status 1."""
     overrides, pictures = split_overrides(args.paths)
     paths = list_images(pictures)
     checkpoint = load_checkpoint(args.weights).with_overrides(overrides)
@@ -45,28 +46,23 @@ def infer(args: argparse.Namespace) -> int:
     found, unreadable = [], []
     with Progress(len(paths), "infer") as progress:
         for path in paths:
-            progress.update(1)
             try:
                 image = load_image(path)
             except ValueError as error:
                 unreadable.append(str(error))
-                continue
-            detections = detector(image, score_thresh=args.score_thresh)
-            drawing = draw_boxes(
-                image, detections.boxes, detections.labels, detector.class_names, detections.scores
-            )
-            write_atomically(
-                drawings[path], lambda temporary, d=drawing: Image.fromarray(d).save(temporary, quality=92)
-            )
-            found.append(
-                {
-                    "path": str(path),
-                    "drawing": str(drawings[path]),
-                    "height": image.shape[0],
-                    "width": image.shape[1],
-                    "detections": detections.to_dicts(),
-                }
-            )
+            else:
+                detections = detector(image, score_thresh=args.score_thresh)
+                save_drawing(image, detections, drawings[path])
+                found.append(
+                    {
+                        "path": str(path),
+                        "drawing": str(drawings[path]),
+                        "height": image.shape[0],
+                        "width": image.shape[1],
+                        "detections": detections.to_dicts(),
+                    }
+                )
+            progress.update(1)
     write_json(
         Path(args.output) / "detections.json",
         {"weights": args.weights, "class_names": detector.class_names, "images": found},
@@ -77,6 +73,12 @@ def infer(args: argparse.Namespace) -> int:
         f"{count} objects in {len(found)} of {len(paths)} pictures; drawings and detections.json are in {args.output}"
     )
     return report_skipped(unreadable)
+
+
+def save_drawing(image: np.ndarray, found: Detections, path: Path) -> None:
+    """Write the (H, W, 3) picture with its detections as a JPEG."""
+    drawing = Image.fromarray(draw_boxes(image, found.boxes, found.labels, found.class_names, found.scores))
+    write_atomically(path, lambda temporary: drawing.save(temporary, quality=92))
 
 
 if __name__ == "__main__":

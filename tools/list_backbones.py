@@ -1,4 +1,4 @@
-"""List the backbones: channels of the cut, parameters, cost, weights.
+"""List the backbones: channels of trunk and head, parameters, cost, weights, norms and preprocessing.
 
 python tools/list_backbones.py
 python tools/list_backbones.py "resnet*" "densenet*" --markdown
@@ -20,7 +20,7 @@ from detector.tables import format_table
 HEADER = ("name", "C4", "C5", "parameters, M", "trunk, GMAC", "head, GMAC", "weights", "norm", "image")
 NOTE = (
     "parameters: trunk and head, without a classifier. trunk: an image of {}x{} pixels. head: a region. "
-    "image: what random weights expect, as weights bring their own."
+    "image: the preprocessing for random weights; published weights bring their own."
 )
 
 
@@ -28,7 +28,7 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("patterns", nargs="*", default=["*"], help="names, with * and ? (default: all)")
     parser.add_argument(
-        "--size", nargs=2, type=int, default=(800, 1216), metavar=("HEIGHT", "WIDTH"), help="of the image"
+        "--size", nargs=2, type=int, default=(800, 1216), metavar=("HEIGHT", "WIDTH"), help="image, in pixels"
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="a table for a README")
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def show(args: argparse.Namespace) -> int:
-    """Print the table; 1 where none of the networks can be cut."""
+    """Print the table. Returns the exit status: 1 if none of the networks can be cut."""
     if min(args.size) < 32:
         raise ValueError(f"--size is {args.size[0]} {args.size[1]}; accepted: 32 pixels or more each")
     summaries = summarize_all(matching(args.patterns), tuple(args.size))
@@ -53,7 +53,10 @@ def show(args: argparse.Namespace) -> int:
 
 
 def matching(patterns: list[str]) -> list[str]:
-    """Names that match any pattern; "timm/dla*" and "torchvision/*" are networks that are cut by tracing."""
+    """Names that match any pattern; "timm/dla*" and "torchvision/*" are networks that are cut by tracing.
+
+    ValueError: nothing matches a pattern.
+    """
     names: list[str] = []
     for pattern in patterns:
         found = list_backbones(pattern)
@@ -64,7 +67,7 @@ def matching(patterns: list[str]) -> list[str]:
 
 
 def summarize_all(names: list[str], image_size: tuple[int, int]) -> list[Summary]:
-    """The summaries of all that can be cut; the others' reasons go to standard error, a line each."""
+    """The summaries of all networks that can be cut. For each other one, a line on standard error says why."""
     summaries = []
     for name in names:
         try:
@@ -89,7 +92,7 @@ def row(summary: Summary) -> tuple[object, ...]:
 
 
 def describe(preprocessing: Preprocessing) -> str:
-    """Preprocessing for the eye."""
+    """Preprocessing as short text."""
     if preprocessing == IMAGENET:
         return "ImageNet"
     mean, std = (" ".join(f"{v:g}" for v in values) for values in (preprocessing.mean, preprocessing.std))

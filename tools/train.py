@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument(
         "--start-from",
         metavar="FILE",
-        help="a detector's checkpoint; what fits is kept, classes by their names",
+        help="a detector's checkpoint; weights that fit are kept, classes by their names",
     )
     parser.add_argument("--device", help=DEVICE_HELP)
     return exit_status(train, parser.parse_intermixed_args())

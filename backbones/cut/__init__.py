@@ -1,1 +1,1 @@
-"""Any convolutional classifier, cut in two by tracing it."""
+"""Cut any convolutional classifier into trunk and RoI head by tracing it."""

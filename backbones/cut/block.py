@@ -1,4 +1,4 @@
-"""A piece of a network's graph as a module."""
+"""A part of a network's graph as a module."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,8 +10,8 @@ from torchvision.ops import FrozenBatchNorm2d
 class Block(nn.Module):
     """The part of a network between two of its waists: (N, C, H, W) -> (N, C', H', W').
 
-    It owns the layers of that part, under their paths in the network. `conv_norms` names the convolutions and the norms
-    behind them, which the form for inference makes one.
+    It owns the layers of that part, under their paths in the network. `conv_norms` lists the paths of each convolution
+    and the batch norm behind it, which `fuse` folds.
     """
 
     def __init__(self, network: nn.Module, graphs: dict[bool, fx.Graph]) -> None:
@@ -25,6 +25,7 @@ class Block(nn.Module):
         self._forwards = {mode: self._compiled(graph) for mode, graph in graphs.items()}
 
     def forward(self, features: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W')"""
         return self._forwards[self.training](self, features)
 
     def _adopt(self, network: nn.Module, path: str) -> None:
@@ -46,12 +47,15 @@ class Block(nn.Module):
             setattr(owner, name, value)
 
     def _compiled(self, graph: fx.Graph) -> Callable:
-        """The graph as a function of the module that owns its layers, and of its input."""
+        """The graph as a function of two arguments: the module that owns the layers, and the input."""
         return type(fx.GraphModule(self, graph)).forward
 
 
 def _conv_norms(graph: fx.Graph, owner: nn.Module) -> Iterator[tuple[str, str]]:
-    """Paths of convolutions and of the batch norms that alone read them; a layer that is called twice is in none."""
+    """Paths (convolution, batch norm) where only the norm reads the convolution.
+
+    A layer that is called twice is left out.
+    """
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
         if node.op != "call_module" or not is_batch_norm(owner.get_submodule(node.target)):
@@ -66,6 +70,6 @@ def _conv_norms(graph: fx.Graph, owner: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def is_batch_norm(layer: nn.Module) -> bool:
-    """A batch norm, frozen or not, or timm's with the activation in it."""
+    """Whether a layer is a batch norm: frozen or not, and with or without timm's activation inside."""
     frozen = isinstance(layer, FrozenBatchNorm2d) or type(layer).__name__ == "FrozenBatchNormAct2d"
     return frozen or isinstance(layer, nn.BatchNorm2d)

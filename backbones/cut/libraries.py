@@ -1,4 +1,4 @@
-"""The classifiers of torchvision and timm by name, cut by tracing: "torchvision/NAME" and "timm/NAME"."""
+"""torchvision's and timm's classifiers as backbones, cut by tracing: "torchvision/NAME" and "timm/NAME"."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,12 +29,14 @@ CUT_NORMS = ("batch", "frozen")
 
 
 def torchvision_names() -> list[str]:
+    """The names of torchvision's classifiers."""
     import torchvision.models
 
     return list_models(module=torchvision.models)
 
 
 def timm_names() -> list[str]:
+    """The names of timm's networks. It needs timm."""
     return import_timm().list_models()
 
 
@@ -42,7 +44,7 @@ def timm_names() -> list[str]:
 def torchvision_backbone(
     name: str, *, weights: str | None = None, norm: str = "batch", frozen_stages: int = 0
 ) -> Backbone:
-    """A torchvision classifier; weights "imagenet_v1" is its IMAGENET1K_V1."""
+    """A torchvision classifier, cut by `cut_classifier`. The weights "imagenet_v1" are torchvision's IMAGENET1K_V1."""
     published = published_weights(name)
     build = partial(torchvision_network, name)
     return cut_classifier(f"torchvision/{name}", build, published, weights, norm, frozen_stages)
@@ -52,7 +54,10 @@ def torchvision_backbone(
 def timm_backbone(
     name: str, *, weights: str | None = None, norm: str = "batch", frozen_stages: int = 0
 ) -> Backbone:
-    """A timm classifier; weights "a1_in1k" is its tag of that name. Without a tag, its mean and std are the default's."""
+    """A timm classifier, cut by `cut_classifier`. `weights` is one of timm's tags, such as "a1_in1k".
+
+    Without a tag, mean and std are those of timm's default weights.
+    """
 
     def build(tag: str | None) -> tuple[nn.Module, Preprocessing]:
         return timm_network(name if tag is None else f"{name}.{tag}", pretrained=tag is not None)
@@ -68,19 +73,23 @@ def cut_classifier(
     norm: str,
     frozen_stages: int,
 ) -> Backbone:
-    """The backbone of `build(tag)`, a network with the weights that `published` lists under that tag, or random ones.
+    """A backbone cut from the network that `build` makes. A value that is not accepted is a ValueError.
 
-    weights: None, a publisher's name, a file in the library's layout or in ours, or "deferred" where a state dict
-        follows.
+    build: (tag) -> the network and its preprocessing, with the weights published under `tag`; None: random weights.
+    published: the tags of the published weights.
+    weights: None; a published tag; a file in the library's layout or ours; or "deferred", which promises a later
+        `load_state_dict`.
     norm: "batch" leaves the network's norms as they are, "frozen" freezes its batch norms (with weights only).
     frozen_stages: stages 1..frozen_stages take no gradient and keep their statistics.
     """
     check_choice("norm", norm, CUT_NORMS)
-    norm_layer(norm, weights)  # frozen norms of random weights are refused
+    # Refuse frozen norms with random weights.
+    norm_layer(norm, weights)
     tag = _tag(name, weights, published)
     try:
         network, preprocessing = build(tag)
-    except NotImplementedError:  # on the meta device: torchvision's RegNets compute their widths with tensors
+    except NotImplementedError:
+        # torchvision's RegNets compute their widths with tensors, which the meta device does not support.
         device = torch.get_default_device()
         with torch.device("cpu"):
             network, preprocessing = build(tag)
@@ -95,7 +104,7 @@ def cut_classifier(
 
 
 def _tag(name: str, weights: str | None, published: list[str]) -> str | None:
-    """The publisher's name that `weights` is, or None where it is a file or nothing."""
+    """`weights` if it is a published tag, None if it is None, "deferred" or a file; anything else is a ValueError."""
     if weights in published:
         return weights
     if weights in (None, DEFERRED) or Path(weights).suffix:
@@ -105,7 +114,7 @@ def _tag(name: str, weights: str | None, published: list[str]) -> str | None:
 
 
 def _load_file(backbone: Backbone, path: str, uncut: set[str]) -> None:
-    """Load a file in our layout or in that of the uncut network, whose keys are `uncut`."""
+    """Load a file in our layout or in the layout of the uncut network, whose keys are `uncut`."""
     state = read_state_dict(path)
     ours = {layer_path(key): key for key in backbone.state_dict()}
     dropped = uncut - set(ours)
@@ -115,6 +124,7 @@ def _load_file(backbone: Backbone, path: str, uncut: set[str]) -> None:
 
 
 def _freeze(backbone: Backbone, num_stages: int) -> Backbone:
+    """Freeze stages 1..num_stages; a ValueError where the network has no such stage."""
     backbone.freeze(num_stages)
     known = [k for k, stage in enumerate(backbone.trunk.stages, start=1) if len(stage)]
     if 0 < num_stages <= NUM_TRUNK_STAGES and num_stages not in known:
@@ -126,7 +136,7 @@ def _freeze(backbone: Backbone, num_stages: int) -> Backbone:
 
 
 def freeze_norms(network: nn.Module, name: str) -> None:
-    """Replace each batch norm by a frozen one with its statistics."""
+    """Replace each batch norm by a frozen one with the same statistics. A network without any is a ValueError."""
     norms = [path for path, layer in network.named_modules() if isinstance(layer, nn.BatchNorm2d)]
     if not norms:
         raise ValueError(f"norm is 'frozen', but {name} has no batch norm to freeze; accepted: 'batch'")
@@ -136,7 +146,7 @@ def freeze_norms(network: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def frozen_norm(norm: nn.BatchNorm2d) -> nn.Module:
-    """The norm with its statistics, and its activation where timm's has one within."""
+    """A frozen batch norm with the factors and statistics of `norm`; timm's norms keep their activation."""
     if hasattr(norm, "act"):
         from timm.layers import freeze_batch_norm_2d
 

@@ -1,7 +1,9 @@
 """Cut a convolutional classifier in two by tracing it: `cut_network(network)` is a Backbone on the same parameters.
 
-The trunk ends at the last block boundary of stride 16 through which all data flow, the head at the last such map of
-stride 32, before pooling. Letters: N images, R regions, C4 and C5 channels of the two maps.
+The trunk ends at the last block boundary of stride 16 through which all data flow. The head ends at the last map of
+stride 32 through which all data flow, before pooling.
+
+Letters: N images, R regions, C4 and C5 channels of the two maps.
 """
 
 import re
@@ -20,23 +22,25 @@ from .tracing import MapSizes, data_flow, node_paths, output_node, subgraph, tra
 Sizes = dict[fx.Node, tuple[int, ...]]
 Paths = dict[fx.Node, tuple[str, ...]]
 STRIDES = (2, 4, 8, 16, 32)
-# Pixels: rows and columns differ, so that no map (N, H, W, C) passes for (N, C, H, W); a trace that holds at the first
-# size only is refused by the second. Detectors pad to multiples of 32.
+# (height, width) of trial images in pixels, multiples of 32 as detectors pad to. Height and width differ, so that no
+# map (N, H, W, C) passes for (N, C, H, W). The second size refuses a trace that holds at the first size only.
 IMAGE, OTHER_IMAGE = (128, 192), (96, 160)
 
 
 class _Refusal(Exception):
-    """Why a network cannot be cut: the end of a sentence."""
+    """The reason why a network cannot be cut, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
 class Waist:
     """A map through which all data of a network flow.
 
-    place: number of the node in the graph's flow. after: path of the largest module that it ends, "layer3".
-    open_blocks: modules, other than sequences, that go on behind it: 0 between blocks. ends_block: whether that
-    module has layers within, as a residual block has, and no norm of its convolution follows. layer: "conv", "norm",
-    "activation" or "" of another kind.
+    place: index of the map's node in `data_flow`.
+    after: path of the largest module that the map ends, "layer3".
+    open_blocks: number of modules, other than sequences, that go on behind the map; 0 between blocks.
+    ends_block: whether the module `after` has layers within, as a residual block has, and the map is not a convolution
+        whose norm follows.
+    layer: the layer that makes the map: "conv", "norm", "activation", or "" for another kind.
     """
 
     place: int
@@ -49,7 +53,11 @@ class Waist:
 
 
 def cut_network(network: nn.Module, name: str, preprocessing: Preprocessing | None = None) -> Backbone:
-    """The network's layers up to its last map, as trunk and head; ValueError says why where it cannot be cut."""
+    """A backbone from the network's layers up to its last map, on the network's own parameters.
+
+    trunk: (N, 3, H, W) -> (N, C4, H/16, W/16) for multiples of 32. roi_head: (R, C4, 14, 14) -> (R, C5).
+    A network that cannot be cut is a ValueError that says why.
+    """
     try:
         return _cut(network, name, preprocessing)
     except _Refusal as reason:
@@ -57,11 +65,12 @@ def cut_network(network: nn.Module, name: str, preprocessing: Preprocessing | No
 
 
 def layer_path(key: str) -> str:
-    """The uncut network's key of one of ours: "trunk.stage4.0.layer3.0.conv1.weight" -> "layer3.0.conv1.weight"."""
+    """The uncut network's key for a key of ours: "trunk.stage4.0.layer3.0.conv1.weight" -> "layer3.0.conv1.weight"."""
     return re.sub(r"^(trunk\.stage\d|roi_head\.stage5)\.\d+\.", "", key)
 
 
 def _cut(network: nn.Module, name: str, preprocessing: Preprocessing | None) -> Backbone:
+    """`cut_network`, with a `_Refusal` in place of its ValueError."""
     try:
         graphs = trace(network)
     except Exception as error:
@@ -78,6 +87,7 @@ def _cut(network: nn.Module, name: str, preprocessing: Preprocessing | None) -> 
 
 
 def _zeros(module: nn.Module, *size: int) -> torch.Tensor:
+    """Zeros of this size, on the device and in the dtype of the module's first parameter."""
     like = next(module.parameters())
     return torch.zeros(size, device=like.device, dtype=like.dtype)
 
@@ -97,7 +107,8 @@ def _find_waists(network: nn.Module, graph: fx.Graph, sizes: Sizes) -> list[Wais
         following = flow[place[node] + 1]
         shared = _shared_modules(paths[node], paths[following])
         after = ".".join(paths[node][: shared + 1])
-        if _last_node_of(after, paths) is not node:  # a layer that is called again
+        # A module that is called again later does not end here.
+        if _last_node_of(after, paths) is not node:
             continue
         kinds = _kind(network, node), _kind(network, following)
         around = [network.get_submodule(".".join(paths[node][:k])) for k in range(1, shared + 1)]
@@ -118,12 +129,13 @@ def _find_waists(network: nn.Module, graph: fx.Graph, sizes: Sizes) -> list[Wais
 
 
 def _shared_modules(path: tuple[str, ...], following: tuple[str, ...]) -> int:
-    """How many modules of the tree hold both."""
+    """The number of modules in the tree that hold both nodes."""
     most = min(len(path), len(following)) - 1
     return next((k for k in range(most) if path[k] != following[k]), most)
 
 
 def _kind(network: nn.Module, node: fx.Node) -> str:
+    """The kind of layer that a node calls, as in `Waist.layer`."""
     layer = network.get_submodule(node.target) if node.op == "call_module" else None
     if layer is not None and (isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) or is_batch_norm(layer)):
         return "norm"
@@ -133,6 +145,7 @@ def _kind(network: nn.Module, node: fx.Node) -> str:
 
 
 def _map_sizes(network: nn.Module, graph: fx.Graph) -> Sizes:
+    """The shape of each tensor in evaluation mode, for one image of `IMAGE` pixels."""
     was_training = network.training
     images = _zeros(network, 1, 3, *IMAGE)
     try:
@@ -147,7 +160,10 @@ def _map_sizes(network: nn.Module, graph: fx.Graph) -> Sizes:
 
 @torch.no_grad()
 def _error_of(network: nn.Module, images: torch.Tensor) -> Exception | None:
-    """What the network itself says of these images: a trace writes symbols into messages."""
+    """The error that the untraced network raises for images (N, 3, H, W), or None.
+
+    A trace's own message would hold symbols.
+    """
     try:
         network(images)
     except Exception as error:
@@ -156,13 +172,14 @@ def _error_of(network: nn.Module, images: torch.Tensor) -> Exception | None:
 
 
 def _stride(size: tuple[int, ...] | None) -> int | None:
+    """The stride s of a map (N, C, H/s, W/s) of the trial image, or None for any other shape."""
     if size is None or len(size) != 4:
         return None
     return next((s for s in STRIDES if size[2:] == (IMAGE[0] // s, IMAGE[1] // s)), None)
 
 
 def _why_not_16(flow: list[fx.Node], sizes: Sizes, paths: Paths) -> str:
-    """No map of stride 16, or which tensor goes round the last one."""
+    """Why no map of stride 16 fits: there is none, a tensor bypasses the last, or each is changed in place."""
     at_16 = [i for i, node in enumerate(flow) if _stride(sizes.get(node)) == 16]
     if not at_16:
         return "none of its tensors is a map (N, C, H/16, W/16)"
@@ -179,7 +196,7 @@ def _why_not_16(flow: list[fx.Node], sizes: Sizes, paths: Paths) -> str:
 
 
 def _plan(found: list[Waist], network: nn.Module, graph: fx.Graph) -> list[list[Waist]]:
-    """The waists that end the blocks of stages 1-5, stage by stage; a stage that shows no waist of its own is empty."""
+    """The waists that end the blocks of stages 1-5, one list per stage. A stage without a waist of its own is empty."""
     at_32 = [w for w in found if w.stride == 32]
     if not at_32:
         strides = ", ".join(str(s) for s in sorted({w.stride for w in found}))
@@ -189,7 +206,7 @@ def _plan(found: list[Waist], network: nn.Module, graph: fx.Graph) -> list[list[
     end = at_32[-1]
     boundary = _last_between_blocks([w for w in found if w.stride == 16 and w.place < end.place])
     if not _has_parameters(network, graph, boundary.place, end.place):
-        # VGG: conv5_x runs at stride 16. With its first map for the cut, conv5_x is the head's.
+        # VGG runs conv5_x at stride 16. A cut at the first map of stride 16 leaves conv5_x to the head.
         boundary = next(w for w in found if w.stride == 16)
     boundary = _past_norm(found, boundary)
     ends = [_last_between_blocks([w for w in found if w.stride == s]) for s in STRIDES[:3]] + [boundary, end]
@@ -202,7 +219,7 @@ def _plan(found: list[Waist], network: nn.Module, graph: fx.Graph) -> list[list[
 
 
 def _past_norm(found: list[Waist], boundary: Waist) -> Waist:
-    """The cut, moved behind a norm and its activation that follow: the RPN then sees normalised features."""
+    """The cut, moved behind a norm and activation that follow it, so that the RPN reads normalised features."""
     place = {w.place: w for w in found if w.stride == boundary.stride}
     kinds = ["norm"]
     while (following := place.get(boundary.place + 1)) and following.layer in kinds:
@@ -216,6 +233,7 @@ def _last_between_blocks(candidates: list[Waist]) -> Waist | None:
 
 
 def _has_parameters(network: nn.Module, graph: fx.Graph, start: int, stop: int) -> bool:
+    """Whether a layer behind place `start`, up to `stop`, has parameters."""
     nodes = data_flow(graph, output_node(graph))[start + 1 : stop + 1]
     return any(True for node in nodes for _ in _parameters(network, node))
 
@@ -225,7 +243,7 @@ def _parameters(network: nn.Module, node: fx.Node) -> Iterator[nn.Parameter]:
 
 
 def _check_rest(network: nn.Module, graph: fx.Graph, sizes: Sizes, end: Waist) -> None:
-    """Refuse to drop layers that still work on maps or tokens: behind the head's end there is pooling only."""
+    """Refuse to drop layers with parameters that still make maps or tokens. Pooling and a classifier may be dropped."""
     for node in data_flow(graph, output_node(graph))[end.place + 1 :]:
         size = sizes.get(node, ())
         has_positions = len(size) == 3 or (len(size) == 4 and size[2:] != (1, 1) and size[1:3] != (1, 1))
@@ -248,6 +266,7 @@ def _make_blocks(network: nn.Module, graphs: dict[bool, fx.Graph], ends: list[Wa
 
 
 def _pieces(graph: fx.Graph, ends: list[str], training: bool) -> list[fx.Graph]:
+    """The graphs between each two of the modules `ends`, the first from the image."""
     paths = node_paths(graph)
     nodes = [_last_node_of(end, paths) for end in ends]
     flow = data_flow(graph, nodes[-1])
@@ -264,7 +283,7 @@ def _pieces(graph: fx.Graph, ends: list[str], training: bool) -> list[fx.Graph]:
 
 
 def _last_node_of(module: str, paths: dict[fx.Node, tuple[str, ...]]) -> fx.Node | None:
-    """The node whose value a module gives."""
+    """The node that gives a module's output, or None."""
     parts = tuple(module.split("."))
     return next((node for node, path in reversed(paths.items()) if path[: len(parts)] == parts), None)
 
@@ -282,6 +301,7 @@ def _check_sizes(backbone: Backbone) -> None:
 
 
 def _expect(module: nn.Module, size: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
+    """Refuse a module that does not turn a tensor of shape `size` into one of shape `wanted`."""
     try:
         given = tuple(module(_zeros(module, *size)).shape)
     except Exception as error:

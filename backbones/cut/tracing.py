@@ -16,7 +16,11 @@ _Path = tuple[str, ...]
 
 
 class LayerTracer(fx.Tracer):
-    """Records a network down to its layers: torch.nn's, what extends them, and what a library asks not to enter."""
+    """Records a network as calls of its layers.
+
+    Layers are modules of torch.nn (no containers) and their subclasses, torchvision's `FrozenBatchNorm2d` and
+    `StochasticDepth`, and the modules that timm asks not to trace.
+    """
 
     def __init__(self) -> None:
         modules, functions = _opaque_in_timm()
@@ -24,6 +28,7 @@ class LayerTracer(fx.Tracer):
         super().__init__(autowrap_modules=(math, torchvision.ops), autowrap_functions=tuple(functions))
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        """Whether to record the call of `module`, and not the calls within."""
         return isinstance(module, self._opaque) or any(
             base.__module__.startswith("torch.nn.modules.") and base.__module__ not in _NOT_LAYERS
             for base in type(module).__mro__
@@ -31,7 +36,7 @@ class LayerTracer(fx.Tracer):
 
 
 def _opaque_in_timm() -> tuple[list[type[nn.Module]], list[Callable]]:
-    """timm's own lists of modules and functions with control flow, where timm is what made the network."""
+    """timm's lists of modules and functions that must not be traced; empty lists where timm is not imported."""
     if "timm" not in sys.modules:
         return [], []
     from timm.layers import get_notrace_functions, get_notrace_modules
@@ -40,7 +45,7 @@ def _opaque_in_timm() -> tuple[list[type[nn.Module]], list[Callable]]:
 
 
 def trace(network: nn.Module) -> dict[bool, fx.Graph]:
-    """The graphs of training (True) and evaluation (False): a trace has `self.training` written into it."""
+    """The graphs for training (True) and evaluation (False); a trace fixes `self.training`."""
     was_training = network.training
     graphs = {mode: LayerTracer().trace(network.train(mode)) for mode in (True, False)}
     network.train(was_training)
@@ -48,8 +53,11 @@ def trace(network: nn.Module) -> dict[bool, fx.Graph]:
 
 
 def node_paths(graph: fx.Graph) -> dict[fx.Node, _Path]:
-    """Where a node stands in the tree of modules: ("layer1", "0", "conv1") of a layer, ("layer1", "0", "add_1") of
-    an operation, counted within its module, so that the graphs of both modes name it alike."""
+    """The place of each node in the tree of modules.
+
+    A layer is ("layer1", "0", "conv1"), an operation ("layer1", "0", "add_1"). Operations are counted within their
+    module, so that the graphs of both modes give them the same path.
+    """
     counts: Counter[tuple[_Path, str]] = Counter()
     paths = {}
     for node in graph.nodes:
@@ -64,11 +72,12 @@ def node_paths(graph: fx.Graph) -> dict[fx.Node, _Path]:
 
 
 def output_node(graph: fx.Graph) -> fx.Node:
+    """The last node of a graph, its output."""
     return next(reversed(graph.nodes))
 
 
 def data_flow(graph: fx.Graph, end: fx.Node) -> list[fx.Node]:
-    """The nodes, in order, that carry data from the image to `end`; what they are changed by in place is of them."""
+    """The nodes, in order, that carry data from the image to `end`, plus the nodes that modify those in place."""
     image = next(iter(graph.nodes))
     from_image, needed = {image}, {end}
     for node in graph.nodes:
@@ -82,7 +91,7 @@ def data_flow(graph: fx.Graph, end: fx.Node) -> list[fx.Node]:
 
 
 def waists(nodes: list[fx.Node]) -> Iterator[fx.Node]:
-    """The nodes through which all data flow: no earlier value is used later."""
+    """The nodes through which all data flow: no node behind them reads a value from before them."""
     position = {node: i for i, node in enumerate(nodes)}
     last_use = 0
     for i, node in enumerate(nodes):
@@ -92,7 +101,7 @@ def waists(nodes: list[fx.Node]) -> Iterator[fx.Node]:
 
 
 def writes_into(user: fx.Node, value: fx.Node, network: nn.Module) -> bool:
-    """Whether `user` works in place on `value`."""
+    """Whether `user` modifies `value` in place."""
     if not user.args or user.args[0] is not value:
         return False
     if user.op == "call_module":
@@ -101,7 +110,7 @@ def writes_into(user: fx.Node, value: fx.Node, network: nn.Module) -> bool:
 
 
 def works_in_place(node: fx.Node) -> bool:
-    """Whether a function or method changes its first argument, as `x.mul_(2)` does even where its value is not used."""
+    """Whether a function or method modifies its first argument, as `x.mul_(2)` does."""
     if node.op not in ("call_function", "call_method") or not node.args:
         return False
     name = node.target if isinstance(node.target, str) else node.target.__name__
@@ -111,7 +120,7 @@ def works_in_place(node: fx.Node) -> bool:
 
 
 class MapSizes(fx.Interpreter):
-    """Runs a graph and keeps the size of every tensor: `MapSizes(network, graph=graph).of(images)`."""
+    """Runs a graph and keeps the shape of every tensor: `MapSizes(network, graph=graph).of(images)`."""
 
     def run_node(self, node: fx.Node) -> object:
         value = super().run_node(node)
@@ -121,13 +130,14 @@ class MapSizes(fx.Interpreter):
 
     @torch.no_grad()
     def of(self, images: Tensor) -> dict[fx.Node, tuple[int, ...]]:
+        """(N, 3, H, W) -> the shape of each tensor, by its node."""
         self.sizes: dict[fx.Node, tuple[int, ...]] = {}
         self.run(images)
         return self.sizes
 
 
 def subgraph(graph: fx.Graph, nodes: list[fx.Node], start: fx.Node) -> fx.Graph:
-    """The function from the value of `start` to that of the last of `nodes`; constants are copied as needed."""
+    """The graph that computes the last of `nodes` from the value of `start`. Constants are copied as needed."""
     piece = fx.Graph()
     copies = {start: piece.placeholder("features")}
 

@@ -1,17 +1,17 @@
 """RoIAlign (He et al. 2017, arXiv:1703.06870) as a product with a sparse matrix.
 
-Every bin of every region is a weighted sum of a few positions of the map, so RoIAlign is `weights @ map`, the
-map taken as rows of C channels. Each weight is a product of one along y and one along x:
+Every bin of a region is a weighted sum of a few positions of the map. RoIAlign is therefore `weights @ map`, with
+the map as rows of C channels. Each weight is the product of a weight along y and a weight along x:
 
     output[r, py, px] = sum over y, x of  rows[r, py, y] * columns[r, px, x] * map[y, x]
 
-The two factors are small tables (`_Axis`), from which the matrix of the whole grid, or of any part of it, is
-expanded. At sampling ratio 2 a bin has at most 16 entries; those that fall on one position are added up
-first, which leaves about 5 for the regions of a detector. Coordinates are computed as
-`torchvision.ops.roi_align` does, operation by operation, so the two agree to rounding. `embedding_bag`
-computes the product and, on the transposed matrix, its gradient.
+The two factors are small tables (`_Axis`). The matrix of the whole grid, or of a part, is expanded from them.
+At sampling ratio 2 a bin has at most 16 entries. Entries that fall on one position are added up first, which
+leaves about 5 for the regions of a detector. Coordinates are computed operation by operation as in
+`torchvision.ops.roi_align`, so the two agree to rounding. `embedding_bag` computes the product and, on the
+transposed matrix, its gradient.
 
-Letters: N images, C channels, H x W map, R regions, P x Q bins a region, S samples a bin and axis, E entries.
+Letters: N images, C channels, H x W map, R regions, P x Q bins per region, S samples per bin and axis, E entries.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_SHORT = 15  # bits of a non-negative int16
+# Bits of a non-negative int16.
+_SHORT = 15
 
 
 @dataclass(frozen=True, eq=False)
 class SparseMatrix:
-    """A sparse matrix (CSR): row i has values[k] in column columns[k], offsets[i] <= k < offsets[i + 1].
+    """A sparse matrix (CSR): row i has values[k] in column columns[k] for offsets[i] <= k < offsets[i + 1].
 
     columns: (E,) int32. values: (E,) float. offsets: (rows + 1,) int32.
     """
@@ -53,7 +54,7 @@ class SparseMatrix:
 
     @cached_property
     def transposed(self) -> SparseMatrix:
-        """The transposed matrix, sorted once and kept for every map that this matrix is applied to."""
+        """The transposed matrix, sorted once and kept for all maps."""
         order = _stable_argsort(self.columns, self.num_columns)
         rows = torch.repeat_interleave(self.offsets.diff(), output_size=len(order)).int()
         ends = torch.arange(self.num_columns + 1, dtype=torch.int32, device=order.device)
@@ -78,6 +79,7 @@ class _Axis:
     count: Tensor
 
     def select(self, bins: slice) -> _Axis:
+        """The weights of a part of the bins."""
         return replace(self, first=self.first[:, bins], count=self.count[:, bins])
 
 
@@ -85,9 +87,8 @@ class _Axis:
 class BinWeights:
     """RoIAlign of R regions on an (N, C, H, W) map: the positions that each bin reads, and their weights.
 
-    Made by `bin_weights`. `rows` and `columns` are the weights along y and x; `image_start` (R,) int32 is
-    where each region's image begins among the N * H * W positions of the map. One object serves every map of
-    this size.
+    `bin_weights` makes it. `rows` and `columns` are the weights along y and x. `image_start` (R,) int32 is where
+    each region's image begins among the N * H * W positions. One object serves every map of this size.
     """
 
     rows: _Axis
@@ -108,14 +109,14 @@ class BinWeights:
     def select(self, bins: slice) -> BinWeights:
         """The weights of a part of the grid, the same bins along y and along x.
 
-        `weights.select(slice(None, None, 2))` keeps the even ones, all that a 1x1 convolution of stride 2 reads:
-        `sparse_roi_align` then gives exactly `[:, :, ::2, ::2]` of the whole.
+        `weights.select(slice(None, None, 2))` keeps the even bins, the only ones that a 1x1 convolution of stride 2
+        reads. `sparse_roi_align` then gives exactly `[:, :, ::2, ::2]` of the whole grid.
         """
         return replace(self, rows=self.rows.select(bins), columns=self.columns.select(bins))
 
     @cached_property
     def matrix(self) -> SparseMatrix:
-        """The (R * P * Q, N * H * W) matrix over channels-last positions, expanded when first asked for."""
+        """The (R * P * Q, N * H * W) matrix over channels-last positions, expanded at the first use."""
         height, width = self.map_size
         bins = (self.num_regions, *self.output_size)
         y_first, y_count = (
@@ -126,7 +127,7 @@ class BinWeights:
         )
         offsets = _offsets(y_count * x_count)
 
-        # A strip is one row of the map in one bin, an entry one position of a strip.
+        # A strip is one row of the map in one bin. An entry is one position of a strip.
         bin_of_strip, y = _ranges(y_first, y_count)
         x_first, x_count = _take(x_first, bin_of_strip), _take(x_count, bin_of_strip)
         strip_of_entry, x = _ranges(x_first, x_count)
@@ -154,15 +155,18 @@ def bin_weights(
 ) -> BinWeights:
     """The weights of RoIAlign, as `torchvision.ops.roi_align` defines it.
 
+    Sizes and boxes that do not fit are a ValueError.
+
     Args:
-        boxes: an (R_i, 4) tensor of xyxy pixels for each image.
-            Computed in float64 where they are float64, else in float32. No gradient flows to them.
+        boxes: N x (R_i, 4) xyxy, in pixels. The weights are float64 if the boxes are, else float32. No gradient flows
+            to the boxes.
         map_size: (H, W) of the map.
         num_images: N, the length of the map's batch.
-        spatial_scale: map positions a pixel, 1/16 for a C4 detector.
-        output_size: bins a region, P = Q or (P, Q).
-        sampling_ratio: samples a bin along each axis; 0 or less: as many as positions that the bin spans.
-        aligned: shift by half a position (Detectron2), without the least size of one position.
+        spatial_scale: map positions per pixel, 1/16 for a C4 detector.
+        output_size: bins per region, P = Q or (P, Q).
+        sampling_ratio: samples per bin along each axis; 0 or less: one per position that the bin spans, rounded up.
+        aligned: shift the boxes by half a position, as Detectron2 does. Boxes smaller than one position then keep their
+            size; otherwise they are enlarged to one position.
     """
     map_size, output_size = pair(map_size, "map_size"), pair(output_size, "output_size")
     if not spatial_scale > 0:
@@ -180,9 +184,10 @@ def bin_weights(
 
 
 def sparse_roi_align(features: Tensor, weights: BinWeights) -> Tensor:
-    """RoIAlign: (N, C, H, W) -> (R, C, P, Q), channels-last; the gradient flows to the map (once, not twice).
+    """RoIAlign: (N, C, H, W) -> (R, C, P, Q), channels-last.
 
-    A channels-last map is read where it lies; any other is copied once.
+    The gradient flows to the map; a second derivative is refused. A channels-last map is read in place, any other is
+    copied once. A map of another size is a ValueError, one of integers a TypeError.
     """
     expected = (weights.num_images, *weights.map_size)
     if features.dim() != 4 or (features.shape[0], *features.shape[2:]) != expected:
@@ -198,38 +203,40 @@ def sparse_roi_align(features: Tensor, weights: BinWeights) -> Tensor:
 class _SparseProduct(torch.autograd.Function):
     """matrix @ positions, (N * H * W, C) -> (R * P * Q, C).
 
-    The gradient is the transposed product, again an `embedding_bag`: each position of the map gathers the
-    rows of the output's gradient that it took part in. The fastest of four ways: a product with torch's
-    transposed CSR matrix takes 1.5 times as long, `embedding_bag`'s own dense backward 3 times, `index_add_`
-    30 times (500 regions, 1024 channels, 14x14, 38x50 map, two cores).
+    The gradient is the transposed product, again an `embedding_bag`: each position of the map gathers the rows of
+    the output's gradient that it contributed to. It is the fastest of four ways. A product with torch's transposed
+    CSR matrix takes 1.5 times as long, `embedding_bag`'s own dense backward 3 times, `index_add_` 30 times
+    (500 regions, 1024 channels, 14x14, 38x50 map, two cores).
     """
 
     @staticmethod
     def forward(ctx, positions: Tensor, matrix: SparseMatrix) -> Tensor:
+        """(N * H * W, C) -> (R * P * Q, C)"""
         ctx.matrix = matrix
         return matrix @ positions.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """(R * P * Q, C) -> (N * H * W, C)"""
         return ctx.matrix.transposed @ grad.contiguous(), None
 
 
 def _positions(features: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N * H * W, C): a view of a channels-last map."""
+    """(N, C, H, W) -> (N * H * W, C), a view where the map is channels-last."""
     return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1]).contiguous()
 
 
 def _axis(start: Tensor, size: Tensor, num_bins: int, length: int, sampling_ratio: int) -> _Axis:
-    """The weights along an axis of `length` positions, of regions with (R,) start and size in positions."""
+    """The weights along an axis of `length` positions. Start and size of the regions are (R,), in positions."""
     return _merge(*_interpolate(*_samples(start, size, num_bins, sampling_ratio), length))
 
 
 def _samples(start: Tensor, size: Tensor, num_bins: int, sampling_ratio: int) -> tuple[Tensor, Tensor]:
-    """Where bins are sampled, (R, P, S), and each sample's part in the mean of its bin, (R, P, S).
+    """(R,) start and size -> the sample points (R, P, S), and each sample's share (R, P, S) in the mean of its bin.
 
-    The order of operations is torchvision's. Where the sampling is adaptive, S is the largest number of any
-    region; others end in samples of part 0.
+    The order of operations is torchvision's. With adaptive sampling S is the largest number of samples in any
+    region; the last samples of other regions have share 0.
     """
     bin_size = (size / num_bins)[:, None, None]
     num_samples = torch.full_like(bin_size, sampling_ratio) if sampling_ratio > 0 else bin_size.ceil()
@@ -244,7 +251,7 @@ def _samples(start: Tensor, size: Tensor, num_bins: int, sampling_ratio: int) ->
 def _interpolate(points: Tensor, parts: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Linear interpolation at (R, P, S) points: (R, P, 2S) positions in 0..length-1 and their weights.
 
-    A point up to one position outside the axis reads its end, a point beyond reads nothing.
+    A point up to one position outside the axis reads the axis's end. A point farther out reads nothing.
     """
     inside = (points >= -1) & (points <= length)
     points = torch.where(inside, points, 0).clamp(0, length - 1)
@@ -257,7 +264,7 @@ def _interpolate(points: Tensor, parts: Tensor, length: int) -> tuple[Tensor, Te
 
 
 def _merge(positions: Tensor, weights: Tensor) -> _Axis:
-    """Add up the weights of each bin that fall on one position, and drop the zeros. Both (R, P, 2S)."""
+    """Add up the weights of each bin that fall on one position, and drop zeros. Both arguments are (R, P, 2S)."""
     positions, order = positions.sort(-1)
     group = (positions.diff(dim=-1, prepend=positions[..., :1]) != 0).cumsum(-1)
     merged = torch.zeros_like(weights).scatter_add_(-1, group, weights.gather(-1, order))
@@ -269,14 +276,14 @@ def _merge(positions: Tensor, weights: Tensor) -> _Axis:
 
 
 def _ranges(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers first[i], ..., first[i] + count[i] - 1 for i in turn: the i of each, and the numbers."""
+    """Two (n,) -> two (E,): for each i in turn, i repeated count[i] times, and first[i] .. first[i] + count[i] - 1."""
     owner = torch.repeat_interleave(count)
     shift = first - _offsets(count)[:-1]
     return owner, torch.arange(len(owner), dtype=torch.int32, device=count.device) + _take(shift, owner)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """values[index], in half its time."""
+    """values[index], (n,) and (E,) -> (E,), in half the time."""
     return values.index_select(0, index)
 
 
@@ -286,7 +293,7 @@ def _offsets(count: Tensor) -> Tensor:
 
 
 def _stable_argsort(keys: Tensor, limit: int) -> Tensor:
-    """`argsort` of int32 keys in 0..limit-1, 15 bits a pass: torch sorts int16 thirty times faster."""
+    """`argsort` of (E,) int32 keys in 0..limit-1, 15 bits per pass: torch sorts int16 thirty times faster."""
     order = torch.argsort((keys & (2**_SHORT - 1)).short(), stable=True)
     if limit > 2**_SHORT:
         order = order[torch.argsort((keys >> _SHORT)[order].short(), stable=True)]
@@ -294,7 +301,7 @@ def _stable_argsort(keys: Tensor, limit: int) -> Tensor:
 
 
 def flatten_boxes(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Tensor]:
-    """N x (R_i, 4) boxes -> image of each (R,) int32, and all boxes (R, 4) in float32 or float64."""
+    """N x (R_i, 4) boxes -> the image of each box (R,) int32, and all boxes (R, 4) in float32 or float64."""
     if len(boxes) != num_images or not boxes:
         raise ValueError(f"one tensor of boxes for each image: got {len(boxes)} for {num_images} images")
     for i, b in enumerate(boxes):
@@ -306,6 +313,7 @@ def flatten_boxes(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Ten
 
 
 def pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
+    """(height, width) from one size or two; a ValueError that names the argument where it is neither."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
         raise ValueError(f"{name} must be a positive integer or two (height, width), got {size!r}")

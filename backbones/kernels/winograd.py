@@ -1,11 +1,11 @@
-"""3x3 convolutions of small maps as Winograd products, where they are faster."""
+"""3x3 convolutions of small maps as Winograd products, where those are faster."""
 
 import time
 
 import torch
 from torch import Tensor, nn
 
-# Winograd's F(4x4, 3x3) (Lavin & Gray 2015, arXiv 1509.09308): y = A' [(G g G') * (B' d B)] A of 6x6 input tiles d.
+# Winograd's F(4x4, 3x3) (Lavin & Gray 2015, arXiv 1509.09308): y = A' [(G g G') * (B' d B)] A for 6x6 input tiles d.
 _INPUT = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0), (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1))  # fmt: skip
 _KERNEL = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))  # fmt: skip
 _OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
@@ -15,8 +15,8 @@ _TILE = 4
 class WinogradConv2d(nn.Module):
     """A 3x3 convolution of stride 1 and padding 1 on maps of one small size, as 36 matrix products.
 
-    For the 7x7 crops of a RoI head 2x2 tiles of 4x4 outputs cover the map: 36 * 4 / (9 * 49) = a third of the
-    multiplications. The transforms of all tiles are one matrix each, T_in (144, 49) and T_out (49, 144).
+    2x2 tiles of 4x4 outputs cover the 7x7 crops of a RoI head. That takes 36 * 4 / (9 * 49), or a third, of the
+    multiplications. One matrix transforms the input of all tiles, T_in (144, 49), one the output, T_out (49, 144).
     """
 
     def __init__(self, conv: nn.Conv2d, size: int = 7) -> None:
@@ -50,8 +50,9 @@ class WinogradConv2d(nn.Module):
 
 
 def _transforms(size: int, tiles: int) -> tuple[Tensor, Tensor]:
-    """T_in (36 * tiles^2, size^2) and T_out (size^2, 36 * tiles^2); Kronecker products of the two axes."""
-    to_axis = torch.zeros(6, tiles, size, dtype=torch.float64)  # element of the tile, tile, position
+    """T_in (36 * tiles^2, size^2) and T_out (size^2, 36 * tiles^2), Kronecker products of the two axes' transforms."""
+    # to_axis: element of the tile, tile, position. from_axis: position, element of the tile, tile.
+    to_axis = torch.zeros(6, tiles, size, dtype=torch.float64)
     from_axis = torch.zeros(size, 6, tiles, dtype=torch.float64)
     for tile in range(tiles):
         for k in range(6):
@@ -66,9 +67,10 @@ def _transforms(size: int, tiles: int) -> tuple[Tensor, Tensor]:
 
 
 def use_winograd(stage5: nn.Module, num_regions: int = 64, size: int = 7) -> int:
-    """Replace the 3x3 convolutions of `stage5` on 7x7 maps where that is measured to be faster; gives how many were.
+    """Replace 3x3 convolutions of `stage5` by Winograd's where those measure faster on `size` x `size` maps.
 
-    Each distinct shape is timed once, on the device and in the dtype of its weights.
+    Each pair of channel numbers is timed once, on the device and in the dtype of the weights. Returns the number of
+    replaced convolutions.
     """
     faster: dict[tuple[int, int], bool] = {}
     replaced = 0
@@ -87,6 +89,7 @@ def use_winograd(stage5: nn.Module, num_regions: int = 64, size: int = 7) -> int
 
 
 def _fits(layer: nn.Module | None) -> bool:
+    """Whether a layer is a plain 3x3 convolution with stride 1 and padding 1."""
     return (
         type(layer) is nn.Conv2d
         and layer.kernel_size == (3, 3)
@@ -99,7 +102,7 @@ def _fits(layer: nn.Module | None) -> bool:
 
 @torch.no_grad()
 def _time(winograd: nn.Module, conv: nn.Conv2d, num_regions: int, size: int) -> float:
-    """The Winograd form's time over the convolution's: the best of three each, alternating."""
+    """The Winograd form's time over the convolution's, each the best of three alternating runs."""
     x = torch.randn(num_regions, conv.in_channels, size, size).to(conv.weight)
     x = x.contiguous(memory_format=torch.channels_last)
     best = [float("inf"), float("inf")]
@@ -109,6 +112,7 @@ def _time(winograd: nn.Module, conv: nn.Conv2d, num_regions: int, size: int) -> 
             layer(x)
             if x.is_cuda:
                 torch.cuda.synchronize()
-            if repeat:  # the first is a warm-up
+            # The first run is a warm-up.
+            if repeat:
                 best[i] = min(best[i], time.perf_counter() - started)
     return best[0] / best[1]

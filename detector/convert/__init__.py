@@ -1,4 +1,7 @@
-"""Checkpoints of other programs as ours: one small file a source, the file read without running code from it."""
+"""Convert checkpoints of other programs. Their files are read without running code from them.
+
+Each kind of file has one module here.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +17,8 @@ from .read import ForeignFile, read_foreign
 from .refused import reason, refuse
 
 Recognise = Callable[[set[str]], bool] | None
-# Whether a file is of a program by the names of its tensors (None: it must be said), the converter, and its options.
-# torchvision's and timm's ResNets have the same names.
+# For each program: how its files are recognised by the names of their tensors (None: not guessed), the converter, and
+# the converter's options. timm's ResNets have torchvision's names and are taken for torchvision's.
 _SOURCES: dict[str, tuple[Recognise, Callable[..., Converted], tuple[str, ...]]] = {
     "detectron2": (is_detectron2, convert_detectron2, ("class_names", "overrides")),
     "msra": (is_msra, convert_msra, ()),
@@ -28,7 +31,11 @@ SOURCES = tuple(_SOURCES)
 
 
 def guess_source(file: ForeignFile, *, is_classifier: bool = False) -> str:
-    """The program that wrote the file, by the names of its tensors; other classifiers than ResNets say that they are."""
+    """Guess the program that wrote a file, by the names of its tensors.
+
+    is_classifier: an unknown file is a classifier, for which "torchvision" is returned. ValueError: no program is
+    recognised, the file cannot be converted, or it is a checkpoint of this project already.
+    """
     names = set(file.tensors)
     if {"backbone.stage1.conv1.weight", "rpn.head.cls_logits.weight"} <= names:
         raise ValueError(f"{file.path} is a checkpoint of this program already")
@@ -54,9 +61,10 @@ def convert_file(
     overrides: tuple[str, ...] = (),
     backbone: str | None = None,
 ) -> tuple[str, Converted]:
-    """Read and convert a checkpoint; gives the source too, which is guessed when it is None.
+    """Read and convert a checkpoint. Returns its source and the result. The source is guessed if it is None.
 
-    class_names, overrides: of a detector. backbone: the name of a classifier's network where it is no ResNet.
+    class_names, overrides: for a detector. backbone: for a classifier that is not a ResNet, the name of its network.
+    ValueError: the file cannot be converted, or an option does not belong to its kind.
     """
     if source is not None:
         check_choice("source", source, SOURCES)

@@ -14,7 +14,11 @@ _WIDTH = 64
 
 
 def name_resnet(state: dict[str, Tensor], source: str) -> dict[str, Any]:
-    """`name`, and `width` where it is not 64, of a state dict with a backbone's names (trunk., roi_head.)."""
+    """The options of `create_backbone` for a state dict's ResNet: `name`, and `width` if it is not 64.
+
+    state: tensors under a backbone's names (trunk., roi_head.). source: the name of the file in errors.
+    ValueError: it holds no ResNet, or one of an unknown depth.
+    """
     stem = state.get("trunk.stage1.conv1.weight")
     if stem is None:
         raise ValueError(f"{source} holds no ResNet: a stem convolution is missing")

@@ -1,4 +1,4 @@
-"""Names of the classes of published detectors, which their files do not hold."""
+"""Class names of published detectors, whose files do not hold them."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-# In the order of their labels: COCO's by category id, VOC's by name. torchvision's lists have background and gaps.
+# In the order of their labels: COCO's by category id, VOC's by name. torchvision's lists have background and gaps too.
 _GAPS = ("__background__", "N/A")
 COCO = tuple(c for c in FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if c not in _GAPS)
 VOC = tuple(c for c in FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"] if c not in _GAPS)
@@ -15,7 +15,10 @@ _BY_COUNT = {len(COCO): COCO, len(VOC): VOC}
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """Foreground names in the order of their labels, from a JSON list or from a text file with one a line."""
+    """Read foreground names in the order of their labels, from a JSON list or a text file with one name per line.
+
+    FileNotFoundError: there is no file. ValueError: it holds no names, or one twice.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of class names {path}")
@@ -33,7 +36,10 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
 
 
 def choose_class_names(count: int, *candidates: Sequence[str] | None) -> tuple[str, ...]:
-    """The first list that is given, which must have `count` names; without one, COCO's 80 or VOC's 20."""
+    """The first list of names that is given; if none is, COCO's 80 or VOC's 20, by `count`.
+
+    ValueError: the list does not have `count` names, or no list is known.
+    """
     given = next((tuple(names) for names in candidates if names), _BY_COUNT.get(count))
     if given is None:
         raise ValueError(

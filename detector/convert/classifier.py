@@ -1,4 +1,4 @@
-"""torchvision's and timm's classifiers: weights for the backbone of ours that is the same network."""
+"""Convert torchvision's and timm's classifiers to weights for our backbone of the same network."""
 
 from backbones import create_backbone
 from backbones.resnet import TORCHVISION_NAMES
@@ -16,9 +16,10 @@ def is_resnet_classifier(names: set[str]) -> bool:
 
 
 def convert_classifier(file: ForeignFile, *, backbone: str | None = None) -> Converted:
-    """`backbone` names the network; a ResNet says itself which it is.
+    """Convert a classifier to weights of a backbone. backbone: its name; a ResNet is recognised by its tensors.
 
-    The preprocessing is that of our backbone of this name, for torchvision's weights ImageNet's mean and deviation.
+    The preprocessing is our backbone's default, which is ImageNet's mean and deviation for torchvision's networks.
+    ValueError: the file is no ResNet and `backbone` is None, or its tensors do not fit.
     """
     if backbone is None and not is_resnet_classifier(set(file.tensors)):
         raise ValueError(f"{file.path} is no ResNet of torchvision or timm: name the network with --backbone")

@@ -1,4 +1,4 @@
-"""What a conversion gives: a detector's checkpoint, or the weights of a backbone."""
+"""The result of a conversion: a detector's checkpoint, or the weights of a backbone."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from ..files import save_tensors
 
 BACKBONE_FORMAT = "fasterrcnn-c4-backbone"
 
-# What Caffe's networks, and after them Detectron2's and MMDetection's "caffe" ones, expect: BGR in 0..255.
+# The preprocessing of Caffe's networks, and of Detectron2's and MMDetection's "caffe" ones: BGR in 0..255.
 CAFFE_RESNET = Preprocessing((103.530, 116.280, 123.675), (1.0, 1.0, 1.0), "bgr", 255.0)
 
 
@@ -34,14 +34,14 @@ class BackboneWeights:
 
 @dataclass(frozen=True)
 class Converted:
-    """The result, and what a person should know of it, a sentence each."""
+    """The result of a conversion. notes: sentences for the user, such as which tensors were left out."""
 
     result: Checkpoint | BackboneWeights
     notes: tuple[str, ...] = ()
 
 
 def save_converted(path: str | Path, result: Checkpoint | BackboneWeights) -> None:
-    """A .safetensors file, whole or not at all, whose metadata hold all but the tensors."""
+    """Write a .safetensors file, whole or not at all. Its metadata holds everything except the tensors."""
     if isinstance(result, Checkpoint):
         return save_checkpoint(path, result)
     metadata = {
@@ -55,22 +55,23 @@ def save_converted(path: str | Path, result: Checkpoint | BackboneWeights) -> No
 def leave_out(
     tensors: dict[str, Tensor], heads: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors without those of other heads, and a note on each of these."""
+    """The tensors whose names do not begin with one of `heads`, and a note for each head that was left out."""
     found = sorted({head for head in heads for name in tensors if name.startswith(head)})
     kept = {name: value for name, value in tensors.items() if not name.startswith(heads)}
     return kept, tuple(f"left out: {head}*, which boxes do not need" for head in found)
 
 
 def refuse_prefixes(tensors: dict[str, Tensor], reasons: dict[str, str], source: str) -> None:
-    """Say why a file is not taken whose tensors begin so."""
+    """Raise a ValueError if a tensor's name begins with one of the prefixes, with the reason for that prefix."""
     for prefix, reason in reasons.items():
         if any(name.startswith(prefix) for name in tensors):
             raise ValueError(f"{source} is no C4 detector: {reason} ({prefix}*)")
 
 
 def check_fits(checkpoint: Checkpoint, source: str) -> None:
-    """Refuse weights that are not those of the detector which the config describes, by the first that differ."""
-    with torch.device("meta"):  # names and shapes alone
+    """Raise a ValueError if the weights do not fit the detector of their config. It names the first that differ."""
+    # Names and shapes are enough.
+    with torch.device("meta"):
         num_classes = Config.num_classes(checkpoint.class_names)
         wanted = build_model(checkpoint.config.model, num_classes, load_weights=False).state_dict()
     if differences := misfit(wanted, checkpoint.state_dict):

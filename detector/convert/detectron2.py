@@ -1,4 +1,4 @@
-"""Detectron2's C4 detectors: its names, its order of classes, and its conventions as our options."""
+"""Convert Detectron2's C4 detectors: their names, their order of classes, and their conventions as our options."""
 
 import re
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from .class_names import choose_class_names
 from .converted import CAFFE_RESNET, Converted, check_fits, leave_out, refuse_prefixes
 from .read import ForeignFile
 
-# Where Detectron2's C4 models differ from torchvision's detector, as options of the config's model section.
+# Options of the config's section `model` in which Detectron2's C4 models differ from torchvision's detector.
 CONVENTIONS: dict[str, Any] = {
     "conventions": "detectron2",
     "rpn_pre_nms_top_n_train": 12000,
@@ -30,7 +30,7 @@ CONVENTIONS: dict[str, Any] = {
 }
 BACKBONE_CONVENTIONS = {"stride_in": "1x1", "norm": "frozen", "frozen_stages": 2}
 
-# Detectron2's names and ours, in the order of renaming; `#` stands for a number, ^ and $ for the ends of a name.
+# Detectron2's names and ours, in the order of renaming. `#` stands for a number, ^ and $ for the ends of a name.
 _NAMES = (
     ("^backbone.stem.conv1.norm.", "^trunk.stage1.bn1."),
     ("^backbone.stem.conv1.", "^trunk.stage1.conv1."),
@@ -64,11 +64,11 @@ _TO_THEIRS: NameTable = tuple((_pattern(ours), _replacement(theirs)) for theirs,
 AS_DETECTOR: NameTable = ((r"^trunk\.", "backbone."), (r"^roi_head\.", "roi_heads.box_head."))
 AS_BACKBONE: NameTable = ((r"^roi_heads\.box_head\.", "roi_head."), (r"^backbone\.", "trunk."))
 
-# Computed from the config, not learned; a counter of batches says nothing to frozen statistics.
+# Tensors that are not learned: the config gives them. Frozen norms have no use for a counter of batches.
 _CONSTANTS = re.compile(r"^pixel_(mean|std)$|anchor_generator\.cell_anchors|num_batches_tracked$")
 _OTHER_HEADS = ("roi_heads.mask_head.", "roi_heads.keypoint_head.")
 PREDICTOR = "roi_heads.box_predictor"
-# Detectron2's other architectures, and why each is not taken.
+# Detectron2's other architectures, and why each is refused.
 _OTHERS = {
     "backbone.bottom_up.": "its backbone is a feature pyramid, where a C4 detector ends at res4",
     "roi_heads.box_head.": "its region head is fully connected, where a C4 detector's is res5",
@@ -86,7 +86,7 @@ def is_detectron2(names: set[str]) -> bool:
 def detectron2_to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The learned tensors under our detector's names, background moved from the last class to the first.
 
-    The channels of the RPN stay: `anchor_order: size_major` is their order.
+    The RPN's channels keep their order, which is `anchor_order: size_major`.
     """
     learned = {name: value for name, value in state.items() if not _CONSTANTS.search(name)}
     return background_first(rename(rename(learned, _TO_OURS), AS_DETECTOR))
@@ -99,7 +99,10 @@ def ours_to_detectron2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def background_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rows of the predictor in torchvision's order: background is label 0, and has four rows of deltas, here 0."""
+    """Put the predictor's rows into torchvision's order, in which background is label 0.
+
+    cls_score: (K, C5), background moved from last to first. bbox_pred: (4(K-1), C5) -> (4K, C5), zeros for background.
+    """
     moved = dict(state)
     for kind in ("weight", "bias"):
         scores, deltas = f"{PREDICTOR}.cls_score.{kind}", f"{PREDICTOR}.bbox_pred.{kind}"
@@ -122,7 +125,10 @@ def background_last(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def convert_detectron2(
     file: ForeignFile, *, class_names: tuple[str, ...] | None = None, overrides: tuple[str, ...] = ()
 ) -> Converted:
-    """The detector with the exact mode's options; `overrides` are key=value settings of the config."""
+    """Convert a C4 detector. Its config has Detectron2's conventions; overrides: key=value settings of the config.
+
+    ValueError: another architecture, other anchors, or the number of class names does not fit.
+    """
     state, notes = leave_out(file.tensors, _OTHER_HEADS)
     refuse_prefixes(state, _OTHERS, str(file.path))
     names = choose_class_names(
@@ -143,7 +149,7 @@ def build_checkpoint(
     overrides: tuple[str, ...],
     source: str,
 ) -> Checkpoint:
-    """Our weights with the config that they need, checked to fit each other."""
+    """A checkpoint of our weights and the config that they need. ValueError: they do not fit each other."""
     backbone = name_resnet(rename(state, AS_BACKBONE), source) | BACKBONE_CONVENTIONS
     model = {"backbone": backbone, **conventions, "preprocessing": asdict(preprocessing)}
     config = parse_config({"model": model}, overrides, source=f"the config for {source}")
@@ -155,7 +161,10 @@ def build_checkpoint(
 
 
 def count_classes(state: dict[str, Tensor], head: str, layers: tuple[str, str], source: str) -> int:
-    """The number of foreground classes of a predictor, checked to have boxes of each: `head` and its two layers."""
+    """The number of foreground classes of a predictor. layers: of scores and of box deltas, both below `head`.
+
+    ValueError: a layer is missing, or does not have four rows of deltas per class.
+    """
     scores, deltas = (state.get(f"{head}.{layer}.weight") for layer in layers)
     if scores is None or deltas is None:
         raise ValueError(
@@ -171,16 +180,23 @@ def count_classes(state: dict[str, Tensor], head: str, layers: tuple[str, str], 
 
 
 def _preprocessing(state: dict[str, Tensor]) -> Preprocessing:
-    """What the file says of an image's mean and deviation, in BGR unless the mean descends as ImageNet's RGB does."""
+    """The preprocessing with the file's mean and deviation, or Caffe's if it has none.
+
+    The order is BGR, or RGB if the first mean is larger than the last, as in ImageNet's RGB means.
+    """
     if "pixel_mean" not in state or "pixel_std" not in state:
         return CAFFE_RESNET
     stored = [state[f"pixel_{name}"].flatten().float().numpy() for name in ("mean", "std")]
-    mean, std = (tuple(float(str(v)) for v in values) for values in stored)  # 103.53, not 103.52999877929688
+    # By way of text: 103.53, not 103.52999877929688.
+    mean, std = (tuple(float(str(v)) for v in values) for values in stored)
     return Preprocessing(mean, std, "rgb" if mean[0] > mean[2] else "bgr", 255.0)
 
 
 def _check_anchors(state: dict[str, Tensor], config: Config, source: str) -> None:
-    """Compare the anchors that old files hold with those of the config: for each size, for each ratio h/w."""
+    """Compare the anchors (A, 4) that old files hold with those of the config. ValueError: they differ.
+
+    Their order is: for each size, for each ratio h/w.
+    """
     stored = [value for name, value in state.items() if "cell_anchors" in name]
     if not stored:
         return

@@ -1,4 +1,4 @@
-"""The way back: a C4 detector of ours under Detectron2's names, and what Detectron2's config must say beside it."""
+"""Export a C4 detector to Detectron2: tensors under its names, and the settings that its config needs."""
 
 import pickle
 from collections.abc import Callable
@@ -20,8 +20,12 @@ AUTHOR = "fasterrcnn-c4"
 
 
 def export_detectron2(checkpoint: Checkpoint, source: str) -> dict[str, Tensor]:
-    """The tensors for Detectron2, the RPN's channels in its order (for each size, for each ratio)."""
-    name_resnet(rename(checkpoint.state_dict, AS_BACKBONE), source)  # Detectron2 builds ResNets
+    """The tensors under Detectron2's names, with the RPN's channels in its order: for each size, for each ratio.
+
+    ValueError: the backbone is not a ResNet.
+    """
+    # Detectron2 builds ResNets only; this raises an error for other networks.
+    name_resnet(rename(checkpoint.state_dict, AS_BACKBONE), source)
     state = checkpoint.state_dict
     if checkpoint.config.model.conventions.anchor_order != "size_major":
         state = _size_major(state, checkpoint)
@@ -29,6 +33,7 @@ def export_detectron2(checkpoint: Checkpoint, source: str) -> dict[str, Tensor]:
 
 
 def _size_major(state: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Reorder the RPN's output channels from "ratio_major" to "size_major"."""
     model = checkpoint.config.model
     shape = (len(model.aspect_ratios), len(model.anchor_sizes))
     order = torch.arange(shape[0] * shape[1]).view(shape).T.flatten()
@@ -41,7 +46,7 @@ def _size_major(state: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, T
 
 
 def save_detectron2(path: str | Path, state: dict[str, Tensor]) -> None:
-    """A .pkl as in Detectron2's model zoo, or a .pth."""
+    """Write a .pkl as in Detectron2's model zoo, or a .pth. ValueError: another suffix."""
     path = Path(path)
     if path.suffix not in (".pkl", ".pth"):
         raise ValueError(f"{path}: Detectron2 reads .pkl and .pth")
@@ -58,9 +63,10 @@ def save_detectron2(path: str | Path, state: dict[str, Tensor]) -> None:
 
 
 def detectron2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What Detectron2's config must say for these weights; the rest is its C4 recipes' own."""
+    """The settings of Detectron2's config that these weights need. All others are as in its C4 recipes."""
     model, image = checkpoint.config.model, checkpoint.preprocessing
-    to_bytes = 255 / image.scale  # its images are 0..255
+    # Detectron2's images are in 0..255.
+    to_bytes = 255 / image.scale
     backbone = name_resnet(rename(checkpoint.state_dict, AS_BACKBONE), "the checkpoint")
     width = backbone.get("width", 64)
     is_basic = backbone["name"] in ("resnet18", "resnet34")
@@ -83,7 +89,10 @@ def detectron2_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def other_conventions(checkpoint: Checkpoint) -> list[str]:
-    """Options with which the detector was trained and which Detectron2 has otherwise, apart from proposal counts."""
+    """A text for each convention in which the detector differs from Detectron2.
+
+    anchor_order is not among them, because the export changes it.
+    """
     ours = checkpoint.config.model.conventions
     return [
         f"{name} {getattr(ours, name)!r} (Detectron2: {value!r})"
@@ -93,7 +102,7 @@ def other_conventions(checkpoint: Checkpoint) -> list[str]:
 
 
 def write_detectron2(checkpoint: Checkpoint, source: str, output: str) -> list[str]:
-    """Write a detector for Detectron2; gives what its config must say, and what will differ there, a line each."""
+    """Write a detector for Detectron2. Returns lines to print: settings of its config, and what will differ there."""
     state = export_detectron2(checkpoint, source)
     save_detectron2(output, state)
     lines = [f"{output}: {len(state)} tensors, for a C4 config of Detectron2 with"]
@@ -103,5 +112,5 @@ def write_detectron2(checkpoint: Checkpoint, source: str, output: str) -> list[s
     return lines
 
 
-# What `--to` takes: a function that writes the checkpoint read from `source` to `output`, and gives lines to print.
+# The choices of `--to`. Each function writes the checkpoint read from `source` to `output`, and returns lines to print.
 EXPORTS: dict[str, Callable[[Checkpoint, str, str], list[str]]] = {"detectron2": write_detectron2}

@@ -1,7 +1,8 @@
-"""MMDetection's caffe C4 detectors (a shared head `layer4` per region), of its versions 2 and 3.
+"""Convert MMDetection's caffe C4 detectors (a shared head `layer4` per region), of versions 2 and 3.
 
-Detectron2's conventions, apart from: anchors for each ratio, for each size, as torchvision has them; the resize does not
-smooth; a batch is padded to a multiple of 32; and the RPN's losses are divided by the anchors sampled.
+Their conventions are Detectron2's, with four exceptions. The order of anchors is torchvision's: for each ratio, for
+each size. The resize does not antialias. A batch is padded to a multiple of 32. The RPN's losses are divided by the
+number of anchors sampled.
 """
 
 from typing import Any
@@ -57,6 +58,10 @@ def is_mmdetection(names: set[str]) -> bool:
 def convert_mmdetection(
     file: ForeignFile, *, class_names: tuple[str, ...] | None = None, overrides: tuple[str, ...] = ()
 ) -> Converted:
+    """Convert a C4 detector. Its config has MMDetection's conventions; overrides: key=value settings of the config.
+
+    ValueError: another architecture, or the number of class names does not fit.
+    """
     source = str(file.path)
     refuse_prefixes(file.tensors, _OTHERS, source)
     if not any(name.startswith("roi_head.shared_head.layer4.") for name in file.tensors):
@@ -71,7 +76,7 @@ def convert_mmdetection(
 
 
 def _stored_names(rest: dict[str, Any]) -> list[str] | None:
-    """The class names that version 2 keeps in `meta` and version 3 in `meta.dataset_meta`, where they are plain."""
+    """The class names in the file, or None. Version 2 keeps them in `meta`, version 3 in `meta.dataset_meta`."""
     meta = rest.get("meta")
     places = [meta, meta.get("dataset_meta")] if isinstance(meta, dict) else []
     for place in places:

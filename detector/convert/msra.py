@@ -1,8 +1,8 @@
 """MSRA's ImageNet ResNets as Caffe2 and Detectron publish them: R-50.pkl, R-101.pkl, R-152.pkl.
 
-Their batch norms are folded to y = s * x + b. Ours computes (x - mean) * weight / sqrt(var + eps) + bias, so
-weight = s, bias = b, mean = 0 and var = 1 - eps: the norm stays a norm, and the square root is that of 1.
-ResNet-50's stem also has a convolution bias c: s * (x + c) + b has mean = -c.
+Their batch norms are folded to y = s * x + b. Ours compute (x - mean) * weight / sqrt(var + eps) + bias. So weight = s,
+bias = b, mean = 0 and var = 1 - eps, which makes the square root 1. ResNet-50's stem also has a convolution bias c:
+s * (x + c) + b has mean = -c.
 """
 
 import torch
@@ -14,7 +14,8 @@ from .architecture import name_resnet
 from .converted import CAFFE_RESNET, BackboneWeights, Converted
 from .read import ForeignFile
 
-EPS = 1e-5  # of our batch norms and frozen batch norms alike
+# The epsilon of our batch norms, frozen or not.
+EPS = 1e-5
 
 _BLOCK = r"^res(\d)_(\d+)_branch"
 _TO_OURS: NameTable = (
@@ -34,7 +35,7 @@ _TO_OURS: NameTable = (
     (r"\.s$", ".weight"),
     (r"\.b$", ".bias"),
 )
-# A detector of the first Detectron has its own layers behind the network's.
+# Prefixes of the layers that a detector of the first Detectron has after the network's.
 _DETECTOR = ("conv_rpn", "rpn_", "bbox_pred", "cls_score", "fpn_")
 
 
@@ -43,7 +44,10 @@ def is_msra(names: set[str]) -> bool:
 
 
 def convert_msra(file: ForeignFile) -> Converted:
-    """Weights of a ResNet whose stride sits in the 1x1 and which expects BGR in 0..255."""
+    """Convert to weights of a ResNet with its stride in the 1x1 convolutions, which expects BGR in 0..255.
+
+    ValueError: the file is a detector, or holds no ResNet of a known depth.
+    """
     if any(name.startswith(_DETECTOR) for name in file.tensors):
         raise ValueError(
             f"{file.path} is a detector of the first Detectron, whose conventions (boxes one pixel wider, rounded anchors) "

@@ -1,4 +1,4 @@
-"""A foreign checkpoint's file as named tensors, whatever wrote it, without running code from it."""
+"""Read the file of any program's checkpoint as named tensors, without running code from it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,13 @@ from .unpickler import load_plain
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a torch file from before torch 1.6
-# Where the makers of checkpoints put the network beside the rest: Detectron2 and jwyang, MMDetection, Caffe2.
+# The keys under which files hold the network: of Detectron2 and jwyang, of MMDetection, of Caffe2.
 _NETWORKS = ("model", "state_dict", "blobs")
 
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """Tensors by their maker's names, floats as float32, and what else stood beside them."""
+    """The tensors of a file under its own names, floats as float32. rest: the other entries of the file."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -28,7 +28,10 @@ class ForeignFile:
 
 
 def read_foreign(path: str | Path) -> ForeignFile:
-    """Read a .pkl, .pth or .safetensors file; what it is is read from its first bytes, not from its name."""
+    """Read a .pkl, .pth or .safetensors file. Torch files and pickles are told apart by their first bytes.
+
+    ValueError: the file cannot be read, or holds no dictionary of tensors.
+    """
     path = Path(path)
     content = read(path, _load)
     if not isinstance(content, dict):
@@ -53,7 +56,10 @@ def _load(path: Path) -> Any:
 
 
 def _tensors(network: dict) -> dict[str, Tensor]:
-    """The arrays and tensors, without a training's momenta and a wrapper's "module." before every name."""
+    """The arrays and tensors of a dictionary as tensors, floats as float32. Momenta of a training are left out.
+
+    The prefix "module." of a DataParallel wrapper is removed if every name has it.
+    """
     found = {
         str(name): torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in network.items()

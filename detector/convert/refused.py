@@ -1,4 +1,4 @@
-"""Detectors that are recognised and not taken, with the reasons."""
+"""Detectors that are recognised but not converted, with the reasons."""
 
 from .read import ForeignFile
 
@@ -14,6 +14,7 @@ TORCHVISION = (
 
 
 def reason(names: set[str]) -> str | None:
+    """Why a file with tensors of these names is refused; None if it is not."""
     if any(name.startswith(("RCNN_base.", "RCNN_top.", "RCNN_rpn.")) for name in names):
         return JWYANG
     if any(name.startswith(("backbone.body.", "backbone.fpn.")) for name in names):
@@ -22,4 +23,5 @@ def reason(names: set[str]) -> str | None:
 
 
 def refuse(file: ForeignFile) -> None:
+    """Raise a ValueError with the reason."""
     raise ValueError(f"{file.path}: {reason(set(file.tensors)) or JWYANG}")

@@ -1,7 +1,7 @@
-"""Pickles read as data: arrays of numbers and plain containers. Nothing that a pickle names is ever called.
+"""Read pickles as data: arrays of numbers, text and plain containers. No function that a pickle names is imported.
 
-A pickle rebuilds an object by calling a function that it names. Here each name that a checkpoint needs stands for a
-class of this file that only writes down what it is given; any other name is refused before it is looked up.
+A pickle rebuilds an object by calling a function that it names. Here, each name that a checkpoint needs stands for a
+harmless class or function of this file, or for OrderedDict. Any other name is refused before it is looked up.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class ForbiddenNameError(pickle.UnpicklingError):
-    """A pickle asks for something that is neither an array nor a plain container; `name` is what."""
+    """A pickle names something that is neither an array nor a plain container; `name` holds that name."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"it asks for {name}")
@@ -23,7 +23,7 @@ class ForbiddenNameError(pickle.UnpicklingError):
 
 
 class _Dtype:
-    """numpy.dtype(name, align, copy) as a pickle writes it; its state is (version, byte order, ...)."""
+    """Stands for numpy.dtype(name, align, copy). Its state in a pickle is (version, byte order, ...)."""
 
     def __init__(self, name: str, *_: Any) -> None:
         self.name, self.order = name, "="
@@ -38,7 +38,7 @@ class _Dtype:
 
 
 class _Array:
-    """numpy.ndarray; its state is (version, shape, dtype, whether in Fortran's order, bytes)."""
+    """Stands for numpy.ndarray. Its state in a pickle is (version, shape, dtype, whether in Fortran's order, bytes)."""
 
     def __init__(self, *_: Any) -> None:
         self.state: tuple | None = None
@@ -66,7 +66,7 @@ def _reconstruct(*_: Any) -> _Array:
 def _frombuffer(
     data: bytes, dtype: _Dtype, shape: tuple, order: str = "C", axes: tuple[int, ...] | None = None
 ) -> _Array:
-    """As protocol 5 writes arrays; `axes` are of one whose memory is in another order than C's and Fortran's."""
+    """An array as protocol 5 writes it. axes: the order of its axes, if its memory has neither C's nor Fortran's."""
     array = _Array()
     array.axes = axes
     array.state = (shape, dtype, order == "F", data)
@@ -78,12 +78,12 @@ def _scalar(dtype: _Dtype, data: bytes) -> _Array:
 
 
 def _no_bytes() -> bytes:
-    """bytes() without arguments, as Python 3 writes them in Python 2's protocols."""
+    """Empty bytes, as Python 3 writes them in Python 2's protocols."""
     return b""
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Bytes otherwise, in the same protocols."""
+    """Other bytes in the same protocols, which Python 3 writes as Latin-1 text."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"a text has the encoding {encoding!r}")
     return text.encode("latin1")
@@ -116,7 +116,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain(path: str | Path) -> Any:
-    """The first object of a pickle; the arrays that dictionaries hold are numpy's."""
+    """Read the first object of a pickle. Arrays in its dictionaries become numpy's. UnpicklingError: it is refused."""
     with open(path, "rb") as file:
         value = PlainUnpickler(file).load()
     pending, seen = [value], set()

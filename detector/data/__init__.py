@@ -1,1 +1,1 @@
-"""Data sets of images and boxes: read, augmented and batched."""
+"""Read, augment and batch data sets of images and boxes."""

@@ -1,4 +1,4 @@
-"""COCO's annotation JSON into a DetectionDataset."""
+"""Read COCO's annotation JSON into a DetectionDataset."""
 
 import os
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class _Annotation(TypedDict):
 
 
 class _Content(TypedDict):
-    """What is read of the file; all else in it is passed over."""
+    """The keys that are read. Other keys of the file are ignored."""
 
     images: list[_Image]
     categories: list[_Category]
@@ -60,7 +60,9 @@ class CocoSource(Section):
     format: Literal["coco"]
     images: str
     annotations: str
-    limit: int | None = Field(None, gt=0, description="only the first so many annotated images")
+    limit: int | None = Field(
+        None, gt=0, description="use only this many images, the first that have a box to learn"
+    )
 
     def load(self, root: Path, **options: Any) -> DetectionDataset:
         """The data set; options are those of `load_coco`."""
@@ -75,19 +77,20 @@ def load_coco(
     check_pictures: bool = True,
     **options: Any,
 ) -> DetectionDataset:
-    """Read COCO JSON; images in ascending order of their ids, those without annotations too.
+    """Read COCO JSON. Images come in ascending order of their ids, and images without annotations are kept.
 
-    Category ids may have gaps: labels 1..K-1 go in ascending order of them, or in the order of `class_names`.
-    An annotation may say `"difficult": 1`, an extension of the format.
+    Labels 1..K-1 follow the ascending category ids, which may have gaps, or the order of `class_names`.
+    An annotation may say `"difficult": 1`, which is an extension of the format.
 
     Args:
-        class_names: the categories to keep, in this order; all of them by default.
-        check_pictures: refuse a set with absent pictures; False where only its annotations are used.
+        class_names: the categories to keep, in the order of their labels; all of them by default.
+        check_pictures: check that every picture exists. False serves callers that use only the annotations.
         options: `limit`, `strict` and `use_difficult` of `Annotations.to_dataset`.
 
     Raises:
         FileNotFoundError: the JSON, the folder, or a picture that the JSON lists is missing.
-        ValueError: the JSON is malformed; the message names the file and the entry.
+        ValueError: the JSON is malformed (the message names the file and the entry), or `Annotations.to_dataset`
+            refuses the data.
     """
     images_dir, path = Path(images_dir), Path(annotations_path)
     content = _read_json(path)
@@ -111,7 +114,10 @@ def load_coco(
 
 
 def _read_json(path: Path) -> _Content:
-    """The parsed file, with every key that is read later present and of its type."""
+    """Parse the file, and check the type of every key that is read later.
+
+    Image ids, category ids and category names must be unique. A fault is a ValueError.
+    """
     try:
         content = _CONTENT.validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -130,7 +136,7 @@ def _read_json(path: Path) -> _Content:
 
 
 def _sentence(error: dict[str, Any]) -> str:
-    """The first fault of the file: where, what is there, what is expected."""
+    """One of pydantic's errors as a sentence: where it is, what is there, what is expected."""
     if error["type"] == "json_invalid":
         return f"not valid JSON ({error['ctx']['error']})"
     *parents, last = error["loc"] or ("",)
@@ -147,7 +153,7 @@ def _sentence(error: dict[str, Any]) -> str:
 def _match(
     annotations: list[_Annotation], images: list[_Image], names: dict[int, str], path: Path
 ) -> tuple[list[Object], list[str]]:
-    """The annotations as objects, image after image, and a sentence for each that belongs nowhere."""
+    """The annotations as objects, sorted by image, and a sentence for each one whose image or category is unknown."""
     row_of = {image["id"]: row for row, image in enumerate(images)}
     objects, problems = [], []
     for index, entry in enumerate(annotations):
@@ -168,12 +174,13 @@ def _match(
                 area=area if type(area) in (int, float) else None,
             )
         )
-    objects.sort(key=lambda found: found.picture)  # stable: the file's order within an image
+    # The sort is stable: an image's objects keep the order of the file.
+    objects.sort(key=lambda found: found.picture)
     return objects, problems
 
 
 def _xyxy(bbox: Any) -> tuple[float, ...]:
-    """COCO's [x, y, width, height] as xyxy; NaN where it is not four numbers."""
+    """COCO's [x, y, width, height] as xyxy; four NaN if `bbox` is not a list of four numbers."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(v) in (int, float) for v in bbox):
         return (float("nan"),) * 4
     x, y, width, height = bbox
@@ -181,7 +188,10 @@ def _xyxy(bbox: Any) -> tuple[float, ...]:
 
 
 def _check_pictures_exist(image_paths: list[str], images_dir: Path, annotations_path: Path) -> None:
-    """One listing of each folder, not a look-up of each file: sets are large and file systems far."""
+    """Raise a FileNotFoundError if a picture is missing.
+
+    Each folder is listed once, because a look-up of each file is slow for large sets on a network file system.
+    """
     if not images_dir.is_dir():
         raise FileNotFoundError(f"{images_dir}: no such folder of images")
     listings: dict[str, set[str]] = {}

@@ -1,7 +1,9 @@
 """The data set that every reader gives: images with boxes, held in a few flat arrays.
 
-N images, M boxes, K classes with background. Flat arrays, not lists of dicts, so that worker processes share
-them: reading a Python object writes its reference count, and copies its page into each worker.
+Letters: N images, M boxes, K classes with background.
+
+Worker processes share the memory of flat arrays. They would copy lists of dicts: reading a Python object writes its
+reference count, which copies its page of memory into each worker.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,8 @@ from torch.utils.data import Dataset
 
 from .images import load_image
 
-_COLUMNS = {  # name: (dtype, shape after the first axis); image_paths keeps its own width of str
+# name: (dtype, shape after the first axis). image_paths keeps the str width of its array.
+_COLUMNS = {
     "category_ids": (np.int64, ()),
     "image_paths": (np.str_, ()),
     "image_ids": (np.int64, ()),
@@ -34,22 +37,22 @@ _BOX_COLUMNS = ("boxes", "labels", "areas", "crowd", "difficult")
 class DetectionDataset(Dataset):
     """Images with boxes; an item is torchvision's pair (image, target).
 
-    Crowd boxes never reach a target, difficult ones only where `use_difficult`; `to_coco` gives all of them.
+    A target has no crowd boxes, and has difficult boxes only if `use_difficult` is set. `to_coco` gives all boxes.
     """
 
     class_names: tuple[str, ...]  # (K-1,) foreground: class_names[label - 1]
-    category_ids: np.ndarray  # (K-1,) int64: the data set's own id of label i + 1
+    category_ids: np.ndarray  # (K-1,) int64: row i is the file's id of label i + 1
     image_paths: np.ndarray  # (N,) str
     image_ids: np.ndarray  # (N,) int64
     image_sizes: np.ndarray  # (N, 2) int32: height, width
     offsets: np.ndarray  # (N+1,) int64: the boxes of image i are rows offsets[i]:offsets[i+1]
     boxes: np.ndarray  # (M, 4) float64 xyxy, pixels
     labels: np.ndarray  # (M,) int64 in 1..K-1
-    areas: np.ndarray  # (M,) float64, square pixels: of the object, where the file says it, else of its box
+    areas: np.ndarray  # (M,) float64, square pixels: the area that the file gives, or that of the box
     crowd: np.ndarray  # (M,) bool
     difficult: np.ndarray  # (M,) bool
     use_difficult: bool = True
-    problems: tuple[str, ...] = ()  # a sentence for each object skipped or odd, with file and index
+    problems: tuple[str, ...] = ()  # a sentence for each skipped or odd object, with file and index
     notes: tuple[str, ...] = ()  # remarks that are no problems
 
     def __post_init__(self) -> None:
@@ -62,6 +65,7 @@ class DetectionDataset(Dataset):
         self._check_lengths()
 
     def _check_lengths(self) -> None:
+        """Raise a ValueError if lengths, offsets or labels do not fit together."""
         num_images, num_boxes, num_classes = len(self.image_ids), len(self.boxes), len(self.class_names)
         expected = dict.fromkeys(("image_paths", "image_sizes"), num_images)
         expected |= dict.fromkeys(("labels", "areas", "crowd", "difficult"), num_boxes)
@@ -95,7 +99,7 @@ class DetectionDataset(Dataset):
         return image, tensors | {"image_id": target["image_id"]}
 
     def image(self, index: int) -> np.ndarray:
-        """The decoded picture: (H, W, 3) uint8 RGB, of the size that the annotations are for."""
+        """The decoded picture, (H, W, 3) uint8 RGB. A size other than that of the annotations is a ValueError."""
         path = str(self.image_paths[index])
         image = load_image(path)
         expected, got = tuple(self.image_sizes[index].tolist()), image.shape[:2]
@@ -104,8 +108,9 @@ class DetectionDataset(Dataset):
         return image
 
     def target(self, index: int) -> dict:
-        """What there is to learn in an image: boxes (M, 4) float32, labels (M,) int64, image_id int."""
-        index = range(len(self))[index]  # an IndexError past the end, and offsets[-1 + 1] is no image's
+        """The target of an image in numpy: boxes (M, 4) float32 xyxy pixels, labels (M,) int64, image_id int."""
+        # The range raises an IndexError past the end, and makes a negative index positive.
+        index = range(len(self))[index]
         rows = slice(self.offsets[index], self.offsets[index + 1])
         trained = self._trained(rows)
         return {
@@ -115,14 +120,15 @@ class DetectionDataset(Dataset):
         }
 
     def _trained(self, rows: slice = slice(None)) -> np.ndarray:
-        """Which boxes are learned: not crowds, and difficult ones only on request; (M,) bool."""
+        """(M,) bool mask of the boxes to learn: no crowds, and difficult boxes only if `use_difficult`."""
         return ~self.crowd[rows] & (self.use_difficult | ~self.difficult[rows])
 
     def subset(self, indices: Sequence[int] | np.ndarray | slice) -> "DetectionDataset":
-        """The images of `indices` (numbers, a slice, or a mask), in that order."""
+        """The images at `indices` (numbers, a slice, or an (N,) mask), in that order."""
         if not isinstance(indices, slice):
             indices = np.asarray(indices)
-            indices = indices if indices.size else indices.astype(np.int64)  # an empty list comes as float
+            # numpy makes a float array of an empty list, and floats cannot index.
+            indices = indices if indices.size else indices.astype(np.int64)
         indices = np.arange(len(self))[indices]
         counts = np.diff(self.offsets)[indices]
         offsets = offsets_of(counts)
@@ -132,16 +138,17 @@ class DetectionDataset(Dataset):
         return replace(self, offsets=offsets, **columns)
 
     def first_annotated(self, limit: int | None) -> "DetectionDataset":
-        """The first `limit` images with something to learn; all images, with and without, for None."""
+        """The first `limit` images that have a box to learn; None: all images. A limit below 1 is a ValueError."""
         if limit is None:
             return self
         if limit < 1:
             raise ValueError(f"limit must be at least 1, or None for all images, got {limit}")
-        learned = np.concatenate([[0], np.cumsum(self._trained())])[self.offsets]  # (N+1,) up to each image
+        # (N+1,): boxes to learn in all images before each
+        learned = np.concatenate([[0], np.cumsum(self._trained())])[self.offsets]
         return self.subset(np.flatnonzero(np.diff(learned))[:limit])
 
     def box_counts(self) -> dict[str, int]:
-        """Boxes to learn of each class, by name."""
+        """The number of boxes to learn in each class, by class name."""
         counts = np.bincount(self.labels[self._trained()], minlength=len(self.class_names) + 1)
         return dict(zip(self.class_names, counts[1:].tolist(), strict=True))
 
@@ -150,9 +157,10 @@ class DetectionDataset(Dataset):
         return self.image_sizes[:, 0] / self.image_sizes[:, 1]
 
     def to_coco(self) -> dict:
-        """COCO's ground truth: all boxes, crowds and difficult too, with the data set's own category ids.
+        """The data set as COCO's ground-truth dict, with the file's category ids.
 
-        Annotation ids start at 1: pycocotools takes 0 for "unmatched".
+        All boxes are in it, crowd and difficult ones too. Annotation ids start at 1, because pycocotools reads 0 as
+        "unmatched".
         """
         images = [
             {"id": image_id, "file_name": Path(path).name, "height": height, "width": width}
@@ -167,6 +175,7 @@ class DetectionDataset(Dataset):
         return {"images": images, "categories": categories, "annotations": self._coco_annotations()}
 
     def _coco_annotations(self) -> list[dict]:
+        """COCO's annotations of all M boxes, with `bbox` as [x, y, width, height]."""
         corners = self.boxes[:, :2]
         columns = {
             "id": np.arange(1, len(self.boxes) + 1),
@@ -182,10 +191,12 @@ class DetectionDataset(Dataset):
 
 
 def concatenate(datasets: Sequence[DetectionDataset]) -> DetectionDataset:
-    """One data set of several with the same classes, such as VOC 2007 and 2012.
+    """Join data sets that have the same classes, such as VOC 2007 and 2012.
 
-    Image ids are kept where no two are equal, and renumbered 1..N otherwise; category ids are the
-    first data set's.
+    Image ids are kept if all differ, and are renumbered 1..N otherwise. Category ids are those of the first data set.
+
+    Raises:
+        ValueError: no data set is given, or two differ in `class_names` or `use_difficult`.
     """
     if not datasets:
         raise ValueError("no data set was given: concatenate takes at least one")
@@ -211,6 +222,7 @@ def concatenate(datasets: Sequence[DetectionDataset]) -> DetectionDataset:
 
 
 def _check_same_classes(first: DetectionDataset, other: DetectionDataset, number: int) -> None:
+    """Raise a ValueError if `other`, which is datasets[number], does not fit `first`."""
     if other.use_difficult != first.use_difficult:
         raise ValueError(f"datasets[{number}] and datasets[0] differ in use_difficult: give both the same")
     if other.class_names == first.class_names:
@@ -225,11 +237,12 @@ def _check_same_classes(first: DetectionDataset, other: DetectionDataset, number
 
 
 def offsets_of(counts: np.ndarray) -> np.ndarray:
-    """Where each image's boxes begin, and the last end: (N,) counts -> (N+1,) int64."""
+    """(N,) box counts -> (N+1,) int64 offsets: the boxes of image i are rows offsets[i]:offsets[i+1]."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def _size_message(path: str, expected: tuple[int, int], got: tuple[int, int]) -> str:
+    """The error for a picture whose (height, width) is not that of its annotations."""
     message = (
         f"{path}: the picture is {got[1]}x{got[0]} (width x height), "
         f"its annotations say {expected[1]}x{expected[0]}"

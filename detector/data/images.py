@@ -1,4 +1,4 @@
-"""Picture files as upright 8-bit RGB arrays, whatever the file holds."""
+"""Read picture files as upright 8-bit RGB arrays."""
 
 import glob
 import io
@@ -14,7 +14,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 _EXIF_ORIENTATION = 0x0112
-# What a viewer does to the stored rows and columns for each EXIF orientation (1 is upright).
+# For each EXIF orientation, the operation that turns the stored picture upright (1 is upright already).
 _UPRIGHT = {
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],
@@ -27,39 +27,40 @@ _UPRIGHT = {
 
 
 def load_image(path: str | Path) -> np.ndarray:
-    """Decode a picture to RGB, upright: (H, W, 3) uint8, C-contiguous and writable.
+    """Decode a picture to upright RGB: (H, W, 3) uint8, C-contiguous and writable.
 
-    Greyscale, palette, CMYK and 16-bit pictures are converted, alpha is dropped, and an EXIF orientation
+    Greyscale, palette, CMYK and 16-bit pictures are converted, alpha is dropped, and the EXIF orientation
     is applied.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, cut short, damaged, or no picture.
+        ValueError: the file is empty, cut short, damaged, or not a picture.
     """
     data = _read_bytes(path)
     with _open(data, path) as picture:
         try:
             image = _decode(picture, data)
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+        # Pillow's decoders raise nearly any exception on damaged data.
+        except Exception as error:
             raise ValueError(f"{path}: the picture is damaged or cut short ({_reason(error)})") from None
         return np.ascontiguousarray(_upright(image, _orientation(picture)))
 
 
 def load_image_size(path: str | Path) -> tuple[int, int]:
-    """The (height, width) that `load_image` would give, from the file's header alone."""
+    """The (height, width) that `load_image` would give. Only the header is decoded, so damaged pixels pass."""
     with _open(_read_bytes(path), path) as picture:
         width, height = picture.size
         return (width, height) if _orientation(picture) >= 5 else (height, width)
 
 
 def list_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The pictures that files, folders and glob patterns name, in the order given and each once.
+    """List the pictures that files, folders and glob patterns name, in the given order and without repeats.
 
-    A file is taken as it is; folders are searched recursively, and folders and patterns give their files
-    with a picture's suffix, sorted, hidden ones left out.
+    A file is taken whatever its suffix. Folders are searched recursively. Folders and patterns give the files
+    with a picture's suffix, in sorted order and without hidden files.
 
     Raises:
-        FileNotFoundError: a path names nothing.
+        FileNotFoundError: a path without wildcards names no file or folder.
         ValueError: a folder or a pattern holds no picture, or no path was given.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
@@ -69,6 +70,7 @@ def list_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
 
 
 def _expand(path: str | Path) -> list[Path]:
+    """The pictures that one file, folder or glob pattern names."""
     if Path(path).is_file():
         return [Path(path)]
     if Path(path).is_dir():
@@ -103,7 +105,7 @@ def _read_bytes(path: str | Path) -> bytes:
 
 
 def _open(data: bytes, path: str | Path) -> Image.Image:
-    """The picture's header, read by Pillow; no pixel is decoded."""
+    """Read the picture's header by Pillow. No pixel is decoded."""
     try:
         return Image.open(io.BytesIO(data))
     except Image.UnidentifiedImageError:
@@ -119,24 +121,29 @@ def _reason(error: Exception) -> str:
 
 
 def _decode(picture: Image.Image, data: bytes) -> np.ndarray:
-    """Pixels in the file's own orientation: (H, W, 3) uint8 RGB."""
+    """Decode to (H, W, 3) uint8 RGB, in the stored orientation."""
     if picture.format == "JPEG" and picture.mode in ("RGB", "L") and _ends_as_jpeg(data):
-        # Faster than Pillow (by 5 to 20 %); for a file cut short, OpenCV may give a half-grey picture.
+        # OpenCV is 5 to 20 % faster than Pillow. It may decode a file that is cut short to a half-grey picture.
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is not None:
             return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     picture.load()
     if picture.mode.startswith(("I", "F")):
         return np.repeat(_high_bytes(picture)[:, :, None], 3, axis=2)
-    return np.array(_to_rgb(picture))  # a copy, as Pillow's own memory is read-only
+    # A copy, because Pillow's memory is read-only.
+    return np.array(_to_rgb(picture))
 
 
 def _ends_as_jpeg(data: bytes) -> bool:
+    """Whether the data ends in JPEG's end marker, with zero bytes after it allowed."""
     return data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _high_bytes(picture: Image.Image) -> np.ndarray:
-    """A 16-bit grey picture scaled to 8 bits, as Pillow and libpng scale 16-bit colour: (H, W) uint8."""
+    """Scale a 16-bit grey picture to (H, W) uint8, as Pillow and libpng scale 16-bit colour.
+
+    Floats and values outside 16 bits are a ValueError.
+    """
     grey = np.asarray(picture)
     if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 0xFFFF:
         raise ValueError(
@@ -146,8 +153,9 @@ def _high_bytes(picture: Image.Image) -> np.ndarray:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert palette, grey and CMYK pictures to RGB, and drop alpha."""
     if picture.mode == "CMYK" and picture.format == "JPEG" and "adobe" not in picture.info:
-        # Pillow takes every CMYK JPEG as inverted; without Adobe's marker 0 is no ink (ITU-T T.872, 6.1).
+        # Pillow reads every CMYK JPEG as inverted. Without Adobe's marker, 0 means no ink (ITU-T T.872, 6.1).
         picture = ImageChops.invert(picture)
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -155,13 +163,15 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none or its block is damaged."""
+    """The EXIF orientation; 1 (upright) if it is absent or unknown, or if the EXIF block is damaged."""
     try:
         orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # the picture itself is sound, only its EXIF block is not
+    # Only the EXIF block is damaged; the picture may be sound.
+    except Exception:
         return 1
     return orientation if orientation in _UPRIGHT else 1
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, 3) as stored -> upright, a view of the same pixels."""
     return _UPRIGHT[orientation](image) if orientation != 1 else image

@@ -1,4 +1,4 @@
-"""Batches: which images, in which order, read by which worker; none of it depends on the number of workers."""
+"""Batches for training and evaluation. Their content and order do not depend on the number of workers."""
 
 import signal
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ Batch = tuple[list[torch.Tensor], list[dict]]
 
 
 class TransformedDataset(Dataset):
-    """A data set behind a transform; an item is asked for by (epoch, index).
+    """A data set with a transform. The key of an item is (epoch, index).
 
-    The epoch comes with the index, so that workers that live through all epochs know it.
+    Workers live through all epochs, so they learn the epoch from the key.
     """
 
     def __init__(self, dataset: DetectionDataset, transform: EvalTransform, seed: int) -> None:
@@ -28,16 +28,17 @@ class TransformedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, dict]:
+        """The image (3, h, w) uint8 and the target that the transform gives."""
         epoch, index = key
         target = self.dataset.target(index)
         return self.transform(self.dataset.image(index), target, (self.seed, epoch, target["image_id"]))
 
 
 class TrainBatches(Sampler):
-    """Shuffled batches of an epoch, images of like orientation together: lists of (epoch, index).
+    """Shuffled batches of an epoch, as lists of (epoch, index).
 
-    Wide and tall images in one batch would be padded to a square of both. The order is a function of (seed, epoch);
-    `start` batches are skipped, to resume within an epoch.
+    With `group`, a batch holds only tall or only wide images, except for the images left over. Padding makes a mixed
+    batch square. The order depends on (seed, epoch) only. A resumed epoch skips its first `start` batches.
     """
 
     def __init__(self, aspect_ratios: np.ndarray, batch_size: int, seed: int, group: bool = True) -> None:
@@ -51,7 +52,7 @@ class TrainBatches(Sampler):
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """The number of batches in a whole epoch, whatever `start` is."""
         return -(-len(self.tall) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -70,7 +71,7 @@ class TrainBatches(Sampler):
 
 
 class EvalBatches(Sampler):
-    """Every image once, images of like shape together so that little is padded."""
+    """Batches of every image once, as lists of (0, index). They are sorted by aspect ratio to save padding."""
 
     def __init__(self, aspect_ratios: np.ndarray, batch_size: int) -> None:
         order = np.argsort(aspect_ratios, kind="stable")
@@ -84,19 +85,19 @@ class EvalBatches(Sampler):
 
 
 def collate(samples: list[tuple[torch.Tensor, dict]]) -> Batch:
+    """N pairs (image, target) -> a list of N images (3, h, w), each of its own size, and a list of N targets."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
 
 
 def _set_up_worker(worker: int) -> None:
+    """Give a worker one thread, and leave Ctrl-C to the main process."""
     import cv2
 
-    cv2.setNumThreads(
-        0
-    )  # torch's workers run one thread each; OpenCV's would take every core in every worker
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the main process ends the workers
+    # torch runs one thread in each worker. OpenCV would take every core in every worker.
+    cv2.setNumThreads(0)
+    # Ctrl-C reaches every process of the group. The main process ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def build_loader(
@@ -111,5 +112,6 @@ def build_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=_set_up_worker,
-        generator=torch.Generator(),  # its draw an epoch is not the run's, which a resumed epoch would repeat
+        # The loader draws a seed each time it starts. From torch's global state, a resumed epoch would draw once more.
+        generator=torch.Generator(),
     )

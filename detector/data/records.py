@@ -1,4 +1,4 @@
-"""What a reader of any format finds in annotation files, and the data set that it becomes."""
+"""Pictures and objects as read from annotation files of any format, and their conversion to a DetectionDataset."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,11 +22,11 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """An object as filed.
+    """An object as its annotation file describes it.
 
-    picture: the row of its picture. index: its number in the file. box: xyxy pixels, NaN where there is no number.
-    area: square pixels, None for that of the box. fault: why it cannot be used, if the reader knows. remark: what is
-    odd about it, though it is kept.
+    picture: row of its picture in `Annotations.pictures`. index: its number in the file.
+    box: (4,) xyxy pixels, NaN where the file has no number. area: square pixels; None: that of the box.
+    fault: the reason why it cannot be used, if the reader knows one. remark: a note on an odd object that is kept.
     """
 
     picture: int
@@ -42,10 +42,11 @@ class Object:
 
 @dataclass
 class Annotations:
-    """Pictures and objects, the objects of each picture in a row.
+    """Pictures, and objects sorted by picture.
 
-    source: what messages name. describe: where an object stands, and its box as filed, for messages.
-    category_ids: the file's own list of classes, by name; None where the objects alone say what classes there are.
+    source: the name of the data in messages. describe: gives an object's place in the files and its box as filed, for
+    messages. category_ids: the file's list of classes, name -> id; None: the classes are the names of the objects.
+    problems, notes: sentences for `DetectionDataset`.
     """
 
     source: str
@@ -64,10 +65,14 @@ class Annotations:
         strict: bool = False,
         use_difficult: bool = True,
     ) -> DetectionDataset:
-        """The data set of the wanted classes; objects that cannot be used are left out, with a line in `problems`.
+        """Make the data set. Objects that cannot be used are left out, with a sentence each in `problems`.
 
         class_names: the classes to keep, in the order of their labels; None: all of them.
-        limit: only the first so many images with a box to learn. strict: refuse what would be left out.
+        limit: keep only this many images, the first ones that have a box to learn; None: keep all images.
+        strict: raise a ValueError if there is any problem. use_difficult: train on difficult objects too.
+
+        Raises:
+            ValueError: a class is unknown or named twice, there is none, or `strict` finds a problem.
         """
         names, notes = self._select_classes(class_names)
         label_of = {name: label for label, name in enumerate(names, start=1)}
@@ -104,7 +109,7 @@ class Annotations:
         ).first_annotated(limit)
 
     def _select_classes(self, wanted: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
-        """The names in the order of their labels, and notes on objects of other names."""
+        """The class names in the order of their labels, and notes on classes left out or without objects."""
         counts = Counter(o.name for o in self.objects if o.name)
         known = (
             sorted(counts)
@@ -132,7 +137,7 @@ class Annotations:
         return names, notes
 
     def _tell(self, objects: list[Object], faults: dict[int, str]) -> list[str]:
-        """A sentence for each object that is left out or odd, in order."""
+        """A sentence for each object that is left out or odd, in the order of `objects`."""
         remarks = {row: o.remark for row, o in enumerate(objects) if o.remark}
         remarks |= {row: f"{fault}, and is skipped" for row, fault in faults.items()}
         told = []
@@ -143,10 +148,10 @@ class Annotations:
 
 
 def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, str]:
-    """What is wrong with boxes that cannot be used: {row: reason}, in ascending order.
+    """Find the boxes that cannot be used: {row: reason}, in ascending order of rows.
 
     boxes: (M, 4) float xyxy pixels; image_sizes: (M, 2) height, width of each box's image.
-    A box that is partly inside its image is sound.
+    A box that is partly inside its image can be used.
     """
     x1, y1, x2, y2 = boxes.T
     height, width = image_sizes.T
@@ -156,7 +161,7 @@ def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, s
             "has no area": (x2 <= x1) | (y2 <= y1),
             "is not four finite numbers": ~np.isfinite(boxes).all(axis=1),
         }
-    # Where several hold, the last is the root of the others.
+    # If several faults hold, the last one is given, because it causes the others.
     found = {
         int(row): f"has a box that {fault}" for fault, rows in faults.items() for row in np.flatnonzero(rows)
     }

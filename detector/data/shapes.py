@@ -1,8 +1,8 @@
-"""A generated data set of shapes on textured backgrounds, on disk as COCO JSON and pictures.
+"""Generate a data set of shapes on textured backgrounds, as COCO JSON and pictures on disk.
 
     root/train/*.jpg  root/val/*.jpg  root/annotations/train.json  root/annotations/val.json  root/shapes.json
 
-For the first run: it needs no download, and a small network learns it in minutes.
+The data set is meant for a first run: it needs no download, and a small network learns it in minutes.
 """
 
 import json
@@ -22,7 +22,8 @@ from .dataset import DetectionDataset
 
 CLASS_NAMES = ("circle", "cross", "triangle", "star")
 
-_VERSION = 2  # of the drawing: raise it when the pictures change, so that old folders are made anew
+# Raise this when the drawing changes, so that older folders are written anew.
+_VERSION = 2
 _SETTINGS_NAME = "shapes.json"
 _PARTIAL_NAME = "shapes.json.partial"  # marks a folder that is being written
 _MAX_OBJECTS = 5
@@ -41,8 +42,8 @@ def generate_shapes(
 ) -> None:
     """Write the data set into `root`, unless it is there already with the same settings.
 
-    Each picture is a function of (seed, split, number). A half-written folder, or one of other settings, is
-    written anew.
+    Each picture depends on (image_size, seed, split, number) only. A half-written folder, or a folder with other
+    settings, is written anew. image_size is in pixels; pictures are square.
 
     Raises:
         ValueError: `root` holds files that this function did not write, or a setting is out of range.
@@ -61,7 +62,7 @@ def generate_shapes(
     (root / "annotations").mkdir(parents=True)
     for split_index, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
         _write_split(root, split, num_images, image_size, (seed, split_index))
-    # Last, so that a folder with settings is a whole one.
+    # The settings are written last, so a folder that has them is complete.
     write_json(root / _SETTINGS_NAME, settings, indent=2)
     (root / _PARTIAL_NAME).unlink()
 
@@ -73,12 +74,13 @@ class ShapesSource(generate_shapes.settings):
     split: Literal["train", "val"]
 
     def load(self, root: Path, **options: Any) -> DetectionDataset:
-        """The data set, generated first where it is absent; options are those of `load_coco`."""
+        """Generate the data set if it is absent, and read it. Options are those of `load_coco`."""
         generate_shapes(root, **self.model_dump(exclude={"format", "split"}))
         return load_coco(root / self.split, root / "annotations" / f"{self.split}.json", **options)
 
 
 def _read_settings(path: Path) -> dict | None:
+    """The settings that a folder was written with, or None."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -86,7 +88,7 @@ def _read_settings(path: Path) -> dict | None:
 
 
 def _clear(root: Path) -> None:
-    """Leave `root` with nothing but the mark of a folder in the making."""
+    """Empty `root` and mark it as unfinished. Files that this module did not write are a ValueError."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root}: a file, where the folder of the data set should be")
     ours = {"train", "val", "annotations", _SETTINGS_NAME, _PARTIAL_NAME}
@@ -106,6 +108,7 @@ def _clear(root: Path) -> None:
 
 
 def _write_split(root: Path, split: str, num_images: int, size: int, seeds: tuple[int, int]) -> None:
+    """Write the pictures of a split and its COCO JSON."""
     (root / split).mkdir()
     images, annotations = [], []
     for image_id in range(1, num_images + 1):
@@ -134,7 +137,8 @@ def draw_picture(
 ) -> tuple[np.ndarray, list[tuple[int, tuple[int, int, int, int], int]]]:
     """One picture, (size, size, 3) uint8 RGB, and its objects as (label, box, area).
 
-    A box is xyxy in whole pixels, tight around the pixels that the shape covers at least half.
+    A box is xyxy in whole pixels. It is tight around the pixels that are covered at least half by the shape; the area
+    is the number of these pixels.
     """
     canvas = _draw_background(generator, size)
     objects, shadow_offset = [], size / 80
@@ -166,7 +170,8 @@ def _draw_background(generator: np.random.Generator, size: int) -> np.ndarray:
     canvas = (start + np.clip(blend, 0, 1)[:, :, None] * (end - start)).astype(np.float32)
     for _ in range(generator.integers(0, 4)):
         ends = _fixed_point(generator.uniform(-0.1, 1.1, (2, 2)) * size)
-        line = np.zeros((size, size), np.uint8)  # OpenCV smooths edges on 8 bits only
+        # OpenCV smooths edges on 8-bit images only.
+        line = np.zeros((size, size), np.uint8)
         cv2.line(line, *ends.tolist(), 255, 1, cv2.LINE_AA, _SUBPIXEL_BITS)
         _blend(canvas, line, _random_color(generator, saturation=(0, 0.5), value=(0.2, 1)))
     return canvas
@@ -193,7 +198,10 @@ def _random_color(
 def _place(
     generator: np.random.Generator, size: int, boxes: np.ndarray
 ) -> tuple[int, np.ndarray, np.ndarray, tuple[int, int, int, int]] | None:
-    """A shape that hardly covers the others: label, outline, coverage, box; None where there is no room."""
+    """Find a place for a random shape that hardly overlaps the others; None if 20 tries find no room.
+
+    boxes: (M, 4), of the others. Returns label, outline (P, 2), coverage (size, size) uint8, and box xyxy.
+    """
     label = int(generator.integers(1, len(CLASS_NAMES) + 1))
     for _ in range(20):
         diameter = size * np.exp(generator.uniform(np.log(0.14), np.log(0.5)))
@@ -204,7 +212,7 @@ def _place(
         whole = np.prod(np.ptp(outline, axis=0))
         if box is None or _largest_overlap(box, boxes) >= 0.1:
             continue
-        # Most of it lies inside the picture.
+        # Keep the shape if its larger part lies inside the picture.
         if (box[2] - box[0]) * (box[3] - box[1]) / whole > 0.55:
             return label, outline, mask, box
     return None
@@ -213,9 +221,8 @@ def _place(
 def _outline(name: str, angle: float) -> np.ndarray:
     """Corners of a shape of diameter 2 about the origin, y down, turned by `angle`: (P, 2) float64."""
     if name == "cross":
-        x = (
-            np.array([-1, 1, 1, 3, 3, 1, 1, -1, -1, -3, -3, -1]) / 10**0.5
-        )  # the outer corners lie on the circle
+        # The outer corners lie on the circle.
+        x = np.array([-1, 1, 1, 3, 3, 1, 1, -1, -1, -3, -3, -1]) / 10**0.5
         y = np.roll(x, 3)
         return np.stack(
             [x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], axis=1
@@ -227,19 +234,20 @@ def _outline(name: str, angle: float) -> np.ndarray:
 
 
 def _cover(outline: np.ndarray, size: int) -> np.ndarray:
-    """How much of each pixel a filled outline covers, in 255ths: (size, size) uint8."""
+    """A filled outline's coverage of each pixel, in 255ths: (P, 2) -> (size, size) uint8."""
     canvas = np.zeros((size, size), np.uint8)
-    # A pixel's centre is at a whole number for OpenCV, at a half in the project's coordinates.
+    # OpenCV puts the centre of a pixel at a whole number; our coordinates put it at a half.
     cv2.fillPoly(canvas, [_fixed_point(outline - 0.5)], 255, cv2.LINE_AA, _SUBPIXEL_BITS)
     return canvas
 
 
 def _fixed_point(points: np.ndarray) -> np.ndarray:
+    """(P, 2) pixels -> (P, 2) int32 in OpenCV's units of 1/16 pixel."""
     return np.round(points * 2**_SUBPIXEL_BITS).astype(np.int32)
 
 
 def _tight_box(covered: np.ndarray) -> tuple[int, int, int, int] | None:
-    """xyxy around the True pixels, the far edges included; None where there is none."""
+    """(H, W) bool -> the box, xyxy, around the True pixels; None if there are none."""
     columns, rows = np.flatnonzero(covered.any(axis=0)), np.flatnonzero(covered.any(axis=1))
     if not len(columns):
         return None
@@ -247,7 +255,7 @@ def _tight_box(covered: np.ndarray) -> tuple[int, int, int, int] | None:
 
 
 def _largest_overlap(box: tuple[int, int, int, int], boxes: np.ndarray) -> float:
-    """The largest share of either box that lies in the other, over all of `boxes` (M, 4); 0 without any."""
+    """The largest intersection of `box` with one of `boxes` (M, 4), over the smaller area of the two; 0 if M = 0."""
     sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
     common = np.prod(np.clip(sides, 0, None), axis=1)
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
@@ -256,7 +264,10 @@ def _largest_overlap(box: tuple[int, int, int, int], boxes: np.ndarray) -> float
 
 
 def _fill(generator: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, box: tuple[int, ...]) -> None:
-    """Paint a shape in a strong colour far from what lies under it, a little lighter at its top."""
+    """Paint a shape on the canvas in a strong colour, lighter at its top. The colour contrasts with the background.
+
+    canvas: (size, size, 3) float32, changed in place; mask: (size, size) uint8 coverage; box: xyxy.
+    """
     behind = canvas[mask >= _HALF].mean(axis=0)
     candidates = [_random_color(generator, saturation=(0.65, 1), value=(0.45, 1)) for _ in range(4)]
     color = max(candidates, key=lambda candidate: float(np.abs(candidate - behind).sum()))
@@ -267,5 +278,8 @@ def _fill(generator: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, 
 
 
 def _blend(canvas: np.ndarray, mask: np.ndarray, color: np.ndarray) -> None:
-    """Lay a colour, or a picture of colours, over the canvas, as densely as the mask (0..255) says."""
+    """Lay a colour, (3,) or (size, size, 3), over the canvas in place, weighted by the mask.
+
+    canvas: (size, size, 3) float32; mask: (size, size) uint8, 255 is opaque.
+    """
     canvas += mask[:, :, None].astype(np.float32) / 255 * (color - canvas).astype(np.float32)

@@ -1,6 +1,6 @@
-"""The data of a recipe: its section `data`, and the list of formats that it may name.
+"""A recipe's section `data`, and the formats that it may name.
 
-A format is one file here: a section of its settings with a `load` method. Its entry is a name in `AnySource`.
+A format is one file of this folder: a settings section with a `load` method, listed in `AnySource`.
 """
 
 from pathlib import Path
@@ -34,6 +34,7 @@ class DataConfig(Section):
     @field_validator("train", "val", "test", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
+        """Make a list of a single source."""
         return [value] if isinstance(value, dict) else value
 
 
@@ -46,8 +47,13 @@ def build_dataset(
 ) -> DetectionDataset:
     """The "train", "val" or "test" data of a configuration.
 
-    class_names: foreground names in the order of their labels, so that all splits agree with the first one read.
-    check_pictures: False where only the annotations are used; COCO's then need no pictures.
+    class_names: foreground names in the order of their labels; None: those of the configuration. Pass the names of
+        the first split read, so that all splits agree.
+    check_pictures: False does without the pictures of COCO data, if only annotations are used.
+
+    Raises:
+        ValueError: the configuration has no such split, or a source cannot be read.
+        FileNotFoundError: a file of a source is missing.
     """
     sources = getattr(data, split)
     if not sources:

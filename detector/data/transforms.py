@@ -1,11 +1,12 @@
-"""From a decoded picture and its boxes to what the network sees: resize to the network's size, then augment.
+"""Resize a decoded picture and its boxes to the network's size, then augment them.
 
 Pictures are (H, W, 3) uint8 RGB arrays, boxes (M, 4) float32 xyxy pixels; the result is torch's (3, h, w) uint8.
 """
 
 import os
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version on import
+# Without this, albumentations looks on the internet for a newer version when it is imported.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
 import cv2
@@ -19,7 +20,7 @@ Key = tuple[int, int, int]  # seed, epoch, image id
 
 
 def clip_boxes(boxes: np.ndarray, labels: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes cut at the border of an image of `size` (height, width); those with nothing left are dropped."""
+    """Clip boxes (M, 4) to an image of `size` (height, width), and drop empty ones with their labels (M,)."""
     height, width = size
     boxes = boxes.clip(0, [width, height, width, height]).astype(np.float32)
     kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
@@ -29,7 +30,10 @@ def clip_boxes(boxes: np.ndarray, labels: np.ndarray, size: tuple[int, int]) -> 
 def resize(
     image: np.ndarray, boxes: np.ndarray, size: tuple[int, int], method: str = "torch"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bilinear at pixel centres as the model resizes images itself: without antialiasing, or PIL's with `method="pil"`."""
+    """Resize an image (H, W, 3) and its boxes (M, 4) to `size` (height, width), as the model does.
+
+    method: "torch" is bilinear without antialiasing, computed by OpenCV; "pil" is PIL's bilinear, which antialiases.
+    """
     height, width = image.shape[:2]
     if (height, width) == size:
         return image, boxes
@@ -40,7 +44,7 @@ def resize(
 
 
 class EvalTransform:
-    """Resize to the network's size, and nothing else. `Conventions` describes resize and resize_rounding."""
+    """Resize to the network's size, without augmentation. `Conventions` describes resize and resize_rounding."""
 
     def __init__(
         self, min_size: int, max_size: int, *, resize: str = "torch", resize_rounding: str = "floor"
@@ -51,7 +55,11 @@ class EvalTransform:
         self.resize_rounding = resize_rounding
 
     def __call__(self, image: np.ndarray, target: dict, key: Key) -> tuple[torch.Tensor, dict]:
-        """`target` has `boxes`, `labels` and `image_id`; the result's also has `original_size` (height, width)."""
+        """Image (H, W, 3) uint8 and target -> image (3, h, w) uint8 and target, as tensors at the network's size.
+
+        target: boxes (M, 4), labels (M,), image_id. The result has `original_size` (height, width) too.
+        key: the seed of all random draws.
+        """
         original_size = image.shape[:2]
         boxes, labels = clip_boxes(target["boxes"], target["labels"], original_size)
         rng = np.random.default_rng(key)
@@ -65,16 +73,21 @@ class EvalTransform:
         }
 
     def draw_size(self, original_size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
+        """The (height, width) to resize to."""
         return network_size(*original_size, self.min_size, self.max_size, self.resize_rounding)
 
     def augment(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image (h, w, 3), boxes (M, 4) and labels (M,), unchanged."""
         return image, boxes, labels
 
 
 class TrainTransform(EvalTransform):
-    """Resize, with a drawn factor, and augment with albumentations; every draw is a function of the key alone."""
+    """Resize to the network's size times a random factor, then augment with albumentations.
+
+    All random draws depend on the key only.
+    """
 
     def __init__(self, min_size: int, max_size: int, augment: AugmentConfig, **resizing: str) -> None:
         super().__init__(min_size, max_size, **resizing)
@@ -82,6 +95,7 @@ class TrainTransform(EvalTransform):
         self.compose = build_augmentation(augment)
 
     def draw_size(self, original_size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
+        """The network's (height, width), times a factor drawn from `scale`."""
         factor = rng.uniform(*self.scale)
         height, width = super().draw_size(original_size, rng)
         return max(1, round(height * factor)), max(1, round(width * factor))
@@ -89,7 +103,9 @@ class TrainTransform(EvalTransform):
     def augment(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        # Compose owns its generators, and forked workers copy them: seeded per sample, the worker does not matter.
+        """Image (h, w, 3), boxes (M, 4) and labels (M,) -> the same, augmented. A crop may drop boxes."""
+        # Every worker has its own copy of Compose's generators.
+        # With a seed for each sample, the worker does not matter.
         self.compose.set_random_seed(int(rng.integers(2**31)))
         if not self.compose.processors:
             return self.compose(image=image)["image"], boxes, labels
@@ -100,7 +116,7 @@ class TrainTransform(EvalTransform):
 
 
 def build_augmentation(augment: AugmentConfig) -> A.Compose:
-    """The albumentations pipeline of a configuration, with boxes and labels where a step moves them."""
+    """Build the albumentations pipeline of a configuration. It takes boxes and labels only if a step moves boxes."""
     jitter = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
     steps = [
         A.BBoxSafeRandomCrop(p=augment.crop) if augment.crop else None,

@@ -1,4 +1,4 @@
-"""Pascal VOC's folders and XML into a DetectionDataset."""
+"""Read Pascal VOC's folders and XML into a DetectionDataset."""
 
 import math
 import os
@@ -22,7 +22,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 @dataclass(frozen=True, slots=True)
 class _Filed:
-    """One <object> as filed: its name, its corners (NaN where there is no number), whether it is difficult."""
+    """One <object> as filed. `corners` is (4,) xyxy, with NaN where the file has no number."""
 
     name: str
     corners: tuple[float, ...]
@@ -31,7 +31,7 @@ class _Filed:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """One XML file; `size` is (height, width), None where the file does not say."""
+    """One XML file. `size` is (height, width), or None if the file does not say."""
 
     path: Path
     filename: str
@@ -45,23 +45,29 @@ class VocSource(Section):
     format: Literal["voc"]
     split: str
     directory: str = "."
-    one_based: bool = Field(True, description="VOC's own pixels start at 1 and include the last; checked")
+    one_based: bool = Field(
+        True, description="pixels count from 1 and include the last, as in VOC; checked against the data"
+    )
     limit: int | None = Field(None, gt=0)
 
-    def load(self, root: Path, check_pictures: bool = True, **options: Any) -> DetectionDataset:
-        """The data set; options are those of `load_voc`, which always looks for the pictures."""
+    def load(self, root: Path, **options: Any) -> DetectionDataset:
+        """The data set; options are those of `load_voc`."""
         folder = root / self.directory
         return load_voc(folder, self.split, one_based=self.one_based, limit=self.limit, **options)
 
 
-def load_voc(root: str | Path, split: str, *, one_based: bool = True, **options: Any) -> DetectionDataset:
+def load_voc(
+    root: str | Path, split: str, *, one_based: bool = True, check_pictures: bool = True, **options: Any
+) -> DetectionDataset:
     """Read one split of a VOC folder: `ImageSets/Main/{split}.txt`, `Annotations/*.xml`, `JPEGImages/*`.
 
-    Image ids are the file names where all are numbers, else 1..N in the split's order.
+    Image ids are the file names if all of them are different numbers, else 1..N in the split's order.
 
     Args:
-        one_based: coordinates are VOC's, pixels counted from 1 with the last one included, so that a box is
-            (xmin - 1, ymin - 1, xmax, ymax); otherwise they are taken as filed. Checked against the data.
+        one_based: pixels are counted from 1 and the last one is included, as in VOC. A box is then
+            (xmin - 1, ymin - 1, xmax, ymax). If False, coordinates are taken as filed. The data is checked for both.
+        check_pictures: refuse a set with absent pictures; False if only its annotations are used. An XML without a
+            size still needs its picture.
         options: `class_names`, `limit`, `strict` and `use_difficult` of `Annotations.to_dataset`. Without
             `class_names`, the classes are the names found in the split, sorted.
 
@@ -75,7 +81,7 @@ def load_voc(root: str | Path, split: str, *, one_based: bool = True, **options:
     pictures = [
         Picture(path, image_id, file.size or load_image_size(path))
         for path, image_id, file in zip(
-            _find_pictures(root, stems, files), _image_ids(stems), files, strict=True
+            _find_pictures(root, stems, files, check_pictures), _image_ids(stems), files, strict=True
         )
     ]
 
@@ -102,12 +108,13 @@ def load_voc(root: str | Path, split: str, *, one_based: bool = True, **options:
 
 
 def _object(filed: _Filed, row: int, index: int, size: tuple[int, int], one_based: bool) -> Object:
+    """An object of the picture at `row` with `size` (height, width), with its box as xyxy pixels from 0."""
     xmin, ymin, xmax, ymax = filed.corners
     fault = remark = None
     if not filed.name:
         fault = "has no class name"
     elif xmax <= xmin or ymax <= ymin:
-        # With both ends counted, xmax = xmin would be one pixel wide, but it is a slip of the mouse.
+        # With both ends included, xmax = xmin is one pixel wide, but it comes from a slip of the mouse.
         fault = "has a box that has no area"
     elif xmax > size[1] or ymax > size[0]:
         remark = f"reaches past its image of {size[1]}x{size[0]} pixels, and is kept"
@@ -122,7 +129,7 @@ def _read_split(root: Path, split: str) -> list[str]:
         raise FileNotFoundError(f"{splits_dir}: no such folder; {root} should be a VOC folder, which has one")
     path = splits_dir / f"{split}.txt"
     if not path.is_file():
-        # VOC has a file for each class and split too, such as cat_train.txt: after the plain ones.
+        # VOC also has a file for each class and split, such as cat_train.txt. The message lists these last.
         known = sorted((file.stem for file in splits_dir.glob("*.txt")), key=lambda stem: ("_" in stem, stem))
         raise ValueError(f"{splits_dir}: has no split {split!r}; there are {', '.join(known[:10]) or 'none'}")
     stems = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -139,6 +146,7 @@ def _first_few(names: Sequence[str]) -> str:
 
 
 def _refuse_missing(folder: Path, what: str, missing: list[str], stems: list[str]) -> None:
+    """Raise a FileNotFoundError if any file of the split is missing."""
     if missing:
         raise FileNotFoundError(
             f"{folder}: {len(missing)} of the split's {len(stems)} {what} are missing: {_first_few(missing)}"
@@ -152,6 +160,7 @@ def _list_folder(folder: Path) -> set[str]:
 
 
 def _annotation_paths(root: Path, stems: list[str]) -> list[Path]:
+    """The XML file of each stem. A missing one is a FileNotFoundError."""
     folder = root / "Annotations"
     present = _list_folder(folder)
     missing = [f"{stem}.xml" for stem in stems if f"{stem}.xml" not in present]
@@ -160,6 +169,7 @@ def _annotation_paths(root: Path, stems: list[str]) -> list[Path]:
 
 
 def _parse(path: Path) -> _File:
+    """Read one XML file. Malformed XML is a ValueError."""
     try:
         tree = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:
@@ -187,24 +197,27 @@ def _text(element: ElementTree.Element | None) -> str:
 
 
 def _number(element: ElementTree.Element | None) -> float:
-    """The number in an element; NaN where there is none."""
+    """The number in an element, or NaN."""
     try:
         return float(_text(element))
     except ValueError:
         return math.nan
 
 
-def _find_pictures(root: Path, stems: list[str], files: list[_File]) -> list[str]:
-    """Each annotation's picture: its <filename> where that exists, else the stem with a picture's suffix."""
+def _find_pictures(root: Path, stems: list[str], files: list[_File], check: bool) -> list[str]:
+    """The picture of each annotation: its <filename> if that exists, else the stem with a picture's suffix.
+
+    check: a missing picture is a FileNotFoundError; if False, it is named STEM.jpg.
+    """
     folder = root / "JPEGImages"
-    present = _list_folder(folder)
+    present = _list_folder(folder) if check or folder.is_dir() else set()
     by_stem = {
         os.path.splitext(name)[0]: name
         for name in sorted(present, reverse=True)
         if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
     }
     names = [
-        file.filename if file.filename in present else by_stem.get(stem)
+        file.filename if file.filename in present else by_stem.get(stem, None if check else f"{stem}.jpg")
         for stem, file in zip(stems, files, strict=True)
     ]
     missing = [stem for stem, name in zip(stems, names, strict=True) if name is None]
@@ -213,12 +226,13 @@ def _find_pictures(root: Path, stems: list[str], files: list[_File]) -> list[str
 
 
 def _image_ids(stems: list[str]) -> list[int]:
+    """The stems as numbers if all are different numbers, else 1..N."""
     ids = [int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) <= 18]
     return ids if len(set(ids)) == len(stems) else list(range(1, len(stems) + 1))
 
 
 def _refuse_zero_based(filed: np.ndarray, objects: list[Object], found: Annotations) -> None:
-    """Pixels counted from 1 have no coordinate below 1."""
+    """Raise a ValueError if a coordinate of (M, 4) as filed is below 1: pixels counted from 1 have none."""
     rows = np.flatnonzero((filed < 1).any(axis=1))
     if len(rows):
         place, _ = found.describe(objects[rows[0]])
@@ -230,7 +244,7 @@ def _refuse_zero_based(filed: np.ndarray, objects: list[Object], found: Annotati
 
 
 def _looks_one_based(filed: np.ndarray, sizes: np.ndarray) -> bool:
-    """Whether (M, 4) coordinates as filed look counted from 1; sizes are (M, 2) height, width."""
+    """Whether (M, 4) coordinates as filed look counted from 1. `sizes` is (M, 2) height, width of the images."""
     sound = np.isfinite(filed).all(axis=1)
     filed, sizes = filed[sound], sizes[sound]
     whole = len(filed) > 0 and bool((filed == np.round(filed)).all())

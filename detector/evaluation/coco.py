@@ -1,4 +1,4 @@
-"""COCO's detection metric of stored results, by pycocotools or, several times faster, by faster-coco-eval.
+"""COCO's detection metric of stored results, by pycocotools or by faster-coco-eval, which is several times faster.
 
 Definition of the twelve numbers: https://cocodataset.org/#detection-eval.
 """
@@ -38,19 +38,22 @@ RESULT_KEYS = ("image_id", "category_id", "bbox", "score")
 
 
 def evaluate_coco(ground_truth: dict, results: list[dict], *, backend: str = "auto") -> dict[str, Any]:
-    """COCO's twelve numbers, and AP and AP50 of each class, over all images of the ground truth.
+    """Compute COCO's twelve numbers, and AP and AP50 of each class, over all images of the ground truth.
 
     Args:
-        ground_truth: COCO-format dict, `bbox` as xywh in pixels. Annotations may have any ids; a missing
-            `area` is w * h, a missing `iscrowd` 0. A crowd need not be found and may be hit; `difficult`
-            means nothing here.
+        ground_truth: COCO-format dict, `bbox` as xywh in pixels. Annotations may have any ids. A missing
+            `area` is w * h, and a missing `iscrowd` is 0. A missed crowd costs nothing, and a detection matched to
+            a crowd is not counted. `difficult` is ignored.
         results: COCO results, `bbox` as xywh in pixels of the original image. May be empty.
-        backend: "pycocotools", "faster" (faster-coco-eval), or "auto", which takes the faster one when
+        backend: "pycocotools", "faster" (faster-coco-eval), or "auto", which takes the faster one if it is
             installed.
 
     Returns:
-        The keys of `COCO_METRICS`, each in [0, 1], and `per_class`: class name -> {"AP", "AP50"}. What has no
-        ground truth to be measured on (a class, a size) is None, so the dict can be written as JSON.
+        The keys of `COCO_METRICS`, each in [0, 1], and `per_class`: class name -> {"AP", "AP50"}. A class or a
+        size without ground truth is None, so the dict can be written as JSON.
+
+    Raises:
+        ValueError: the ground truth, the results or the backend cannot be used.
     """
     names = class_names_by_id(ground_truth)
     check_results(results, ground_truth)
@@ -62,13 +65,14 @@ def evaluate_coco(ground_truth: dict, results: list[dict], *, backend: str = "au
         coco_eval.evaluate()
         coco_eval.accumulate()
         coco_eval.summarize()
-    stats = coco_eval.stats[: len(COCO_METRICS)]  # faster-coco-eval appends recalls of its own
+    # faster-coco-eval appends other recalls to COCO's twelve numbers.
+    stats = coco_eval.stats[: len(COCO_METRICS)]
     metrics = {name: _measured(value) for name, value in zip(COCO_METRICS, stats, strict=True)}
     return {**metrics, "per_class": _per_class(coco_eval, names)}
 
 
 def format_coco(metrics: Mapping[str, Any]) -> str:
-    """The result of `evaluate_coco` as two tables for the terminal: the twelve numbers, then the classes."""
+    """Format the result of `evaluate_coco` as two tables in percent: the twelve numbers, then the classes."""
     numbers = format_table(
         [(name, _percent(metrics[name]), condition) for name, condition in COCO_METRICS.items()],
         header=("COCO, %", "", "over"),
@@ -81,7 +85,7 @@ def format_coco(metrics: Mapping[str, Any]) -> str:
 
 
 def load_results(path: str | Path, ground_truth: dict | None = None) -> list[dict]:
-    """Read a JSON file in COCO's results format; with `ground_truth`, ids are checked against it too."""
+    """Read a JSON file in COCO's results format, and check it as `check_results` does."""
     results = read_json(path)
     try:
         check_results(results, ground_truth)
@@ -91,9 +95,12 @@ def load_results(path: str | Path, ground_truth: dict | None = None) -> list[dic
 
 
 def check_results(results: list[dict], ground_truth: dict | None = None) -> None:
-    """Refuse, with the index of the first fault, what is not a list of COCO results.
+    """Check a list of COCO results, and that the ids are in `ground_truth` if that is given.
 
-    Image and category ids are compared with those of `ground_truth` when it is given.
+    A negative width or height is a warning.
+
+    Raises:
+        ValueError: a result is not in COCO's format, or has an unknown id. The message gives the first such index.
     """
     if not isinstance(results, list):
         keys = ", ".join(RESULT_KEYS)
@@ -114,7 +121,11 @@ def check_results(results: list[dict], ground_truth: dict | None = None) -> None
 
 
 def class_names_by_id(ground_truth: dict) -> dict[int, str]:
-    """Category id -> name of a COCO-format dict, by ascending id; refuses what cannot be evaluated."""
+    """Category id -> name of a COCO-format dict, by ascending id.
+
+    Raises:
+        ValueError: a section is missing, or two categories share an id or a name.
+    """
     missing = [key for key in ("images", "categories", "annotations") if key not in ground_truth]
     if missing:
         raise ValueError(f"the ground truth has no {', '.join(missing)}; it is a dict in COCO's format")
@@ -168,11 +179,10 @@ def _load_backend(name: str) -> tuple[type, type]:
 
 
 def _index(coco_class: type, ground_truth: dict, boxes: list[dict]) -> Any:
-    """A backend's COCO object of annotations or of results.
+    """Make a backend's COCO object from annotations or from results.
 
-    Both are copied without what the metric does not read, and numbered from 1, because an id of 0 means
-    "unmatched" to both backends. Unlike `COCO.loadRes` this takes an empty list, and draws no polygon for
-    each box.
+    Only the keys that the metric reads are copied. Boxes are numbered from 1, because both backends read an
+    id of 0 as "unmatched". Unlike `COCO.loadRes`, this takes an empty list and makes no polygon for each box.
     """
     coco = coco_class()
     coco.dataset = {
@@ -198,10 +208,9 @@ def _index(coco_class: type, ground_truth: dict, boxes: list[dict]) -> Any:
 
 
 def _per_class(coco_eval: Any, names: Mapping[int, str]) -> dict[str, dict[str, float | None]]:
-    """AP and AP50 of each class, all areas and 100 detections, from the precision table of a backend."""
-    precision = coco_eval.eval["precision"][
-        ..., 0, -1
-    ]  # (IoU thresholds, recalls, classes); -1: nothing to find
+    """AP and AP50 of each class over all areas, at 100 detections an image, from a backend's table of precisions."""
+    # (IoU thresholds, recalls, classes); -1 where a class has no ground truth
+    precision = coco_eval.eval["precision"][..., 0, -1]
     columns = {category_id: column for column, category_id in enumerate(coco_eval.params.catIds)}
     at_50 = int(np.flatnonzero(np.isclose(coco_eval.params.iouThrs, 0.5))[0])
     return {
@@ -214,7 +223,7 @@ def _per_class(coco_eval: Any, names: Mapping[int, str]) -> dict[str, dict[str, 
 
 
 def _measured(value: float) -> float | None:
-    """A number as the backends give it, None for their -1, which says that there was no ground truth."""
+    """A backend's number, or None for -1, by which both backends say that there was no ground truth."""
     return None if value < 0 else float(value)
 
 

@@ -1,9 +1,11 @@
-"""Pascal VOC's average precision, vectorised: the semantics of py-faster-rcnn's `lib/datasets/voc_eval.py`.
+"""Pascal VOC's average precision (Everingham et al. 2010, section 4.2), vectorised.
 
-Each detection is compared with the object of its class and image that it overlaps most. At an IoU above the
-threshold it is right if it is the first (by score) to claim that object and wrong if it is a later one; where
-the object is `difficult` it counts neither way. Every other detection is wrong. Everingham et al. 2010,
-section 4.2.
+The rules are those of py-faster-rcnn's `lib/datasets/voc_eval.py`. Each detection is compared with the object of its
+class and image that it overlaps most. If their IoU is above the threshold, the detection claims that object. The first
+claim by score is right, and later claims are wrong. A claim to a `difficult` object is not counted. A detection that
+claims no object is wrong.
+
+Letters: D detections, M objects, P pairs of both with the same class and image.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from ..tables import format_table
 from .coco import check_results, class_names_by_id
 
 RECALLS = np.arange(0.0, 1.1, 0.1)
-"""The eleven recalls of VOC2007's metric, with voc_eval's rounding: a recall of 3/10 is below its fourth."""
+"""The eleven recalls of VOC2007's metric, rounded as in voc_eval: the fourth is 0.30000000000000004, above 3/10."""
 
 
 class _Boxes(NamedTuple):
@@ -27,20 +29,23 @@ class _Boxes(NamedTuple):
 
 
 def evaluate_voc(ground_truth: dict, results: list[dict], *, iou_threshold: float = 0.5) -> dict[str, Any]:
-    """Average precision of each class and the mean, by eleven points (VOC2007) and by exact area (VOC2010).
+    """Compute each class's average precision and the mean, by eleven points (VOC2007) and by exact area (VOC2010).
 
     Args:
-        ground_truth: COCO-format dict, `bbox` as xywh in pixels. Annotations with `difficult` or `iscrowd`
-            set need not be found and may be hit.
+        ground_truth: COCO-format dict, `bbox` as xywh in pixels. A missed object costs nothing if it has
+            `difficult` or `iscrowd` set, and detections of it are not counted.
         results: COCO results, `bbox` as xywh in pixels of the original image. May be empty.
         iou_threshold: a match has an IoU strictly above it.
 
-    Widths are continuous, x2 - x1; of files with 1-based inclusive pixels [xmin - 1, xmax] is the same box,
-    and gives what voc_eval computes with its `+ 1`.
+    Widths are continuous: x2 - x1. A file with 1-based inclusive pixels is read as [xmin - 1, xmax], whose width is
+    voc_eval's `xmax - xmin + 1`.
 
     Returns:
         `mAP_11point`, `mAP_allpoint` and `per_class`: class name -> {"ap11", "ap_all"}, each in [0, 1]. A
-        class without an object to be found is None and left out of the means.
+        class without objects, or with difficult ones only, is None and is left out of the means.
+
+    Raises:
+        ValueError: the ground truth, the results or the threshold cannot be used.
     """
     if not 0 <= iou_threshold < 1:
         raise ValueError(f"iou_threshold is {iou_threshold}; accepted is 0 <= iou_threshold < 1")
@@ -66,7 +71,7 @@ def evaluate_voc(ground_truth: dict, results: list[dict], *, iou_threshold: floa
 
 
 def format_voc(metrics: Mapping[str, Any]) -> str:
-    """The result of `evaluate_voc` as a table for the terminal: a class a line, the mean last."""
+    """Format the result of `evaluate_voc` as a table in percent, with a line for each class and the mean last."""
     rows = [
         (name, _percent(row["ap11"]), _percent(row["ap_all"])) for name, row in metrics["per_class"].items()
     ]
@@ -75,12 +80,12 @@ def format_voc(metrics: Mapping[str, Any]) -> str:
 
 
 def _by_descending_score(results: list[dict]) -> list[dict]:
-    """Results by descending score; among equal scores the order given is kept."""
+    """Sort results by descending score. Equal scores keep the given order."""
     return sorted(results, key=lambda result: -result["score"])
 
 
 def _stack(records: list[dict]) -> _Boxes:
-    """Annotations or results as arrays."""
+    """B annotations or results, with `bbox` as xywh -> arrays, with boxes as (B, 4) xyxy."""
     xywh = np.array([record["bbox"] for record in records], dtype=np.float64).reshape(-1, 4)
     return _Boxes(
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
@@ -90,17 +95,18 @@ def _stack(records: list[dict]) -> _Boxes:
 
 
 def _match(detections: _Boxes, objects: _Boxes, iou_threshold: float) -> np.ndarray:
-    """Index of the object that each detection overlaps most, -1 without one above the threshold: (D,) int.
+    """The index of the object that each detection claims, -1 if there is none: (D,) int.
 
-    All pairs of one class and image are compared at once: of D detections and M objects only those P pairs
-    are made.
+    Only the P pairs with the same class and image are compared, all at once.
     """
     matched = np.full(len(detections.boxes), -1)
-    detection_index, object_index = _pairs(detections, objects)  # (P,), (P,), by detection and then object
+    # (P,) and (P,), sorted by detection, then by object
+    detection_index, object_index = _pairs(detections, objects)
     if not len(detection_index):
         return matched
     iou = _iou(detections.boxes[detection_index], objects.boxes[object_index])  # (P,)
-    best = np.lexsort((-iou, detection_index))  # stable: of equal overlaps the first object, as argmax
+    # The sort is stable: among equal overlaps the first object wins, as with argmax.
+    best = np.lexsort((-iou, detection_index))
     best = best[np.unique(detection_index, return_index=True)[1]]
     best = best[iou[best] > iou_threshold]
     matched[detection_index[best]] = object_index[best]
@@ -108,7 +114,7 @@ def _match(detections: _Boxes, objects: _Boxes, iou_threshold: float) -> np.ndar
 
 
 def _pairs(detections: _Boxes, objects: _Boxes) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (P,) of detections and (P,) of objects: every pair of the same class and image."""
+    """All pairs with the same class and image: (P,) indices into the detections, and (P,) into the objects."""
     if not len(detections.boxes) or not len(objects.boxes):
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     groups = _groups(detections, objects)
@@ -122,14 +128,14 @@ def _pairs(detections: _Boxes, objects: _Boxes) -> tuple[np.ndarray, np.ndarray]
 
 
 def _groups(detections: _Boxes, objects: _Boxes) -> np.ndarray:
-    """A number for each class and image, (D + M,): those of the detections, then those of the objects."""
+    """(D + M,) numbers, equal where class and image are equal: first the detections, then the objects."""
     _, images = np.unique(np.concatenate([detections.images, objects.images]), return_inverse=True)
     _, classes = np.unique(np.concatenate([detections.classes, objects.classes]), return_inverse=True)
     return images * (classes.max() + 1) + classes
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union, (P,), of boxes (P, 4) and (P, 4) row by row; 0 for two boxes without area."""
+    """Intersection over union of (P, 4) and (P, 4) xyxy boxes, row by row: (P,). It is 0 where the union is 0."""
     sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
     intersection = sides.clip(min=0).prod(axis=1)
     union = (a[:, 2:] - a[:, :2]).prod(axis=1) + (b[:, 2:] - b[:, :2]).prod(axis=1) - intersection
@@ -137,25 +143,31 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _judge(matched: np.ndarray, difficult: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which detections (D,), sorted by score, count at all, and which of them are right."""
+    """(D,) bool masks of the detections that count, and of those that are right.
+
+    matched: (D,) claimed objects, by descending score; difficult: (M,) bool.
+    """
     hit = matched >= 0
     counted = np.ones(len(matched), dtype=bool)
     counted[hit] = ~difficult[matched[hit]]
     right = np.zeros(len(matched), dtype=bool)
-    right[np.unique(matched, return_index=True)[1]] = True  # the first to claim an object
+    # The first detection that claims an object.
+    right[np.unique(matched, return_index=True)[1]] = True
     return counted, right & hit & counted
 
 
 def _average_precision(right: np.ndarray, num_objects: int) -> dict[str, float | None]:
-    """Both average precisions of one class from its counted detections (D,), sorted by score."""
+    """Both average precisions of one class.
+
+    right: (D,) bool, of its counted detections by descending score. num_objects: its objects that are not difficult.
+    """
     if num_objects == 0:
         return {"ap11": None, "ap_all": None}
     true_positives = np.cumsum(right)
     recall = true_positives / num_objects
     precision = true_positives / np.arange(1, len(right) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[
-        ::-1
-    ]  # the best precision at this recall or a higher one
+    # The best precision at this recall or a higher one.
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
     reached = np.searchsorted(recall, RECALLS, side="left")
     ap11 = envelope[reached[reached < len(envelope)]].sum() / len(RECALLS)
     return {"ap11": float(ap11), "ap_all": float((np.diff(recall, prepend=0.0) * envelope).sum())}

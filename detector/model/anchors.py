@@ -1,4 +1,4 @@
-"""Anchors on the one stride-16 map, and whether they fit it and the images."""
+"""Anchors on the one stride-16 map, and a check of their sizes. Letters: A anchors a position."""
 
 import math
 import warnings
@@ -18,9 +18,9 @@ STRIDE = 16
 
 
 class MapAnchors(AnchorGenerator):
-    """torchvision's anchors of one map, or Detectron2's: at a fixed stride, unrounded, sizes before ratios.
+    """torchvision's AnchorGenerator for one map, with Detectron2's stride, rounding and order as options.
 
-    `Conventions` describes stride, rounding and order.
+    `Conventions` describes these three options. `sizes` and `aspect_ratios` are those of `build_faster_rcnn`.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MapAnchors(AnchorGenerator):
         self.cell_anchors = [cells]
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """(H * W * A, 4) for each image, in the order (y, x, anchor)."""
+        """One map (N, C4, H, W) -> N x (H * W * A, 4) anchors, xyxy in pixels, in the order (y, x, anchor)."""
         if self.stride == "grid":
             return super().forward(image_list, feature_maps)
         features = feature_maps[0]
@@ -49,17 +49,21 @@ class MapAnchors(AnchorGenerator):
 
 
 def _exact_cells(sizes: tuple[float, ...], aspect_ratios: tuple[float, ...]) -> Tensor:
-    """(A, 4) anchors around the origin, for each ratio each size: width^2 = size^2 / ratio, height = ratio * width."""
+    """(A, 4) unrounded anchors around the origin, all sizes of a ratio first.
+
+    width^2 = size^2 / ratio, height = ratio * width.
+    """
     widths = [(ratio, math.sqrt(size**2 / ratio)) for ratio in aspect_ratios for size in sizes]
     return torch.tensor([[-w / 2, -ratio * w / 2, w / 2, ratio * w / 2] for ratio, w in widths])
 
 
 def check_anchor_sizes(sizes: tuple[float, ...], min_size: int, max_size: int) -> None:
-    """Refuse sizes that no object can match, and warn of those that few can.
+    """Raise a ValueError if all sizes are too large for the images; warn of each size that is too large or too small.
 
-    sizes: square roots of the areas, in pixels of the resized image; min_size, max_size: bounds of its short and long side.
+    sizes: square roots of the areas, in pixels of the resized image.
+    min_size, max_size: the short side and the bound of the long side after resizing, in pixels.
     """
-    # 32, not 32.0
+    # Messages show 32, not 32.0.
     sizes = tuple(int(s) if s == int(s) else s for s in sizes)
     if min_size > max_size:
         raise ValueError(f"min_size {min_size} and max_size {max_size}: accepted: min_size <= max_size")
@@ -85,7 +89,7 @@ def check_anchor_sizes(sizes: tuple[float, ...], min_size: int, max_size: int) -
 
 
 def _flat_numbers(values: object) -> object:
-    """One number or one tuple of numbers, as the one map takes them."""
+    """One number or a flat sequence of numbers, as a tuple. A nested sequence is a ValueError."""
     flat = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
     if any(isinstance(v, (tuple, list)) for v in flat):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Boxes of callers, checked where they enter."""
+"""Check the boxes that callers give."""
 
 from numbers import Real
 from typing import Any
@@ -11,7 +11,11 @@ ACCEPTED = "[x1, y1, x2, y2] in pixels of the picture with x2 > x1 and y2 > y1"
 
 
 def check_boxes(boxes: Any, where: str = "box") -> Tensor:
-    """Boxes as an (M, 4) float32 tensor; the first bad one is named by `where` and its index."""
+    """Convert M rows of xyxy pixels (a tensor, an array or a list) to an (M, 4) float32 tensor.
+
+    Raises:
+        ValueError: a box is not finite or has no area. The message names the first such box by `where` and index.
+    """
     if not isinstance(boxes, (Tensor, np.ndarray)):
         _check_rows(boxes, where)
     checked = torch.as_tensor(boxes, dtype=torch.float32)
@@ -27,6 +31,7 @@ def check_boxes(boxes: Any, where: str = "box") -> Tensor:
 
 
 def _check_rows(boxes: Any, where: str) -> None:
+    """Raise a ValueError unless `boxes` is a list or tuple whose rows have four numbers."""
     if not isinstance(boxes, (list, tuple)):
         raise ValueError(f"{where}: boxes are {str(boxes)[:60]!r}; accepted: a list of {ACCEPTED}")
     for index, row in enumerate(boxes):

@@ -1,4 +1,4 @@
-"""The conventions in which detectors of one paper differ: torchvision's by default, Detectron2's by name."""
+"""The conventions in which torchvision and Detectron2 differ. torchvision's are the default."""
 
 from typing import Any, Literal
 
@@ -8,7 +8,7 @@ from backbones.messages import nearest
 
 from ..settings import NotNegative, Section
 
-# Smooth L1 turns from quadratic to linear here in torchvision.
+# torchvision's beta of smooth L1, where the loss turns from quadratic to linear.
 STOCK_BETA = 1 / 9
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -33,21 +33,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Conventions(Section):
-    """What weights expect of the detector around them, beside its layers. docs/conventions.md compares the values.
+    """The details beside its layers that a detector's weights depend on. docs/conventions.md compares the values.
 
     A recipe names a set and may override it: `conventions: detectron2`, or `{name: detectron2, resize: torch}`.
 
-    roi_align_aligned: RoIAlign shifts boxes by half a position and sets no least size of one position.
-    roi_align_sampling_ratio: samples of a bin along each axis; 0: one for each position that the bin spans.
+    roi_align_aligned: RoIAlign shifts boxes by half a position, and boxes may be smaller than one position.
+    roi_align_sampling_ratio: samples a bin along each axis; 0: one for each position that the bin spans.
     anchor_stride: "grid" divides the padded image's size by the map's; "fixed" is 16 pixels for every size.
     anchor_rounding: the corners of the anchors are whole pixels.
-    anchor_order: the anchors of a position, and so the RPN's channels: all sizes of a ratio first, or the reverse.
+    anchor_order: order of the anchors at a position, and so of the RPN's output channels. "ratio_major" puts all
+        sizes of a ratio first, "size_major" all ratios of a size.
     size_divisible: the batch's height and width are padded to a multiple of this; 1: to the largest image only.
     resize: "torch" interpolates floats; "pil" resizes uint8 and antialiases where it shrinks.
     resize_rounding: how the network's size becomes whole pixels; "nearest" rounds halves up.
     rpn_smooth_l1_beta, box_smooth_l1_beta: where the box loss turns from quadratic to linear; 0: L1.
-    rpn_loss_normalizer: "sampled" divides by the anchors drawn, "batch_size" by those asked for (256 an image).
-    rpn_min_size, box_min_size: least side in pixels of a proposal, of a detection; 0 drops empty boxes only.
+    rpn_loss_normalizer: "sampled" divides by the anchors drawn, "batch_size" by the `rpn_batch_size_per_image`
+        asked for.
+    rpn_min_size: least side of a proposal, in pixels; 0 drops empty boxes only.
+    box_min_size: least side of a detection, in pixels; 0 drops empty boxes only.
     rpn_rank_on: NMS ranks proposals by this. Sigmoids of large logits are equal in float32.
     """
 
@@ -69,7 +72,7 @@ class Conventions(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, value: Any) -> Any:
-        """Replace a name, alone or beside overrides, by its values."""
+        """Replace the name of a set by its values; keys beside the name override them."""
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, dict) or "name" not in value:
@@ -81,6 +84,7 @@ class Conventions(Section):
 
     @model_validator(mode="after")
     def _check_stride(self) -> "Conventions":
+        """Raise a ValueError if the padded size makes the "grid" stride differ from 16."""
         if self.anchor_stride == "grid" and self.size_divisible % 16:
             raise ValueError(
                 f"size_divisible is {self.size_divisible} and anchor_stride is 'grid', which divides the image's size by "
@@ -89,7 +93,7 @@ class Conventions(Section):
         return self
 
     def __repr_args__(self) -> list[tuple[str, Any]]:
-        """Only what differs from torchvision's."""
+        """Show only the values that differ from torchvision's."""
         default = {name: field.default for name, field in type(self).model_fields.items()}
         return [(name, value) for name, value in self if value != default[name]]
 

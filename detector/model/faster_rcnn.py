@@ -36,8 +36,9 @@ Sizes = list[tuple[int, int]]
 class Encoded:
     """A batch of N images at the network's size.
 
-    batch: the images, padded, (N, 3, H, W), with their sizes; features: the map, (N, C4, H/16, W/16).
-    original_sizes: (height, width) of each image as given. targets: boxes at the network's size, or None.
+    batch: the padded images (N, 3, H, W), and the (height, width) of each without padding.
+    features: the map, (N, C4, H/16, W/16). original_sizes: (height, width) of each image as given.
+    targets: dicts with boxes (M, 4) at the network's size, or None.
     """
 
     batch: ImageList
@@ -48,26 +49,30 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Proposals:
-    """boxes: N x (M, 4) xyxy at the network's size. losses: the RPN's two, where there are targets."""
+    """boxes: N x (M, 4) xyxy at the network's size. losses: the RPN's two losses; empty without targets."""
 
     boxes: list[Tensor]
     losses: dict[str, Tensor]
 
 
 class C4FasterRCNN(FasterRCNN):
-    """torchvision's FasterRCNN in three verbs: encode, propose, classify.
+    """torchvision's FasterRCNN in three steps: encode, propose, classify.
 
-    `backbone` is the trunk and `roi_heads.box_head` the RoI head. These are torchvision's names, so state dicts read as theirs.
+    `backbone` is the trunk, and `roi_heads.box_head` is the RoI head. State dicts have torchvision's names.
     """
 
     def __init__(
         self, transform: NetworkTransform, trunk: torch.nn.Module, rpn: ProposalNetwork, roi_heads: BoxHeads
     ) -> None:
-        # FasterRCNN's own constructor only builds parts, and ours are built.
+        # FasterRCNN's constructor only builds the parts, which are given here.
         GeneralizedRCNN.__init__(self, trunk, rpn, roi_heads, transform)
 
     def encode(self, images: list[Tensor], targets: Targets | None = None) -> Encoded:
-        """Images (3, H, W) of any size, and their boxes in pixels -> a batch at the network's size, and its map."""
+        """N x (3, H, W) images of any size, boxes (M, 4) in pixels -> a batch at the network's size, and its map.
+
+        Raises:
+            ValueError: a box is not finite or has no area.
+        """
         for i, target in enumerate(targets or ()):
             check_boxes(target["boxes"], f"image {i}: box")
         of_image = targets or [{}] * len(images)
@@ -79,19 +84,20 @@ class C4FasterRCNN(FasterRCNN):
         return Encoded(batch, self.backbone(batch.tensors), sizes, targets)
 
     def propose(self, encoded: Encoded) -> Proposals:
-        """The RPN's boxes of each image, and its losses where there are targets."""
+        """The map (N, C4, h, w) -> N x (M, 4) proposals, and the RPN's losses if there are targets."""
         return Proposals(*self.rpn(encoded.batch, {"0": encoded.features}, encoded.targets))
 
     def classify(self, encoded: Encoded, boxes: list[Tensor]) -> Classified:
-        """Vectors, class logits and box deltas of N x (M, 4) boxes at the network's size."""
+        """N x (M, 4) boxes at the network's size -> vectors (R, C5), class logits (R, K) and box deltas (R, 4K)."""
         return self.roi_heads(encoded.features, boxes, encoded.batch.image_sizes)
 
     def forward(
         self, images: list[Tensor], targets: Targets | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """As torchvision's: the four losses in training mode, detections in evaluation mode.
+        """Return the four losses in training mode and detections in evaluation mode, as torchvision's model does.
 
         images: N x (3, H, W) float RGB in [0, 1]. targets: dicts of boxes (M, 4) xyxy in pixels, labels (M,) in 1..K-1.
+        Detections: a dict an image of boxes (M, 4) xyxy in pixels of that image, labels (M,) and scores (M,).
         """
         if not self.training:
             encoded = self.encode(images)
@@ -115,11 +121,13 @@ class C4FasterRCNN(FasterRCNN):
         score_thresh: float | None = None,
         class_agnostic_nms: bool | None = None,
     ) -> list[dict[str, Tensor]]:
-        """As `forward` in evaluation mode, without gradients, and with what is asked for beside it.
+        """Detect as `forward` does in evaluation mode, without gradients; optionally return more.
 
-        vectors: the RoI head's vector of each final box, (M, C5). class_scores: the probabilities of all classes, (M, K),
-        background first; they come from the proposal of each detection, as its score does.
-        score_thresh, class_agnostic_nms: in place of the model's own, for this call.
+        vectors: add the RoI head's vectors, (M, C5), pooled from the final boxes.
+        class_scores: add the probabilities of all classes, (M, K), background first. They come from the proposals, as
+        the scores do.
+        score_thresh, class_agnostic_nms: values for this call; None: those of the model.
+        A model in training mode is a RuntimeError.
         """
         self._need_eval_mode("detect")
         encoded = self.encode(images)
@@ -139,10 +147,11 @@ class C4FasterRCNN(FasterRCNN):
 
     @torch.no_grad()
     def evaluate(self, images: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], Targets]:
-        """Losses and detections of a batch from one pass of trunk, RPN and RoI head.
+        """Compute losses and detections of a batch in one pass through trunk, RPN and RoI head.
 
-        Test settings give the proposals. The RoI losses come from a sample of these and of the ground truth, which
-        `seed_sampling` makes repeatable. Boxes come back in pixels of the original images.
+        images and targets are as in `forward`. Proposals are made with the `rpn_*_test` settings. The RoI losses are
+        those of a sample from proposals and ground truth. `seed_sampling` makes the samples repeatable.
+        Detections are as in `forward`. A model in training mode is a RuntimeError.
         """
         self._need_eval_mode("evaluate")
         encoded = self.encode(images, targets)
@@ -158,17 +167,20 @@ class C4FasterRCNN(FasterRCNN):
 
     @torch.no_grad()
     def region_vectors(self, images: list[Tensor], boxes: list[Tensor]) -> list[Tensor]:
-        """The RoI head's vectors, (M, C5) an image, of boxes (M, 4) xyxy in pixels of the given images."""
+        """N x (M, 4) boxes, xyxy in pixels of the given images -> the RoI head's vectors, N x (M, C5)."""
         self._need_eval_mode("region_vectors")
         encoded = self.encode(images, [{"boxes": b} for b in boxes])
         return self.classify(encoded, [t["boxes"] for t in encoded.targets]).by_image("vectors")
 
     def restore(self, detections: list[dict[str, Tensor]], encoded: Encoded) -> list[dict[str, Tensor]]:
-        """The detections with boxes in pixels of the original images."""
+        """Detections with boxes (M, 4) at the network's size -> the same in pixels of the original images."""
         return self.transform.postprocess(detections, encoded.batch.image_sizes, encoded.original_sizes)
 
     def seed_sampling(self, keys: Sequence[tuple[int, ...]] | None) -> None:
-        """Draw the anchors and regions of each image of the next batches from its key (None: the global state)."""
+        """Draw anchors and regions from one key an image, from the next batch on.
+
+        keys: a tuple of non-negative integers for each image of the batch; None: draw from the global random state.
+        """
         for stream, sampler in enumerate((self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler)):
             sampler.keys = None if keys is None else [(*key, stream) for key in keys]
 
@@ -209,18 +221,18 @@ def build_faster_rcnn(
     preprocessing: Preprocessing | None = None,
     conventions: Conventions = TORCHVISION,
 ) -> C4FasterRCNN:
-    """Compose the detector: trunk, RPN on conv4_x, 14x14 regions of it, conv5_x and pooling, two predictors.
+    """Compose the detector: trunk, RPN on conv4_x, 14x14 regions of conv4_x, conv5_x with pooling, two predictors.
 
     num_classes: K, with background. roi_pool: "align" (He et al. 2017) or "max" (the paper's RoIPool).
     anchor_sizes: square roots of areas, in pixels of the resized image; aspect_ratios: height / width.
     min_size, max_size: the short side and the bound of the long side after resizing, in pixels.
     rpn_*, box_*, bbox_reg_weights: torchvision's arguments of the same names, with its defaults.
     class_agnostic_nms: a detection suppresses those of other classes too.
-    preprocessing: what the trunk expects of an image; None: what its weights say.
+    preprocessing: channel order, scale, mean and deviation of the trunk's input; None: the backbone's own.
     conventions: `Conventions`, or the name of a set, "torchvision" or "detectron2".
 
-    Trunk and RoI head are the backbone's own modules, shared and unchanged. An unknown argument is a TypeError, a
-    wrong value a ValueError.
+    Trunk and RoI head are the backbone's own modules, not copies. An unknown argument is a TypeError, and a wrong
+    value is a ValueError.
     """
     if not isinstance(num_classes, int) or num_classes < 2:
         raise ValueError(

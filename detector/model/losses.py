@@ -12,9 +12,10 @@ LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_re
 def rpn_losses(
     logits: Tensor, labels: Tensor, deltas: Tensor, wanted: Tensor, normalizer: int, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Objectness and box loss of the sampled anchors, sums over `normalizer`.
+    """Objectness and box loss of the sampled anchors, each a sum divided by `normalizer`.
 
-    logits, labels: (S,), labels 1.0 or 0.0; deltas, wanted: (P, 4); beta: of smooth L1, 0 for L1.
+    logits: (S,); labels: (S,), 1.0 or 0.0; deltas, wanted: (P, 4), of the positive anchors.
+    beta: where smooth L1 turns from quadratic to linear; 0: L1.
     """
     objectness = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
     box = F.smooth_l1_loss(deltas, wanted, beta=beta, reduction="sum")
@@ -24,9 +25,11 @@ def rpn_losses(
 def region_losses(
     logits: Tensor, deltas: Tensor, labels: Tensor, wanted: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Classification and box loss, means over the sampled regions; a box has the deltas of its class alone.
+    """Classification and box loss, each a sum divided by the R sampled regions.
 
-    logits: (R, K); deltas: (R, 4K); labels: (R,), 0 for background; wanted: (R, 4); beta: of smooth L1, 0 for L1.
+    logits: (R, K); deltas: (R, 4K); labels: (R,), 0 for background; wanted: (R, 4).
+    beta: where smooth L1 turns from quadratic to linear; 0: L1.
+    The box loss reads only the foreground regions, and of their deltas only the four of the true class.
     """
     positive = (labels > 0).nonzero().squeeze(1)
     of_class = deltas.view(*logits.shape, 4)[positive, labels[positive]]

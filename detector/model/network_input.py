@@ -1,4 +1,4 @@
-"""From pictures of any size to the batch that the network sees, and its boxes back to theirs."""
+"""Resize, normalise and batch images for the network, and scale its boxes back to the original images."""
 
 import math
 
@@ -20,7 +20,7 @@ def network_size(
 ) -> tuple[int, int]:
     """(height, width) in pixels at which the network sees an image: short side min_size, long side <= max_size.
 
-    The one place where that is computed, for images that the model resizes and for those that the loader does.
+    The model and the loader both take the size from this function.
     rounding: "floor" gives the numbers of torchvision's GeneralizedRCNNTransform, "nearest" those of Detectron2.
     """
     if rounding == "nearest":
@@ -30,7 +30,10 @@ def network_size(
 
 
 def _nearest_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """In Detectron2's order of operations, which decides where a side is half a pixel from two."""
+    """`network_size` in Detectron2's order of operations.
+
+    The order matters where a side lies halfway between two whole pixels.
+    """
     short = min(height, width)
     scale = min_size / short
     sides = [float(min_size) if side == short else scale * side for side in (height, width)]
@@ -42,16 +45,16 @@ def _nearest_size(height: int, width: int, min_size: int, max_size: int) -> tupl
 
 
 def resize_pil(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """PIL's bilinear resize of an (H, W, 3) uint8 array to (height, width), which antialiases where it shrinks."""
+    """Resize (H, W, 3) uint8 to `size` (height, width) by PIL's bilinear filter, which antialiases where it shrinks."""
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 class NetworkTransform(GeneralizedRCNNTransform):
-    """torchvision's transform with a backbone's preprocessing, that leaves batches of our loader at their size.
+    """torchvision's GeneralizedRCNNTransform with a backbone's preprocessing.
 
-    A target that has `original_size` belongs to an image that the loader has already resized.
-    `Conventions` describes size_divisible, resize and resize_rounding. Where its box_min_size is 0, the final boxes are
-    clipped to the original image, and those that are empty then are dropped, as in Detectron2.
+    An image whose target has `original_size` was resized by the loader and keeps its size.
+    `Conventions` describes size_divisible, resize and resize_rounding. If its box_min_size is 0, the final boxes are
+    clipped to the original image and empty boxes are then dropped, as in Detectron2.
     """
 
     def __init__(
@@ -62,16 +65,22 @@ class NetworkTransform(GeneralizedRCNNTransform):
         self.conventions = conventions
 
     def set_preprocessing(self, preprocessing: Preprocessing) -> None:
+        """Normalise images by `preprocessing` from now on."""
         self.preprocessing = preprocessing
         self.image_mean, self.image_std = list(preprocessing.mean), list(preprocessing.std)
 
     def normalize(self, image: Tensor) -> Tensor:
-        """The preprocessing. torchvision asks for it before it resizes; PIL wants pixels, so it then comes after."""
+        """Apply the preprocessing to an image (3, H, W), float RGB in [0, 1]; another dtype is a TypeError.
+
+        torchvision normalises before it resizes. PIL needs pixels, so with `resize: pil` this changes nothing and
+        `resize` normalises afterwards.
+        """
         if not image.is_floating_point():
             raise TypeError(f"an image is {image.dtype}; accepted: floating point in [0, 1]")
         return image if self.conventions.resize == "pil" else self._normalize(image)
 
     def _normalize(self, image: Tensor) -> Tensor:
+        """RGB in [0, 1] -> (image * scale - mean) / std in the preprocessing's channel order, (3, H, W)."""
         if self.preprocessing.channel_order == "bgr":
             image = image.flip(0)
         if self.preprocessing.scale != 1:
@@ -81,6 +90,10 @@ class NetworkTransform(GeneralizedRCNNTransform):
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Image (3, H, W) and its boxes (M, 4) -> image (3, h, w) and boxes at the network's size.
+
+        If the target has `original_size`, the image and its boxes are at that size already.
+        """
         if target is None or "original_size" not in target:
             old_size = tuple(image.shape[-2:])
             new_size = network_size(
@@ -92,6 +105,7 @@ class NetworkTransform(GeneralizedRCNNTransform):
         return (self._normalize(image) if self.conventions.resize == "pil" else image), target
 
     def _resize_image(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """(3, H, W) float in [0, 1] -> (3, h, w) of `size` (height, width), by torch or by PIL."""
         if self.conventions.resize == "torch":
             return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
         pixels = image.mul(255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
@@ -104,6 +118,7 @@ class NetworkTransform(GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
+        """Detections with boxes (M, 4) at the network's size -> the same in pixels of the original images."""
         result = super().postprocess(result, image_shapes, original_image_sizes)
         if self.conventions.box_min_size > 0 or self.training:
             return result
@@ -111,7 +126,7 @@ class NetworkTransform(GeneralizedRCNNTransform):
 
 
 def _drop_empty(detections: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-    """The detections whose box, clipped to an image of `size`, has an area left."""
+    """Clip boxes (M, 4) to an image of `size` (height, width), and drop the detections without area."""
     boxes = clip_boxes_to_image(detections["boxes"], size)
     kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return {name: values[kept] for name, values in {**detections, "boxes": boxes}.items()}

@@ -1,6 +1,6 @@
-"""The region proposal network: torchvision's, with Detectron2's conventions as options.
+"""torchvision's region proposal network, with Detectron2's conventions as options.
 
-Letters: N images, A anchors an image.
+Letters: N images, A anchors an image, k anchors a position, M proposals of an image.
 """
 
 from typing import Any
@@ -20,10 +20,11 @@ from .sampling import SeededSampler
 class Float32RPNHead(RPNHead):
     """torchvision's RPN head whose two outputs are float32 under autocast.
 
-    bfloat16 leaves some 1500 distinct values among 6000 logits, too few to rank proposals by.
+    bfloat16 leaves about 1500 distinct values among 6000 logits, too few to rank proposals by.
     """
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps (N, C4, h, w) -> for each map, objectness logits (N, k, h, w) and box deltas (N, 4k, h, w)."""
         hidden = [self.conv(feature) for feature in x]
         with torch.autocast(hidden[0].device.type, enabled=False):
             hidden = [h.to(self.cls_logits.weight.dtype) for h in hidden]
@@ -31,7 +32,10 @@ class Float32RPNHead(RPNHead):
 
 
 class ProposalNetwork(RegionProposalNetwork):
-    """torchvision's RPN on one map under `conventions`; `options` are the arguments of torchvision's, by name."""
+    """torchvision's RPN on one map, under `conventions`.
+
+    `options` are the keyword arguments of torchvision's RegionProposalNetwork.
+    """
 
     def __init__(
         self, anchors: AnchorGenerator, head: RPNHead, conventions: Conventions, **options: Any
@@ -39,16 +43,16 @@ class ProposalNetwork(RegionProposalNetwork):
         super().__init__(anchors, head, **options)
         sampler = self.fg_bg_sampler
         self.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
-        # torchvision keeps empty boxes where the least size is 0.
+        # With a least size of 0, torchvision would keep empty boxes.
         self.min_size = conventions.rpn_min_size or torch.finfo(torch.float32).tiny
         self.conventions = conventions
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The map (N, C4, h, w) -> boxes (M, 4) of each image, and the two losses where there are targets.
+        """The map (N, C4, h, w) -> N x (M, 4) proposals, and the two losses if targets are given.
 
-        torchvision's gives losses in training mode only; ours gives them in evaluation too.
+        torchvision computes the losses in training mode only. This class computes them in evaluation mode too.
         """
         maps = list(features.values())
         objectness, deltas = self.head(maps)
@@ -72,9 +76,9 @@ class ProposalNetwork(RegionProposalNetwork):
         image_shapes: list[tuple[int, int]],
         num_anchors_per_level: list[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """(N, A, 4) decoded boxes and (N * A, 1) logits -> boxes and scores of each image, by descending score.
+        """(N, A, 4) decoded boxes and (N * A, 1) logits -> N x (M, 4) boxes and N x (M,) scores, best first.
 
-        Scores are sigmoids, or logits where those rank.
+        Scores are sigmoids, or logits under `rpn_rank_on: logits`.
         """
         if self.conventions.rpn_rank_on == "sigmoid":
             return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
@@ -83,7 +87,10 @@ class ProposalNetwork(RegionProposalNetwork):
         return [boxes for boxes, _ in selected], [scores for _, scores in selected]
 
     def select(self, boxes: Tensor, logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The best of (A, 4) boxes by their (A,) logits: top, clip, drop the small and the unlikely, NMS."""
+        """(A, 4) boxes and (A,) logits of one image -> (M, 4) proposals and their (M,) logits, best first.
+
+        Take the top n, clip to `size` (height, width), drop small and improbable boxes, then apply NMS.
+        """
         logits, order = logits.topk(min(self.pre_nms_top_n(), len(logits)))
         boxes = clip_boxes_to_image(boxes[order], size)
         kept = remove_small_boxes(boxes, self.min_size)
@@ -99,7 +106,10 @@ class ProposalNetwork(RegionProposalNetwork):
         labels: list[Tensor],
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Losses of a sample of the (N * A, 1) logits and (N * A, 4) deltas; labels of each image are (A,)."""
+        """Objectness and box loss of the anchors that the sampler draws.
+
+        objectness: (N * A, 1); pred_bbox_deltas: (N * A, 4); labels: N x (A,); regression_targets: N x (A, 4).
+        """
         positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels))
         sampled = torch.cat([positive, negative])
         asked_for = self.fg_bg_sampler.batch_size_per_image * len(labels)

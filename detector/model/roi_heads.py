@@ -1,4 +1,4 @@
-"""From regions to detections and losses: torchvision's RoI heads, with Detectron2's conventions as options.
+"""torchvision's RoI heads, which turn regions into detections and losses, with Detectron2's conventions as options.
 
 Letters: N images, R regions, K classes with background, M detections of an image.
 """
@@ -26,16 +26,17 @@ class Float32Predictor(FastRCNNPredictor):
     """torchvision's box predictor, in float32 under autocast."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, C5) vectors -> class logits (R, K) and box deltas (R, 4K)."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.cls_score.weight.dtype))
 
 
 @dataclass(frozen=True)
 class Classified:
-    """What the heads say of the boxes of N images.
+    """The outputs of the RoI heads for the boxes of N images.
 
     boxes: N x (R_i, 4) xyxy at the network's size; image_sizes: (height, width) of each image.
-    vectors: (R, C5), the RoI head's; logits: (R, K); deltas: (R, 4K). Rows are in the order of the boxes.
+    vectors: (R, C5), from the RoI head; logits: (R, K); deltas: (R, 4K). Rows are in the order of the boxes.
     """
 
     boxes: list[Tensor]
@@ -46,14 +47,15 @@ class Classified:
 
     @property
     def counts(self) -> list[int]:
+        """The number of boxes in each image."""
         return [len(b) for b in self.boxes]
 
     def by_image(self, name: str) -> list[Tensor]:
-        """The rows of `name`, for each image."""
+        """Split the field `name` by image: `vectors` (R, C5) -> N x (R_i, C5)."""
         return list(getattr(self, name).split(self.counts))
 
     def take(self, indices: list[Tensor]) -> "Classified":
-        """The boxes of each image at its (S,) indices."""
+        """Select boxes, and their outputs, by N x (S_i,) indices into the boxes of each image."""
         first = [0, *accumulate(self.counts)]
         rows = torch.cat([start + i for start, i in zip(first, indices, strict=False)])
         boxes = [b[i] for b, i in zip(self.boxes, indices, strict=True)]
@@ -65,7 +67,8 @@ class Classified:
 class Sample:
     """Regions to learn from, for each of N images.
 
-    rows: (S,) indices into the candidates; boxes: (S, 4); labels: (S,), 0 is background; wanted: (S, 4) box deltas.
+    rows: N x (S_i,) indices into the candidates; boxes: N x (S_i, 4); labels: N x (S_i,), 0 is background.
+    wanted: N x (S_i, 4) box deltas from the sampled boxes to the matched objects.
     """
 
     rows: list[Tensor]
@@ -75,9 +78,10 @@ class Sample:
 
 
 class BoxHeads(RoIHeads):
-    """torchvision's RoI heads for boxes alone, under `conventions`; `options` are the arguments of torchvision's, by name.
+    """torchvision's RoIHeads without masks and keypoints, under `conventions`.
 
-    The forward pass classifies boxes. Sampling, losses and detections are methods of their own.
+    The forward pass classifies boxes. Sampling, losses and detections are separate methods.
+    `options` are the keyword arguments of torchvision's RoIHeads.
     class_agnostic_nms: a box suppresses those of other classes too.
     """
 
@@ -97,23 +101,23 @@ class BoxHeads(RoIHeads):
         self.conventions, self.class_agnostic_nms = conventions, class_agnostic_nms
 
     def forward(self, features: Tensor, boxes: list[Tensor], image_sizes: Sizes) -> Classified:
-        """The map (N, C4, h, w) and N x (R_i, 4) boxes -> vectors, class logits and box deltas."""
+        """The map (N, C4, h, w) and N x (R_i, 4) boxes -> vectors (R, C5), class logits (R, K), box deltas (R, 4K)."""
         vectors = self.box_head(self.box_roi_pool(features, boxes, image_sizes))
         return Classified(boxes, image_sizes, vectors, *self.box_predictor(vectors))
 
     def with_ground_truth(self, proposals: list[Tensor], targets: Targets) -> list[Tensor]:
-        """N x (M, 4) proposals, the ground truth of each image behind its own."""
+        """Append the G ground-truth boxes of each image: N x (M, 4) proposals -> N x (M + G, 4)."""
         return self.add_gt_proposals(
             proposals, [t["boxes"].to(p.dtype) for t, p in zip(targets, proposals, strict=True)]
         )
 
     def sample_for_training(self, proposals: list[Tensor], targets: Targets) -> Sample:
-        """A sample of the proposals and the ground truth."""
+        """Draw a balanced sample from N x (M, 4) proposals and the ground truth."""
         return self.sample(self.with_ground_truth(proposals, targets), targets)
 
     @torch.no_grad()
     def sample(self, candidates: list[Tensor], targets: Targets) -> Sample:
-        """A balanced sample of N x (M, 4) candidates, matched to the targets."""
+        """Match N x (M, 4) candidates to the targets, and draw a balanced sample."""
         gt_boxes = [t["boxes"].to(c.dtype) for t, c in zip(targets, candidates, strict=True)]
         matched, labels = self.assign_targets_to_proposals(
             candidates, gt_boxes, [t["labels"] for t in targets]
@@ -127,7 +131,7 @@ class BoxHeads(RoIHeads):
         return Sample(rows, boxes, labels, self.box_coder.encode(matched_boxes, boxes))
 
     def losses(self, classified: Classified, sample: Sample) -> dict[str, Tensor]:
-        """The two losses of classified boxes that are those of the sample."""
+        """The RoI heads' two losses. `classified` holds the outputs for the boxes of `sample`, in the same order."""
         classifier, box = region_losses(
             classified.logits,
             classified.deltas,
@@ -145,9 +149,10 @@ class BoxHeads(RoIHeads):
         score_thresh: float | None = None,
         class_agnostic_nms: bool | None = None,
     ) -> list[dict[str, Tensor]]:
-        """The detections of each image: boxes (M, 4), labels (M,), scores (M,), where asked class_scores (M, K).
+        """The detections of each image, best first: boxes (M, 4), labels (M,), scores (M,).
 
-        score_thresh, class_agnostic_nms: in place of the heads' own.
+        class_scores: add the probabilities of all classes, (M, K).
+        score_thresh, class_agnostic_nms: values for this call; None: those of the heads.
         """
         # (R, K, 4)
         decoded = self.box_coder.decode(classified.deltas, classified.boxes).split(classified.counts)
@@ -167,14 +172,18 @@ class BoxHeads(RoIHeads):
         score_thresh: float | None = None,
         class_agnostic_nms: bool | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Boxes, scores, labels and rows of the detections among (R, K, 4) boxes with (R, K) scores."""
+        """Select one image's detections from (R, K, 4) boxes and (R, K) scores, best first.
+
+        Returns boxes (M, 4), scores (M,), labels (M,) and rows (M,); a row indexes the R boxes.
+        `size` is the (height, width) that boxes are clipped to.
+        """
         thresh = self.score_thresh if score_thresh is None else score_thresh
         agnostic = self.class_agnostic_nms if class_agnostic_nms is None else class_agnostic_nms
         num_foreground = scores.shape[1] - 1
         boxes = clip_boxes_to_image(boxes, size)[:, 1:].reshape(-1, 4)
         scores = scores[:, 1:].reshape(-1)
         kept = torch.where(scores > thresh)[0]
-        # At 0, empty boxes leave last, in NetworkTransform.postprocess.
+        # If it is 0, NetworkTransform.postprocess drops the empty boxes.
         if self.conventions.box_min_size > 0:
             kept = kept[remove_small_boxes(boxes[kept], self.conventions.box_min_size)]
         boxes, scores = boxes[kept], scores[kept]

@@ -1,4 +1,4 @@
-"""How a detector is computed: settings that change its time and memory, and its results only by rounding."""
+"""Settings that change a detector's time and memory. They change its results only by rounding."""
 
 import torch
 
@@ -12,7 +12,7 @@ from .faster_rcnn import C4FasterRCNN
 
 
 class Speed(Section):
-    """Settings of speed. They are free to change when a run resumes or starts from other weights.
+    """Speed settings. They may change when a run resumes or starts from other weights.
 
     shared_projection: run the 1x1 convolutions that open conv5_x once on the map, not once a region.
     sparse_roi_align: compute RoIAlign as a sparse product where that is faster (on a CPU).
@@ -27,7 +27,7 @@ class Speed(Section):
 
 
 def apply_speed(model: C4FasterRCNN, speed: Speed) -> C4FasterRCNN:
-    """Have `model` compute as `speed` says; gives the model."""
+    """Apply the settings to `model` in place, and return it."""
     heads = model.roi_heads
     heads.box_roi_pool.sparse = speed.sparse_roi_align
     heads.box_head.shared_projection = speed.shared_projection
@@ -38,11 +38,11 @@ def apply_speed(model: C4FasterRCNN, speed: Speed) -> C4FasterRCNN:
 
 
 def optimize(model: C4FasterRCNN, *, winograd: bool = True) -> C4FasterRCNN:
-    """A copy for inference, equal to rounding; the model as trained stays as it is.
+    """Make a faster copy for inference. Its results are equal up to rounding, and `model` does not change.
 
-    Batch norms are folded into convolutions, and layouts are channels-last. On a CPU the RoI head's 3x3 convolutions
-    become Winograd products where those are measured to be faster. Set `winograd=False` where two evaluations must
-    agree to the last bit: the choice depends on a clock.
+    Batch norms are folded into convolutions, and tensors are laid out channels-last. On a CPU, the RoI head's 3x3
+    convolutions become Winograd products where a measurement finds these faster. The measurement may choose
+    differently next time: set `winograd=False` if two evaluations must agree to the last bit.
     """
     fast: C4FasterRCNN = fuse(model)
     if winograd and next(fast.parameters()).device.type == "cpu":
@@ -51,10 +51,10 @@ def optimize(model: C4FasterRCNN, *, winograd: bool = True) -> C4FasterRCNN:
 
 
 def compile_model(model: C4FasterRCNN) -> None:
-    """Run trunk and head through torch.compile from now on, with sizes as symbols: one compilation for all images.
+    """Run trunk and RoI head, without the first block of conv5_x, through torch.compile from now on.
 
-    torch makes exceptions and compiles each once, when it first occurs: batches of several images, a first image that
-    is square, fewer than 16 regions.
+    Sizes are symbolic, so one compilation serves images of all sizes. torch compiles once more for each exception
+    that occurs: a batch of several images, a first image that is square, fewer than 16 regions.
     """
     model.backbone.compile(dynamic=True)
     for block in model.roi_heads.box_head.stage5[1:]:
