@@ -160,7 +160,7 @@ class Regions(Tensor):
         """Answer sizes without crops, send convolutions to `_conv2d`, and give the crops to every other function."""
         if func in _SIZES:
             return super().__torch_function__(func, types, args, kwargs)
-        if func is torch.conv2d and isinstance(args[0], cls):
+        if func is torch.conv2d and args and isinstance(args[0], cls):
             return args[0]._conv2d(*args[1:], **(kwargs or {}))
         return func(*_cropped(args), **_cropped(kwargs or {}))
 
