@@ -73,7 +73,7 @@ def node_paths(graph: fx.Graph) -> dict[fx.Node, _Path]:
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The last node of a graph, its output."""
-    return next(reversed(graph.nodes))
+    return next(iter(reversed(graph.nodes)))
 
 
 def data_flow(graph: fx.Graph, end: fx.Node) -> list[fx.Node]:
