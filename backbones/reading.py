@@ -19,6 +19,12 @@ def load_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
+def load_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file; no tensor is read."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def load_tensors(path: Path) -> Any:
     """The contents of a .safetensors or torch file: tensors, numbers, text and containers."""
     if path.suffix == ".safetensors":

@@ -3,19 +3,21 @@
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model, get_model_weights
+from torchvision.models import WeightsEnum, get_model_weights
 
-from .backbone import IMAGENET, Backbone, Preprocessing
+from .backbone import Backbone, Preprocessing
 from .messages import first_line, misfit
-from .reading import load_with_metadata, read
+from .reading import load_metadata, read
 
+T = TypeVar("T")
 DEFERRED = "deferred"
 NameTable = tuple[tuple[str, str], ...]
 
@@ -43,7 +45,7 @@ def stored_preprocessing(path: str | Path) -> Preprocessing | None:
     """The preprocessing that tools/convert_weights.py stored in the file's metadata, or None."""
     if Path(path).suffix != ".safetensors":
         return None
-    text = read(path, load_with_metadata)[1].get("preprocessing")
+    text = read(path, load_metadata).get("preprocessing")
     return None if text is None else Preprocessing(**json.loads(text))
 
 
@@ -68,15 +70,16 @@ def downloading(source: str, place: str) -> Iterator[None]:
         ) from error
 
 
-def torchvision_network(name: str, weights: str | None) -> tuple[nn.Module, Preprocessing]:
-    """torchvision's network with this name, and its preprocessing; "imagenet_v1" is torchvision's IMAGENET1K_V1."""
-    if weights is None:
-        return get_model(name, weights=None), IMAGENET
+def from_torchvision(name: str, weights: str, load: Callable[[WeightsEnum], T]) -> tuple[T, Preprocessing]:
+    """load(entry) for torchvision's weights of a network, and their preprocessing.
+
+    "imagenet_v1" is torchvision's entry IMAGENET1K_V1. An OSError says what to fetch where the download fails.
+    """
     entry = get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
     with downloading(entry.url, f"put it into {Path(torch.hub.get_dir()) / 'checkpoints'}"):
-        network = get_model(name, weights=entry)
+        loaded = load(entry)
     transforms = entry.transforms()
-    return network, Preprocessing(transforms.mean, transforms.std)
+    return loaded, Preprocessing(transforms.mean, transforms.std)
 
 
 def _torchvision_names(name: str) -> list[str]:
@@ -147,11 +150,10 @@ def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessin
     if weights not in names:
         accepted = ", ".join(names) or "none are published"
         raise ValueError(f"{name} has no weights {weights!r}; accepted: {accepted}, or a file")
-    if from_timm:
-        full_name = f"{_timm_architecture(name)}.{weights.removeprefix('timm/')}"
-        network, preprocessing = timm_network(full_name, pretrained=True)
-    else:
-        network, preprocessing = torchvision_network(name, weights)
+    if not from_timm:
+        return from_torchvision(name, weights, lambda e: e.get_state_dict(progress=True, check_hash=True))
+    full_name = f"{_timm_architecture(name)}.{weights.removeprefix('timm/')}"
+    network, preprocessing = timm_network(full_name, pretrained=True)
     return network.state_dict(), preprocessing
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from detector.command_line import make_parser
 from detector.config import load_config
 from detector.files import write_json
 from detector.tables import format_table
@@ -45,9 +46,7 @@ def main(description: str) -> int:
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(description)
     commands = parser.add_subparsers(required=True)
     for add in (add_inference, add_training, add_scaling, add_loader, add_evaluation):
         add(commands)

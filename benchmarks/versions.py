@@ -9,7 +9,6 @@ A checkout before version 0.1.0 may hold its measurements in `detector/benchmark
 import argparse
 import importlib
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -43,42 +42,30 @@ def load(tree: Path, *names: str) -> list[ModuleType]:
     return modules
 
 
-def prepare(tree: Path, form: str, regions: int, trains: bool) -> Callable[[], float]:
-    """A call that runs the work of a case with the code in `tree`, and gives its seconds."""
-    models, training, settings = load(tree, "models", "training", "settings")
+def prepare(tree: Path, form: str, regions: int, trains: bool) -> Callable[[], dict[str, float]]:
+    """A call that runs the work of a case with the code in `tree`, and gives its seconds by part."""
+    models, training, settings, timing = load(tree, "models", "training", "settings", "timing")
     chosen = settings.Settings(backbone="resnet101")
     if trains:
-        step = training.build_training(chosen, (form,), SIZE, regions)[form]
-        return lambda: step.time()["total"]
+        return training.build_training(chosen, (form,), SIZE, regions)[form].time
     model = models.build_form(form, chosen, models.random_weights("resnet101"))
     models.ForcedProposals(model.rpn)
     models.set_case(model, SIZE, regions)
-    images = models.make_images(chosen, SIZE)
-
-    @torch.inference_mode()
-    def call() -> float:
-        started = time.perf_counter()
-        model(images)
-        return time.perf_counter() - started
-
-    return call
+    images, watch = models.make_images(chosen, SIZE), timing.Stopwatch("cpu")
+    return torch.inference_mode()(lambda: watch.time(lambda: model(images)))
 
 
 def compare(trees: list[Path], case: str, rounds: int) -> dict:
-    """Seconds of both checkouts, whose order changes from round to round; the first round is a warm-up."""
-    calls = [prepare(tree, *CASES[case]) for tree in trees]
-    seconds: list[list[float]] = [[], []]
-    for number in range(rounds + 1):
-        for side in (0, 1) if number % 2 else (1, 0):
-            taken = calls[side]()
-            if number:
-                seconds[side].append(taken)
-    pairs = [after / before for before, after in zip(*seconds, strict=True)]
+    """Seconds of both checkouts in turns, after a warm-up round."""
+    calls = {side: prepare(tree, *CASES[case]) for side, tree in zip(("before", "after"), trees, strict=True)}
+    (timing,) = load(trees[1], "timing")
+    times = timing.alternate(calls, rounds, warmup=1)
+    seconds = {side: parts["total"]["seconds"] for side, parts in times.items()}
     return {
         "case": case,
-        "seconds": dict(zip(("before", "after"), seconds, strict=True)),
-        "medians": [median(s) for s in seconds],
-        "median_of_ratios": median(pairs),
+        "seconds": seconds,
+        "medians": [parts["total"]["median"] for parts in times.values()],
+        "median_of_ratios": median(a / b for b, a in zip(*seconds.values(), strict=True)),
     }
 
 

@@ -4,7 +4,6 @@ A stopped extraction continues where it was. Under torchrun, the processes share
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .data.images import load_image
 from .feature_files import NpzFolder, TsvFile
 from .features import extract_regions, read_boxes
-from .files import write_json
+from .files import read_json, write_json
 from .inference import Detector, choose_device, to_tensor
 from .progress import Progress
 
@@ -113,7 +112,7 @@ def _check_settings(output: Path, is_npz: bool, settings: dict[str, Any]) -> Non
     path = output / "extraction.json" if is_npz else output.with_suffix(".json")
     if not path.exists():
         return write_json(path, settings, indent=1)
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     other = [name for name, value in settings.items() if before.get(name) != value]
     if other:
         raise ValueError(

@@ -1,6 +1,5 @@
 """A run: one training with its data, its state and its files in one folder."""
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,6 @@ from .checkpoint import (
 )
 from .config import Config
 from .curves import plot_curves
-from .data.dataset import DetectionDataset
 from .data.loader import TrainBatches, TransformedDataset, build_loader
 from .data.sources import build_dataset
 from .data.transforms import TrainTransform
@@ -30,9 +28,8 @@ from .describe import describe
 from .engine import AMP_DTYPES, train_one_epoch
 from .evaluate import Evaluation
 from .evaluation.coco import evaluate_coco
-from .files import write_atomically, write_json
+from .files import read_json, write_atomically, write_json
 from .first_batch import save_first_batch
-from .model.faster_rcnn import C4FasterRCNN
 from .model.speed import apply_speed
 from .progress import Progress
 from .run_log import RunLog, StepLog
@@ -131,7 +128,7 @@ class Run:
             unimproved = f"no better {options.best_metric} in {options.patience} evaluations"
             print(f"{unimproved}: stopping early", flush=True)
         best = self.folder / BEST_METRICS
-        return json.loads(best.read_text(encoding="utf-8")) if best.exists() else {}
+        return read_json(best) if best.exists() else {}
 
     @property
     def is_done(self) -> bool:
@@ -151,10 +148,8 @@ class Run:
         training, options = self.training, self.config.train
         self.batches.set_epoch(training.epoch, training.batch)
         num_left = max(1, len(self.train_set) - training.batch * options.batch_size)
-        title, epochs_left = (
-            f"epoch {training.epoch + 1}/{options.epochs}",
-            options.epochs - training.epoch - 1,
-        )
+        title = f"epoch {training.epoch + 1}/{options.epochs}"
+        epochs_left = options.epochs - training.epoch - 1
         with Progress(num_left, title, epochs_left=epochs_left) as progress:
             steps = StepLog(log, progress, training, options.log_every)
 
@@ -211,7 +206,7 @@ class Run:
         save_training_state(self.folder / STATE, state)
 
     def _checkpoint(self, metrics: dict[str, Any]) -> Checkpoint:
-        model: C4FasterRCNN = self.training.evaluated_model
+        model = self.training.evaluated_model
         names, preprocessing = self.train_set.class_names, model.transform.preprocessing
         return Checkpoint(model.state_dict(), self.config, names, preprocessing, metrics)
 
@@ -222,7 +217,7 @@ class Run:
             )
 
     def _check_classes(self, state: dict[str, Any] | None) -> None:
-        dataset: DetectionDataset = self.train_set
+        dataset = self.train_set
         if state is not None and tuple(state["class_names"]) != dataset.class_names:
             raise ValueError(
                 f"{self.folder} was trained on classes {state['class_names']}, not {dataset.class_names}"

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from backbones import Preprocessing, backbone_options, create_backbone, list_backbones, weights
+from backbones import Preprocessing, backbone_options, create_backbone, list_backbones
+from backbones.cut import libraries
 from backbones.cut.split import layer_path
 from backbones.fuse import fuse
 from detector.config import parse_config
@@ -134,12 +135,12 @@ def test_frozen_norm_keeps_the_statistics_of_its_weights(name, tmp_path):
 
 def test_published_weights_come_from_the_library_by_their_name_with_their_preprocessing(monkeypatch):
     asked = []
-    create, get = timm.create_model, weights.get_model
+    create, get = timm.create_model, libraries.get_model
     monkeypatch.setattr(
         timm, "create_model", lambda n, pretrained: asked.append((n, pretrained)) or create(n)
     )
     monkeypatch.setattr(
-        weights,
+        libraries,
         "get_model",
         lambda n, weights: asked.append((n, weights.name)) or get(n, weights=None),
     )

@@ -1,19 +1,19 @@
 """torchvision's and timm's classifiers as backbones, cut by tracing: "torchvision/NAME" and "timm/NAME"."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models import list_models
+from torchvision.models import get_model, list_models
 
-from ..backbone import NUM_TRUNK_STAGES, Backbone, Preprocessing
+from ..backbone import IMAGENET, NUM_TRUNK_STAGES, Backbone, Preprocessing
 from ..layers import FrozenBatchNorm, norm_layer
 from ..messages import check_choice, nearest
 from ..registry import register_library
 from ..weights import (
     DEFERRED,
+    from_torchvision,
     import_timm,
     load_into,
     published_weights,
@@ -21,7 +21,6 @@ from ..weights import (
     stored_preprocessing,
     timm_network,
     timm_tags,
-    torchvision_network,
 )
 from .split import cut_network, layer_path
 
@@ -45,8 +44,13 @@ def torchvision_backbone(
     name: str, *, weights: str | None = None, norm: str = "batch", frozen_stages: int = 0
 ) -> Backbone:
     """A torchvision classifier, cut by `cut_classifier`. The weights "imagenet_v1" are torchvision's IMAGENET1K_V1."""
+
+    def build(tag: str | None) -> tuple[nn.Module, Preprocessing]:
+        if tag is None:
+            return get_model(name, weights=None), IMAGENET
+        return from_torchvision(name, tag, lambda entry: get_model(name, weights=entry))
+
     published = published_weights(name)
-    build = partial(torchvision_network, name)
     return cut_classifier(f"torchvision/{name}", build, published, weights, norm, frozen_stages)
 
 
