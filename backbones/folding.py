@@ -1,14 +1,20 @@
 """Fold a batch norm with fixed statistics into the convolution before it, in training and for inference."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from .kernels.cudnn import conv_relu, fuses
 from .kernels.gradients import conv2d
+
+# A frozen norm -> its four tensors with their versions, and the scale and shift made of them. Five small kernels a norm
+# and step would cost a GPU more time than some convolutions do.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 
 
 class FoldingSequential(nn.Sequential):
@@ -17,29 +23,60 @@ class FoldingSequential(nn.Sequential):
     A convolution and the frozen norm behind it run as conv(x, w * scale) + shift. That saves the norm's pass over the
     map and the copies it would keep. `fold_norms = False` leaves the norm apart. Without gradients the layers run as
     in any `nn.Sequential`.
+    On a GPU, a convolution and the ReLU behind it run in one pass, with and without gradients.
     """
 
     fold_norms = True
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')"""
-        for step in self._steps() if torch.is_grad_enabled() else self:
+        for step in self._steps() if torch.is_grad_enabled() or x.device.type == "cuda" else self:
             x = step(x)
         return x
 
+    def joined(self, x: Tensor, addend: Tensor) -> Tensor:
+        """relu(self(x) + addend), in one pass with the last convolution where the device can."""
+        *steps, last = self._steps()
+        for step in steps:
+            x = step(x)
+        if isinstance(last, _Convolution) and not last.has_relu and fuses(x):
+            return replace(last, has_relu=True)(x, addend)
+        return torch.relu_(last(x).add_(addend))
+
     def _steps(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The calls that run the layers."""
-        layers, folded = list(self), None
-        for layer, after in pairwise([*layers, None]):
-            if layer is folded:
-                folded = None
-            elif not _is_plain(layer):
+        layers = deque(self)
+        while layers:
+            layer = layers.popleft()
+            if not _is_plain(layer):
                 yield layer
-            elif self.fold_norms and isinstance(after, FrozenBatchNorm2d) and is_foldable(layer, after):
-                folded = after
-                yield partial(_convolve, layer, *fold(layer, after))
-            else:
-                yield partial(_convolve, layer, layer.weight, layer.bias)
+                continue
+            weight, bias, after = layer.weight, layer.bias, layers[0] if layers else None
+            if torch.is_grad_enabled() and self.fold_norms and _is_frozen_norm(layer, after):
+                weight, bias = fold(layer, layers.popleft())
+            has_relu = bool(layers) and type(layers[0]) is nn.ReLU and not has_hooks(layers[0])
+            if has_relu:
+                layers.popleft()
+            yield _Convolution(layer, weight, bias, has_relu)
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A call of `conv` with another weight and bias, and a ReLU behind it if `has_relu`."""
+
+    conv: nn.Conv2d
+    weight: Tensor
+    bias: Tensor | None
+    has_relu: bool
+
+    def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W'). An addend needs `has_relu` and a map that `fuses` takes."""
+        conv = self.conv
+        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+        if self.has_relu and conv.groups == 1 and fuses(x):
+            return conv_relu(x, self.weight, self.bias, geometry, addend)
+        y = conv2d(x, self.weight, self.bias, *geometry)
+        return torch.relu_(y) if self.has_relu else y
 
 
 def use_folding(module: nn.Module) -> None:
@@ -69,7 +106,7 @@ def is_foldable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
         and isinstance(norm, (nn.BatchNorm2d, FrozenBatchNorm2d))
         and norm.running_mean is not None
         and not hasattr(norm, "act")
-        and not (_has_hooks(conv) or _has_hooks(norm))
+        and not (has_hooks(conv) or has_hooks(norm))
     )
 
 
@@ -78,11 +115,28 @@ def fold(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype | None = None) -> 
 
     They are computed in `dtype` (None: the weights' own). Gradients flow to the weights of conv and norm.
     """
-    tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    weight, bias, mean, variance, scale, shift = (t if t is None else t.to(dtype or t.dtype) for t in tensors)
-    scale = (variance + norm.eps).rsqrt() * (1 if scale is None else scale)
-    shift = (0 if shift is None else shift) - mean * scale
+    weight, bias = (t if t is None else t.to(dtype or t.dtype) for t in (conv.weight, conv.bias))
+    scale, shift = _scale_and_shift(norm, dtype)
     return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
+
+
+def _scale_and_shift(norm: nn.Module, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """The (C',) scale and shift of norm(x) = x * scale + shift. Those of a frozen norm are kept until it changes."""
+    tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    if dtype is not None or not isinstance(norm, FrozenBatchNorm2d):
+        return _compute(norm, *(t if t is None else t.to(dtype or t.dtype) for t in tensors))
+    state = [(t, t._version) for t in tensors]
+    known = _KNOWN.get(norm)
+    if known is None or any(t is not u or v != w for (t, v), (u, w) in zip(state, known[0], strict=True)):
+        known = _KNOWN[norm] = state, _compute(norm, *tensors)
+    return known[1]
+
+
+def _compute(
+    norm: nn.Module, mean: Tensor, variance: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scale = (variance + norm.eps).rsqrt() * (1 if scale is None else scale)
+    return scale, (0 if shift is None else shift) - mean * scale
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
@@ -91,16 +145,15 @@ def _is_plain(layer: nn.Module | None) -> bool:
         type(layer) is nn.Conv2d
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
-        and not _has_hooks(layer)
+        and not has_hooks(layer)
     )
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def _is_frozen_norm(layer: nn.Module, after: nn.Module | None) -> bool:
+    return isinstance(after, FrozenBatchNorm2d) and is_foldable(layer, after)
+
+
+def has_hooks(layer: nn.Module) -> bool:
     return bool(
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )
-
-
-def _convolve(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """conv(x) with another weight and bias, (N, C, H, W) -> (N, C', H', W')."""
-    return conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -9,6 +9,8 @@ Letters: N images, C channels, H x W map, R regions, P x Q bins per region.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from .messages import check_choice
 # The most regions that a head takes at once without gradients. The largest activation has 0.4 MB per region. 64 regions
 # stay below the 32 MB that the C allocator keeps for the next part: fresh pages cost more time than the sums in them.
 CPU_REGIONS, GPU_REGIONS = 64, 1024
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class RegionPool(MultiScaleRoIAlign):
@@ -39,8 +42,8 @@ class RegionPool(MultiScaleRoIAlign):
         stride: image pixels per map position.
         aligned: as in `bin_weights`; a ValueError with `mode="max"`.
         mode: "align" averages bilinear samples (He et al. 2017), "max" is RoIPool (Girshick 2015).
-        sparse: compute RoIAlign as a sparse product where that is faster, equal to rounding; False: torchvision's
-            kernel.
+        sparse: compute RoIAlign by our kernels, equal to rounding: as a sparse product on a CPU, by Triton on a GPU.
+            False: torchvision's kernel.
         max_regions: the most regions that a head takes at once without gradients. It bounds the head's memory for
             any number of proposals. None: 64 on a CPU, 1024 elsewhere.
     """
@@ -81,11 +84,26 @@ class RegionPool(MultiScaleRoIAlign):
         """Whether this pool reads this (N, C, H, W) map by the sparse product."""
         return self.sparse and self.mode == "align" and _prefers_sparse(features)
 
-    def crop(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
-        """(N, C, H, W) and N x (R_i, 4) boxes in pixels -> (R, C, P, Q), cropped at once."""
+    def crop(self, features: Tensor, boxes: list[Tensor], stride: int = 1) -> Tensor:
+        """(N, C, H, W) and N x (R_i, 4) boxes in pixels -> every `stride`-th bin of (R, C, P, Q), cropped at once."""
         if self.is_sparse(features):
-            return sparse_roi_align(features, self.bin_weights(features, boxes))
-        return self._dense(features, boxes)
+            weights = self.bin_weights(features, boxes)
+            return sparse_roi_align(features, weights.select(slice(None, None, stride)))
+        images, flat = flatten_boxes(boxes, features.shape[0])
+        rois = torch.cat((images[:, None], flat), dim=1)
+        if self.sparse and self.mode == "align" and _prefers_triton(features):
+            from .kernels.triton_roi_align import triton_roi_align
+
+            return triton_roi_align(
+                features,
+                rois.float(),
+                self.output_size,
+                spatial_scale=1 / self.stride,
+                sampling_ratio=self.sampling_ratio,
+                aligned=self.aligned,
+                stride=stride,
+            )
+        return self._dense(features, rois)[:, :, ::stride, ::stride]
 
     def bin_weights(self, features: Tensor, boxes: list[Tensor]) -> BinWeights:
         """The weights by which this pool reads any map of the same N, H and W as `features` (N, C, H, W).
@@ -104,22 +122,21 @@ class RegionPool(MultiScaleRoIAlign):
             aligned=self.aligned,
         )
 
-    def _dense(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
-        """`crop` by torchvision's kernels, (N, C, H, W) and N x (R_i, 4) boxes -> (R, C, P, Q).
+    def _dense(self, features: Tensor, rois: Tensor) -> Tensor:
+        """`crop` by torchvision's kernels, (N, C, H, W) and (R, 5) image and box -> (R, C, P, Q).
 
         The kernels want one dtype for map and boxes. It is float32 at least: 16 bits would move the boxes by pixels.
         """
         dtype = torch.promote_types(features.dtype, torch.float32)
-        images, flat = flatten_boxes(boxes, features.shape[0])
-        rois = torch.cat((images[:, None], flat), dim=1).to(dtype)
-        wide = features.to(dtype)
-        if self.mode == "max":
-            pooled = torchvision.ops.roi_pool(wide, rois, self.output_size, 1 / self.stride)
-        else:
-            pooled = torchvision.ops.roi_align(
-                wide, rois, self.output_size, 1 / self.stride, self.sampling_ratio, self.aligned
-            )
-        return pooled.to(features.dtype)
+        wide, scale = features.to(dtype), 1 / self.stride
+        pooled = []
+        for part in rois.to(dtype).split(max_kernel_regions(features.shape[1], self.output_size)):
+            if self.mode == "max":
+                pooled.append(torchvision.ops.roi_pool(wide, part, self.output_size, scale))
+            else:
+                options = (self.output_size, scale, self.sampling_ratio, self.aligned)
+                pooled.append(torchvision.ops.roi_align(wide, part, *options))
+        return (pooled[0] if len(pooled) == 1 else torch.cat(pooled)).to(features.dtype)
 
     def __repr__(self) -> str:
         return (
@@ -238,7 +255,7 @@ class Regions(Tensor):
     def _read(self, features: Tensor, stride: int) -> Tensor:
         """Every `stride`-th bin of the regions, (N, C', H, W) -> (R, C', ceil(P/stride), ceil(Q/stride))."""
         if not self.pool.is_sparse(features):
-            return self.pool.crop(features, self.boxes)[:, :, ::stride, ::stride]
+            return self.pool.crop(features, self.boxes, stride)
         if 1 not in self._weights:
             self._weights[1] = self.pool.bin_weights(features, self.boxes)
         if stride not in self._weights:
@@ -268,6 +285,26 @@ def _prefers_sparse(features: Tensor) -> bool:
     It is faster on a CPU, and is used only there. Exporters get torchvision's operator, which they know.
     """
     return features.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+
+
+def _prefers_triton(features: Tensor) -> bool:
+    """Whether to read this (N, C, H, W) map by the Triton kernel."""
+    is_plain = not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+    return features.is_cuda and features.dtype in _TRITON_DTYPES and is_plain and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def max_kernel_regions(channels: int, output_size: tuple[int, int]) -> int:
+    """The most regions that torchvision's CUDA kernels take.
+
+    They count the R * C * P * Q outputs in 32 bits, and their loop adds its stride, up to 2**21, before it compares.
+    Beyond that they read outside their memory, or return zeros.
+    """
+    return max(1, (2**31 - 2**21 - 1) // (channels * output_size[0] * output_size[1]))
 
 
 def _only_map(x: dict[str, Tensor] | Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from backbones.weights import DEFERRED, load_into
 from detector.model.faster_rcnn import build_faster_rcnn
 from detector.model.speed import Speed, apply_speed, compile_model, optimize
 
-from .settings import Settings, Size
+from .settings import DTYPES, Settings, Size
 
 INFERENCE_FORMS = ("stock", "stock_channels_last", "ours", "ours_direct", "ours_optimized", "ours_compiled")
 
@@ -56,8 +56,8 @@ def build_form(
 ) -> FasterRCNN:
     """Build the detector in one form, in evaluation or training mode. options: arguments of FasterRCNN.
 
-    In training, batch norm, the stem and conv2_x are frozen. Winograd products are for float32 only: in bf16 they take
-    3.5 times the convolution's time.
+    In training, batch norm, the stem and conv2_x are frozen. Optimised forms are cast to `settings.dtype`; the others
+    run under autocast.
     """
     if form.startswith("stock"):
         model = stock_detector(settings, weights, training, **options)
@@ -66,7 +66,7 @@ def build_form(
     _seed_outputs(model)
     model = model.to(settings.device).train(training)
     if form in ("ours_direct", "ours_optimized", "ours_compiled"):
-        model = optimize(model, winograd=form != "ours_direct" and settings.dtype == "float32")
+        model = optimize(model, winograd=form != "ours_direct", dtype=DTYPES[settings.dtype] or torch.float32)
     if form == "ours_compiled":
         compile_model(model)
     return model if form == "stock" else model.to(memory_format=torch.channels_last)

@@ -99,7 +99,10 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in self._parts}
         counters = {name: getattr(self, name) for name in self._counters}
-        return {**parts, **counters, "torch_rng": torch.get_rng_state()}
+        states = {"torch_rng": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            states["cuda_rng"] = torch.cuda.get_rng_state(self._device)
+        return {**parts, **counters, **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self._parts:
@@ -116,6 +119,12 @@ class Training:
         for name in self._counters:
             setattr(self, name, state[name])
         torch.set_rng_state(state["torch_rng"])
+        if self._device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def _parts(self) -> list[str]:

@@ -21,6 +21,7 @@ from .model.speed import optimize as optimize_model
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Boxes = Tensor | np.ndarray | Sequence[Sequence[float]]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,22 @@ class Detector:
         *,
         optimize: bool = True,
         compile: bool = False,
+        dtype: str = "float32",
     ) -> "Detector":
         """Load a detector from the path of a checkpoint, or from a `Checkpoint` in memory.
 
         device: None chooses the GPU if there is one, else the CPU.
         optimize: use the fused form of the network, equal up to rounding; False keeps the modules as trained.
         compile: run trunk and head through torch.compile, once for all image sizes (a minute at the first image).
+        dtype: "float32", "bf16" or "fp16", of trunk and RoI head; the last two need `optimize`.
         """
+        check_choice("dtype", dtype, DTYPES)
+        if dtype != "float32" and not optimize:
+            raise ValueError(f"dtype={dtype!r} casts the optimised network, and optimize is False")
         checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
         model = apply_speed(checkpoint.build(), checkpoint.config.speed).to(choose_device(device))
         if optimize:
-            model = optimize_model(model)
+            model = optimize_model(model, dtype=DTYPES[dtype])
         if compile:
             compile_model(model)
         return cls(model, checkpoint.class_names, choose_device(device))
@@ -129,7 +135,9 @@ class Detector:
             class_agnostic_nms=class_agnostic_nms,
         )[0]
         found = {name: value.cpu() for name, value in found.items()}
-        return Detections(class_names=self.class_names, features=found.pop("vectors", None), **found)
+        vectors = found.pop("vectors", None)
+        features = None if vectors is None else vectors.float()
+        return Detections(class_names=self.class_names, features=features, **found)
 
     @torch.inference_mode()
     def features(self, image: Picture, boxes: Boxes, *, channel_order: str = "rgb") -> Tensor:
@@ -139,7 +147,7 @@ class Detector:
         call `detector(image, features=True)`.
         """
         tensor = to_tensor(image, channel_order).to(self.device)
-        return self.model.region_vectors([tensor], [check_boxes(boxes).to(self.device)])[0].cpu()
+        return self.model.region_vectors([tensor], [check_boxes(boxes).to(self.device)])[0].float().cpu()
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
@@ -149,6 +157,9 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            # Pinned memory, peaks of memory and streams are those of the current device.
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(

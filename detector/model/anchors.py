@@ -38,11 +38,16 @@ class MapAnchors(AnchorGenerator):
         self.cell_anchors = [cells]
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """One map (N, C4, H, W) -> N x (H * W * A, 4) anchors, xyxy in pixels, in the order (y, x, anchor)."""
-        if self.stride == "grid":
-            return super().forward(image_list, feature_maps)
+        """One map (N, C4, H, W) -> N x (H * W * A, 4) anchors, xyxy in pixels, in the order (y, x, anchor).
+
+        They are float32 at least. In bfloat16 they would be off by pixels.
+        """
         features = feature_maps[0]
-        self.set_cell_anchors(features.dtype, features.device)
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        if self.stride == "grid":
+            # torchvision takes size, dtype and device of the map, and reads no element.
+            return super().forward(image_list, [features.new_empty((), dtype=dtype).expand(features.shape)])
+        self.set_cell_anchors(dtype, features.device)
         stride = torch.tensor(STRIDE, device=features.device)
         anchors = self.grid_anchors([features.shape[-2:]], [[stride, stride]])[0]
         return [anchors for _ in image_list.image_sizes]

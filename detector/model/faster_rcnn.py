@@ -81,7 +81,8 @@ class C4FasterRCNN(FasterRCNN):
             for image, target in zip(images, of_image, strict=True)
         ]
         batch, targets = self.transform(images, targets)
-        return Encoded(batch, self.backbone(batch.tensors), sizes, targets)
+        features = self.backbone(batch.tensors.to(next(self.backbone.parameters()).dtype))
+        return Encoded(batch, features, sizes, targets)
 
     def propose(self, encoded: Encoded) -> Proposals:
         """The map (N, C4, h, w) -> N x (M, 4) proposals, and the RPN's losses if there are targets."""

@@ -15,7 +15,7 @@ class Speed(Section):
     """Speed settings. They may change when a run resumes or starts from other weights.
 
     shared_projection: run the 1x1 convolutions that open conv5_x once on the map, not once a region.
-    sparse_roi_align: compute RoIAlign as a sparse product where that is faster (on a CPU).
+    sparse_roi_align: compute RoIAlign by our kernels: as a sparse product on a CPU, by Triton on a GPU.
     fold_norms: run a frozen norm as part of its convolution in training.
     activation_checkpointing: recompute activations in the backward pass: less memory for more time.
     """
@@ -37,15 +37,23 @@ def apply_speed(model: C4FasterRCNN, speed: Speed) -> C4FasterRCNN:
     return model
 
 
-def optimize(model: C4FasterRCNN, *, winograd: bool = True) -> C4FasterRCNN:
+def optimize(
+    model: C4FasterRCNN, *, winograd: bool = True, dtype: torch.dtype = torch.float32
+) -> C4FasterRCNN:
     """Make a faster copy for inference. Its results are equal up to rounding, and `model` does not change.
 
     Batch norms are folded into convolutions, and tensors are laid out channels-last. On a CPU, the RoI head's 3x3
     convolutions become Winograd products where a measurement finds these faster. The measurement may choose
     differently next time: set `winograd=False` if two evaluations must agree to the last bit.
+    dtype: of trunk, RoI head and the RPN's 3x3 convolution. The layers behind them stay as they are, since 16 bits are
+    too few to rank scores or to decode boxes by.
     """
     fast: C4FasterRCNN = fuse(model)
-    if winograd and next(fast.parameters()).device.type == "cpu":
+    parameter = next(fast.parameters())
+    if dtype != torch.float32:
+        for part in (fast.backbone, fast.roi_heads.box_head, fast.rpn.head.conv):
+            part.to(dtype)
+    elif winograd and parameter.device.type == "cpu":
         use_winograd(fast.roi_heads.box_head.stage5, CPU_REGIONS)
     return fast.to(memory_format=torch.channels_last)
 
