@@ -209,8 +209,7 @@ def train_one_epoch(
     for batch in loader:
         images, targets = to_device(batch, device)
         image_ids = [target["image_id"] for target in targets]
-        position = training.epoch * num_batches + training.batch
-        model.seed_sampling([(seed, position, image_id) for image_id in image_ids])
+        model.seed_sampling([(seed, training.epoch, image_id) for image_id in image_ids])
         with autocast(device, amp_dtype):
             losses = model(images, targets)
         training.scaler.scale(sum(losses.values()) / accumulate).backward()

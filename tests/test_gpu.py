@@ -25,8 +25,8 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 ROOT = Path(__file__).resolve().parent.parent
-# The limits of benchmarks/README.md: reads from the device that stop the host.
-MAX_SYNCS = {"training image": 20, "training step": 10, "inference image": 24}
+# How often the host may wait for the device, an image.
+MAX_SYNCS = {"training": 8, "inference": 10}
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +176,7 @@ def test_detection_reads_seldom_from_the_device(model):
     images = [i.to(CUDA) for i in images]
     one, four = (count_syncs(lambda n=n: fast.detect(images[:n])) for n in (1, 4))
     print(f"syncs: {one} for 1 image, {four} for 4")
-    assert (four - one) / 3 <= MAX_SYNCS["inference image"]
+    assert four <= 4 * MAX_SYNCS["inference"]
 
 
 def test_a_training_step_reads_seldom_from_the_device(model):
@@ -191,8 +191,7 @@ def test_a_training_step_reads_seldom_from_the_device(model):
 
     one, four = (count_syncs(lambda n=n: step(n)) for n in (1, 4))
     print(f"syncs: {one} for 1 image, {four} for 4")
-    assert (four - one) / 3 <= MAX_SYNCS["training image"]
-    assert one - (four - one) / 3 <= MAX_SYNCS["training step"]
+    assert four <= 4 * MAX_SYNCS["training"] + 2
 
 
 # Runs
@@ -229,7 +228,7 @@ def test_infer_runs_on_the_device(tiny_shapes, tiny_config, tmp_path):
     command = [
         sys.executable,
         "tools/infer.py",
-        str(next(Path(tiny_shapes).rglob("*.png"))),
+        str(tiny_shapes),
         "--device",
         "cuda",
     ]

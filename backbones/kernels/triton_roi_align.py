@@ -74,34 +74,58 @@ def _pool(
 
 
 @triton.jit
+def _share(start, bin_size, bins, samples, length, position):
+    """The weight that each bin gives to a position along an axis, for `bins` and `position` of shapes that broadcast."""
+    total = (bins + position) * 0.0
+    for i in range(samples.to(tl.int32)):
+        low, high, lower, upper = _corner(start, bin_size, bins, i, samples, length)
+        total += tl.where(low == position, lower, 0.0) + tl.where(high == position, upper, 0.0)
+    return total / tl.maximum(samples, 1.0)
+
+
+@triton.jit
+def _support(start, bin_size, num_bins, samples, length):
+    """The first and the last position of the map that a region reads along an axis."""
+    half = 0.5 * bin_size / tl.maximum(samples, 1.0)
+    first = tl.minimum(tl.maximum(start + half, 0.0), length - 1.0)
+    last = tl.minimum(tl.maximum(start + num_bins * bin_size - half, 0.0), length - 1.0)
+    return tl.floor(first).to(tl.int32), tl.minimum(tl.floor(last).to(tl.int32) + 1, length - 1)
+
+
+@triton.jit
 def _spread(
     grad, rois, grad_map, channels, height, width, scale, shift, num_rows, num_columns, rows, columns,
     stride: tl.constexpr, aligned: tl.constexpr, ratio: tl.constexpr, block_q: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of `_pool`: grad (R, P', Q', C) is added to the float32 map grad_map (N, H, W, C)."""
-    r, p = (tl.program_id(0) // rows).to(tl.int64), tl.program_id(0) % rows
+    """The gradient of `_pool`, a region and `block_c` channels: grad (R, P', Q', C) is added to grad_map (N, H, W, C).
+
+    The bins are added up in the two axes, one after the other, before anything is written. A region writes each
+    position of the map once, not once for each sample: that is 30 times less for most objects.
+    """
+    r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * block_c + tl.arange(0, block_c)
-    q = tl.arange(0, block_q)
+    q, ahead = tl.arange(0, block_q), tl.arange(0, 16)
     y_start, bin_height, y_samples = _extent(rois, r, 1, scale, shift, num_rows, aligned, ratio)
     x_start, bin_width, x_samples = _extent(rois, r, 0, scale, shift, num_columns, aligned, ratio)
+    y_first, y_last = _support(y_start, bin_height, num_rows, y_samples, height)
+    x_first, x_last = _support(x_start, bin_width, num_columns, x_samples, width)
     image = tl.load(rois + r * 5).to(tl.int64) * height * width
     mask = (q < columns)[:, None] & (c < channels)[None, :]
-    given = grad + ((r * rows + p) * columns + q)[:, None] * channels + c[None, :]
-    share = tl.load(given, mask=mask, other=0.0).to(tl.float32)
-    share = share / tl.maximum(y_samples * x_samples, 1.0)
-    for i in range(y_samples.to(tl.int32)):
-        y0, y1, wy0, wy1 = _corner(y_start, bin_height, p * stride, i, y_samples, height)
-        for j in range(x_samples.to(tl.int32)):
-            x0, x1, wx0, wx1 = _corner(x_start, bin_width, q * stride, j, x_samples, width)
-            upper, lower = (
-                grad_map + (image + y0 * width) * channels,
-                grad_map + (image + y1 * width) * channels,
-            )
-            left, right = (x0 * channels)[:, None] + c[None, :], (x1 * channels)[:, None] + c[None, :]
-            tl.atomic_add(upper + left, (wy0 * wx0)[:, None] * share, mask=mask, sem="relaxed")
-            tl.atomic_add(upper + right, (wy0 * wx1)[:, None] * share, mask=mask, sem="relaxed")
-            tl.atomic_add(lower + left, (wy1 * wx0)[:, None] * share, mask=mask, sem="relaxed")
-            tl.atomic_add(lower + right, (wy1 * wx1)[:, None] * share, mask=mask, sem="relaxed")
+    given = grad + r * rows * columns * channels + q[:, None] * channels + c[None, :]
+    for y in range(y_first, y_last + 1):
+        along = tl.zeros((block_q, block_c), tl.float32)
+        for p in range(rows):
+            weight = _share(y_start, bin_height, p * stride, y_samples, height, y)
+            if weight != 0.0:
+                row = given + p * columns * channels
+                along += weight * tl.load(row, mask=mask, other=0.0).to(tl.float32)
+        for x_block in range(x_first, x_last + 1, 16):
+            x = x_block + ahead
+            weights = _share(x_start, bin_width, (q * stride)[None, :], x_samples, width, x[:, None])
+            total = tl.dot(weights, along, input_precision="ieee")
+            target = grad_map + (image + y * width + x)[:, None] * channels + c[None, :]
+            inside = (x <= x_last)[:, None] & (c < channels)[None, :]
+            tl.atomic_add(target, total, mask=inside, sem="relaxed")
 
 
 def triton_roi_align(
@@ -132,7 +156,7 @@ class _RoIAlign(torch.autograd.Function):
         positions = features.detach().permute(0, 2, 3, 1).contiguous()
         rows, columns = _bins(options)
         pooled = positions.new_empty(len(rois), rows, columns, features.shape[1])
-        _launch(_pool, positions, rois, pooled, features.shape, options)
+        _launch(_pool, positions, rois, pooled, features.shape, options, rows, 1)
         return pooled.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -142,7 +166,7 @@ class _RoIAlign(torch.autograd.Function):
         n, channels, height, width = ctx.shape
         grad_map = grad.new_zeros(n, height, width, channels, dtype=torch.float32)
         given = grad.permute(0, 2, 3, 1).contiguous()
-        _launch(_spread, given, *ctx.saved_tensors, grad_map, ctx.shape, ctx.options)
+        _launch(_spread, given, *ctx.saved_tensors, grad_map, ctx.shape, ctx.options, 1, 16)
         return grad_map.permute(0, 3, 1, 2).to(ctx.dtype), None, None
 
 
@@ -152,15 +176,24 @@ def _bins(options: tuple) -> tuple[int, int]:
     return -(-rows // stride), -(-columns // stride)
 
 
-def _launch(kernel, source: Tensor, rois: Tensor, target: Tensor, shape: torch.Size, options: tuple) -> None:
-    """Run `kernel` with a program for each row of bins and block of channels."""
+def _launch(
+    kernel,
+    source: Tensor,
+    rois: Tensor,
+    target: Tensor,
+    shape: torch.Size,
+    options: tuple,
+    programs: int,
+    least_q: int,
+) -> None:
+    """Run `kernel` with `programs` programs for each region and block of channels, and blocks of `least_q` bins."""
     (num_rows, num_columns), scale, ratio, aligned, stride = options
     (rows, columns), (_, channels, height, width) = _bins(options), shape
     if not len(rois):
         return
-    kernel[(len(rois) * rows, triton.cdiv(channels, _BLOCK))](
+    kernel[(len(rois) * programs, triton.cdiv(channels, _BLOCK))](
         source, rois, target, channels, height, width, scale, 0.5 if aligned else 0.0,
         num_rows, num_columns, rows, columns,
         stride=stride, aligned=aligned, ratio=max(ratio, 0),
-        block_q=triton.next_power_of_2(columns), block_c=_BLOCK,
+        block_q=max(least_q, triton.next_power_of_2(columns)), block_c=_BLOCK,
     )  # fmt: skip

@@ -48,8 +48,7 @@ class MapAnchors(AnchorGenerator):
             # torchvision takes size, dtype and device of the map, and reads no element.
             return super().forward(image_list, [features.new_empty((), dtype=dtype).expand(features.shape)])
         self.set_cell_anchors(dtype, features.device)
-        stride = torch.tensor(STRIDE, device=features.device)
-        anchors = self.grid_anchors([features.shape[-2:]], [[stride, stride]])[0]
+        anchors = self.grid_anchors([features.shape[-2:]], [[STRIDE, STRIDE]])[0]
         return [anchors for _ in image_list.image_sizes]
 
 

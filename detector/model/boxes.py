@@ -1,4 +1,4 @@
-"""Check the boxes that callers give."""
+"""Boxes: check those that callers give, and code them as deltas."""
 
 from numbers import Real
 from typing import Any
@@ -6,6 +6,33 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder as TorchvisionBoxCoder
+from torchvision.models.detection._utils import encode_boxes
+
+
+class BoxCoder(TorchvisionBoxCoder):
+    """torchvision's box coder, with the same numbers, that copies no constants to the device on each call."""
+
+    def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
+        """Boxes (M, 4) and proposals (M, 4) -> deltas (M, 4)."""
+        weights = proposals.new_empty(4)
+        for i, weight in enumerate(self.weights):
+            weights[i].fill_(weight)
+        return encode_boxes(reference_boxes, proposals, weights)
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Deltas (M, 4K) and boxes (M, 4) -> boxes (M, 4K)."""
+        boxes = boxes.to(rel_codes.dtype)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        # (M, 1, 2) and (M, K, 4)
+        sides, centers = sides[:, None], (boxes[:, :2] + 0.5 * sides)[:, None]
+        deltas = rel_codes.reshape(len(rel_codes), -1, 4)
+        wx, wy, ww, wh = self.weights
+        moved = torch.stack((deltas[..., 0] / wx, deltas[..., 1] / wy), -1) * sides + centers
+        grown = torch.stack((deltas[..., 2] / ww, deltas[..., 3] / wh), -1).clamp(max=self.bbox_xform_clip)
+        half = 0.5 * (torch.exp(grown) * sides)
+        return torch.cat((moved - half, moved + half), -1).reshape(rel_codes.shape)
+
 
 ACCEPTED = "[x1, y1, x2, y2] in pixels of the picture with x2 > x1 and y2 > y1"
 

@@ -74,7 +74,9 @@ class C4FasterRCNN(FasterRCNN):
             ValueError: a box is not finite or has no area.
         """
         for i, target in enumerate(targets or ()):
-            check_boxes(target["boxes"], f"image {i}: box")
+            # The loader's boxes, which have `original_size`, were checked when they were read.
+            if "original_size" not in target:
+                check_boxes(target["boxes"], f"image {i}: box")
         of_image = targets or [{}] * len(images)
         sizes = [
             tuple(int(side) for side in target.get("original_size", image.shape[-2:]))

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import clip_boxes_to_image
 
 from backbones import Preprocessing
@@ -68,6 +68,7 @@ class NetworkTransform(GeneralizedRCNNTransform):
         """Normalise images by `preprocessing` from now on."""
         self.preprocessing = preprocessing
         self.image_mean, self.image_std = list(preprocessing.mean), list(preprocessing.std)
+        self._moments: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def normalize(self, image: Tensor) -> Tensor:
         """Apply the preprocessing to an image (3, H, W), float RGB in [0, 1]; another dtype is a TypeError.
@@ -85,7 +86,13 @@ class NetworkTransform(GeneralizedRCNNTransform):
             image = image.flip(0)
         if self.preprocessing.scale != 1:
             image = image * self.preprocessing.scale
-        return super().normalize(image)
+        key = image.dtype, image.device
+        if key not in self._moments:
+            # Kept, because a copy of two small tensors makes the host wait for a GPU.
+            mean, std = (torch.tensor(v, dtype=image.dtype) for v in (self.image_mean, self.image_std))
+            self._moments[key] = mean[:, None, None].to(image.device), std[:, None, None].to(image.device)
+        mean, std = self._moments[key]
+        return (image - mean) / std
 
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
@@ -101,7 +108,7 @@ class NetworkTransform(GeneralizedRCNNTransform):
             )
             image = self._resize_image(image, new_size)
             if target is not None:
-                target["boxes"] = resize_boxes(target["boxes"], old_size, new_size)
+                target["boxes"] = _resize_boxes(target["boxes"], old_size, new_size)
         return (self._normalize(image) if self.conventions.resize == "pil" else image), target
 
     def _resize_image(self, image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -119,10 +126,27 @@ class NetworkTransform(GeneralizedRCNNTransform):
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         """Detections with boxes (M, 4) at the network's size -> the same in pixels of the original images."""
-        result = super().postprocess(result, image_shapes, original_image_sizes)
-        if self.conventions.box_min_size > 0 or self.training:
+        if self.training:
+            return result
+        sizes = zip(image_shapes, original_image_sizes, strict=True)
+        result = [
+            {**d, "boxes": _resize_boxes(d["boxes"], *both)} for d, both in zip(result, sizes, strict=True)
+        ]
+        if self.conventions.box_min_size > 0:
             return result
         return [_drop_empty(d, size) for d, size in zip(result, original_image_sizes, strict=True)]
+
+
+def _resize_boxes(boxes: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """Boxes (M, 4) xyxy of an image of `old_size` (height, width) -> of `new_size`.
+
+    The ratios are float32, as in torchvision, whose tensors for them would make the host wait for a GPU.
+    """
+    height, width = (
+        float(np.float32(new) / np.float32(old)) for new, old in zip(new_size, old_size, strict=True)
+    )
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return torch.stack((x1 * width, y1 * height, x2 * width, y2 * height), dim=1)
 
 
 def _drop_empty(detections: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.ops import clip_boxes_to_image, nms, remove_small_boxes
+from torchvision.ops import clip_boxes_to_image, nms
 
+from .boxes import BoxCoder
 from .conventions import Conventions
 from .losses import rpn_losses
-from .sampling import SeededSampler
+from .sampling import AnchorMatcher, SeededSampler, draw
 
 
 class Float32RPNHead(RPNHead):
@@ -43,6 +44,8 @@ class ProposalNetwork(RegionProposalNetwork):
         super().__init__(anchors, head, **options)
         sampler = self.fg_bg_sampler
         self.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
+        self.proposal_matcher = AnchorMatcher(options["fg_iou_thresh"], options["bg_iou_thresh"], True)
+        self.box_coder = BoxCoder(self.box_coder.weights)
         # With a least size of 0, torchvision would keep empty boxes.
         self.min_size = conventions.rpn_min_size or torch.finfo(torch.float32).tiny
         self.conventions = conventions
@@ -80,24 +83,25 @@ class ProposalNetwork(RegionProposalNetwork):
 
         Scores are sigmoids, or logits under `rpn_rank_on: logits`.
         """
-        if self.conventions.rpn_rank_on == "sigmoid":
-            return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
         logits = objectness.detach().reshape(len(proposals), -1)
-        selected = [self.select(*image) for image in zip(proposals, logits, image_shapes, strict=True)]
+        logits, order = logits.topk(min(self.pre_nms_top_n(), logits.shape[1]), dim=1)
+        boxes = proposals.gather(1, order[..., None].expand(-1, -1, 4))
+        selected = [self.select(*image) for image in zip(boxes, logits, image_shapes, strict=True)]
         return [boxes for boxes, _ in selected], [scores for _, scores in selected]
 
     def select(self, boxes: Tensor, logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(A, 4) boxes and (A,) logits of one image -> (M, 4) proposals and their (M,) logits, best first.
+        """The best (k, 4) boxes and (k,) logits of one image -> (M, 4) proposals and their (M,) scores, best first.
 
-        Take the top n, clip to `size` (height, width), drop small and improbable boxes, then apply NMS.
+        Clip to `size` (height, width), drop small and improbable boxes, then apply NMS.
         """
-        logits, order = logits.topk(min(self.pre_nms_top_n(), len(logits)))
-        boxes = clip_boxes_to_image(boxes[order], size)
-        kept = remove_small_boxes(boxes, self.min_size)
-        kept = kept[logits[kept].sigmoid() >= self.score_thresh]
-        boxes, logits = boxes[kept], logits[kept]
-        kept = nms(boxes, logits, self.nms_thresh)[: self.post_nms_top_n()]
-        return boxes[kept], logits[kept]
+        boxes, probabilities = clip_boxes_to_image(boxes, size), logits.sigmoid()
+        is_large = (boxes[:, 2:] - boxes[:, :2] >= self.min_size).all(dim=1)
+        # One look at both conditions: each makes the host wait for a GPU.
+        kept = torch.where(is_large & (probabilities >= self.score_thresh))[0]
+        scores = (probabilities if self.conventions.rpn_rank_on == "sigmoid" else logits)[kept]
+        boxes = boxes[kept]
+        kept = nms(boxes, scores, self.nms_thresh)[: self.post_nms_top_n()]
+        return boxes[kept], scores[kept]
 
     def compute_loss(
         self,
@@ -110,7 +114,12 @@ class ProposalNetwork(RegionProposalNetwork):
 
         objectness: (N * A, 1); pred_bbox_deltas: (N * A, 4); labels: N x (A,); regression_targets: N x (A, 4).
         """
-        positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels))
+        drawn = draw(self.fg_bg_sampler, labels)
+        first = range(0, len(labels) * len(labels[0]), len(labels[0]))
+        positive, negative = (
+            torch.cat([rows + start for rows, start in zip(of_kind, first, strict=True)])
+            for of_kind in zip(*drawn, strict=True)
+        )
         sampled = torch.cat([positive, negative])
         asked_for = self.fg_bg_sampler.batch_size_per_image * len(labels)
         return rpn_losses(

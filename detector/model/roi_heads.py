@@ -14,9 +14,10 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
+from .boxes import BoxCoder
 from .conventions import Conventions
 from .losses import region_losses
-from .sampling import SeededSampler
+from .sampling import SeededSampler, draw
 
 Sizes = list[tuple[int, int]]
 Targets = list[dict[str, Tensor]]
@@ -98,6 +99,7 @@ class BoxHeads(RoIHeads):
         super().__init__(pool, head, predictor, **options)
         sampler = self.fg_bg_sampler
         self.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
+        self.box_coder = BoxCoder(self.box_coder.weights)
         self.conventions, self.class_agnostic_nms = conventions, class_agnostic_nms
 
     def forward(self, features: Tensor, boxes: list[Tensor], image_sizes: Sizes) -> Classified:
@@ -122,7 +124,7 @@ class BoxHeads(RoIHeads):
         matched, labels = self.assign_targets_to_proposals(
             candidates, gt_boxes, [t["labels"] for t in targets]
         )
-        rows = self.subsample(labels)
+        rows = [torch.cat(drawn).sort().values for drawn in draw(self.fg_bg_sampler, labels)]
         matched_boxes = [
             (gt if len(gt) else gt.new_zeros(1, 4))[m[s]]
             for gt, m, s in zip(gt_boxes, matched, rows, strict=True)
