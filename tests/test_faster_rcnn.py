@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection._utils import BoxCoder as TorchvisionBoxCoder
+from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
@@ -19,9 +22,10 @@ from backbones import IMAGENET, Preprocessing, backbone_options, create_backbone
 from detector import build_faster_rcnn, build_model
 from detector.config import ModelConfig
 from detector.model.anchors import MapAnchors, check_anchor_sizes
+from detector.model.boxes import BoxCoder
 from detector.model.conventions import TORCHVISION
 from detector.model.network_input import NetworkTransform, network_size
-from detector.model.sampling import SeededSampler
+from detector.model.sampling import AnchorMatcher, SeededSampler
 
 LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
 SIZES = (16, 32, 64)
@@ -320,6 +324,53 @@ def test_a_seeded_sample_has_torchvisions_numbers_of_each_kind():
         expected = [m[0].sum() for m in sampler([matched])]
         sampler.keys = [(0, 1)]
         assert [m[0].sum() for m in sampler([matched])] == expected
+
+
+def test_the_anchor_matcher_gives_torchvisions_matches():
+    quality = (torch.rand(3, 300, generator=torch.Generator().manual_seed(0)) * 10).round() / 10
+    ours, theirs = AnchorMatcher(0.7, 0.3, True)(quality), Matcher(0.7, 0.3, True)(quality)
+    assert torch.equal(ours, theirs) and (theirs == -1).any()
+
+
+def test_the_box_coder_gives_torchvisions_numbers_to_the_last_bit():
+    boxes, others = (torch.rand(2, 50, 2, generator=torch.Generator().manual_seed(i)) * 300 for i in (0, 1))
+    boxes, others = (torch.cat([corner, corner + side + 1], dim=1) for corner, side in (boxes, others))
+    weights = (10.0, 10.0, 5.0, 5.0)
+    ours, theirs = BoxCoder(weights), TorchvisionBoxCoder(weights)
+    deltas = theirs.encode_single(boxes, others)
+    assert torch.equal(ours.encode_single(boxes, others), deltas)
+    codes = torch.cat([deltas, 2 * deltas, -deltas], dim=1)
+    assert torch.equal(ours.decode_single(codes, others), theirs.decode_single(codes, others))
+
+
+# ---- 16 bits
+
+
+@pytest.mark.parametrize("anchor_stride", ["fixed", "grid"])
+def test_anchors_are_float32_on_a_map_of_bfloat16(anchor_stride):
+    conventions = TORCHVISION.model_copy(update={"anchor_stride": anchor_stride})
+    images = ImageList(torch.zeros(1, 3, 800, 1333), [(800, 1333)])
+    narrow, wide = (
+        MapAnchors((32.0, 512.0), (0.5, 1.0), conventions)(images, [torch.zeros(1, 8, 50, 84, dtype=dtype)])[
+            0
+        ]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert narrow.dtype == torch.float32 and torch.equal(narrow, wide)
+
+
+def test_a_step_under_autocast_has_losses_within_two_percent_of_float32s(monkeypatch):
+    torch.manual_seed(0)
+    model = build_faster_rcnn(create_backbone("resnet18", width=8), 4).train()
+    images, targets = batch((800, 1333))
+    boxes = torch.tensor([[10.0, 20, 300, 400], [500, 100, 1300, 790], [900, 300, 960, 380]] * 20)
+    monkeypatch.setattr(model.rpn, "filter_proposals", lambda *args: ([boxes], None))
+    losses = []
+    for enabled in (False, True):
+        model.seed_sampling([(0, 0, 1)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append({name: float(v) for name, v in model(images, copy.deepcopy(targets)).items()})
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 # ---- evaluation

@@ -202,3 +202,19 @@ def test_a_picture_of_one_pixel_and_a_long_one_are_taken(detector):
     for size in ((1, 1), (4, 300)):
         found = detector(np.full((*size, 3), 128, np.uint8))
         assert (found.boxes <= torch.tensor([size[1], size[0]] * 2)).all()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_16_bits_score_as_float32_does_and_return_float32(weights, picture, wanted, dtype):
+    found = Detector.load(weights, "cpu", dtype=dtype)(picture, features=True)
+    assert float(found.scores[0]) == pytest.approx(float(wanted.scores[0]), abs=0.02)
+    assert found.boxes.dtype == found.scores.dtype == found.features.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"dtype": "int8"}, "dtype is 'int8'"), ({"dtype": "bf16", "optimize": False}, "optimize is False")],
+)
+def test_a_dtype_that_cannot_be_had_is_refused(weights, options, message):
+    with pytest.raises(ValueError, match=message):
+        Detector.load(weights, "cpu", **options)

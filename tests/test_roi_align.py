@@ -1,5 +1,10 @@
 """RoIAlign as a sparse product, against torchvision's kernels."""
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torchvision.models.detection import FasterRCNN
@@ -7,7 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, roi_align, roi_pool
 
 from backbones.kernels.roi_align import bin_weights, sparse_roi_align
-from backbones.regions import RegionPool
+from backbones.regions import RegionPool, max_kernel_regions
 
 STRIDE = 16
 CASES = {
@@ -282,3 +287,56 @@ def test_trains_and_infers_inside_torchvisions_faster_rcnn(mode):
     sum(model(images, targets).values()).backward()
     assert model.backbone[0].weight.grad.abs().sum() > 0
     assert len(model.eval()(images)) == 2
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_triton_kernels_equal_torchvisions_in_tritons_interpreter():
+    """The same numbers on a GPU are tests marked gpu."""
+    script = """
+import torch
+from torchvision.ops import roi_align
+from backbones.kernels.triton_roi_align import triton_roi_align
+
+torch.manual_seed(0)
+for ratio, aligned, stride in ((2, False, 1), (0, True, 2)):
+    rois = torch.tensor([[1, -20.0, 3, 90, 60], [0, 10, 20, 300, 90], [1, 100, 10, 130, 300], [0, 900, 0, 990, 50]])
+    ours = torch.randn(2, 5, 6, 20, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    pooled = triton_roi_align(
+        ours, rois, (6, 6), spatial_scale=1 / 16, sampling_ratio=ratio, aligned=aligned, stride=stride
+    )
+    expected = roi_align(theirs, rois, 6, 1 / 16, ratio, aligned)[:, :, ::stride, ::stride]
+    grad = torch.randn_like(expected)
+    pooled.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+"""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchvisions_kernels_get_fewer_outputs_than_32_bits_count():
+    for channels, size in ((2048, (14, 14)), (512, (14, 14)), (256, (7, 3))):
+        regions = max_kernel_regions(channels, size)
+        outputs = channels * size[0] * size[1]
+        # Their loop adds up to 4096 blocks of 512 threads to an index before it compares.
+        assert regions * outputs + 4096 * 512 < 2**31 <= (regions + 1) * outputs + 4096 * 512
+
+
+def test_many_regions_are_pooled_in_parts_to_the_same_crops(monkeypatch):
+    features, boxes = (
+        random_map(2, 3, (13, 19)),
+        [random_boxes(9, torch.float32), random_boxes(4, torch.float32)],
+    )
+    pool = RegionPool(14, 2, sparse=False)
+    whole = pool.crop(features, boxes)
+    monkeypatch.setattr("backbones.regions.max_kernel_regions", lambda channels, size: 5)
+    assert torch.equal(pool.crop(features, boxes), whole)

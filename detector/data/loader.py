@@ -91,13 +91,15 @@ def collate(samples: list[tuple[torch.Tensor, dict]]) -> Batch:
 
 
 def _set_up_worker(worker: int) -> None:
-    """Give a worker one thread, and leave Ctrl-C to the main process."""
+    """Give a worker one thread, and leave the signals that stop a run to the main process."""
     import cv2
 
     # torch runs one thread in each worker. OpenCV would take every core in every worker.
     cv2.setNumThreads(0)
-    # Ctrl-C reaches every process of the group. The main process ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the group, and so does the SIGTERM of `timeout` or torchrun. The main process
+    # ends the workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def build_loader(
