@@ -10,11 +10,14 @@ from pydantic import Field, field_validator
 
 from ..settings import Section
 from .coco import CocoSource
+from .csv import CsvSource
 from .dataset import DetectionDataset, concatenate
+from .labelme import LabelmeSource
 from .shapes import ShapesSource
 from .voc import VocSource
+from .yolo import YoloSource
 
-AnySource = CocoSource | VocSource | ShapesSource
+AnySource = CocoSource | VocSource | YoloSource | CsvSource | LabelmeSource | ShapesSource
 Source = Annotated[AnySource, Field(discriminator="format")]
 
 

@@ -1,0 +1,77 @@
+"""A source of pictures and annotations in files, and what a recipe may say of any of them."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ..files import read_text
+from ..settings import Count, Section
+from .dataset import DetectionDataset
+from .file_index import picture_key
+from .records import Annotations
+
+MAX_BYTES = 2 * 1024**3
+
+
+class FileSource(Section):
+    """Pictures and annotations below data.root. A format says how they are read."""
+
+    limit: Count | None = Field(
+        None, description="use only this many images, the first that have a box to learn"
+    )
+    pictures: str | None = Field(
+        None,
+        description="a text file that lists the pictures to use, one path a line, relative to data.root or absolute",
+    )
+    max_bytes: Count = Field(MAX_BYTES, description="refuse an annotation file of more bytes")
+
+    def read(self, root: Path) -> Annotations:
+        """What the files say."""
+        raise NotImplementedError
+
+    def load(self, root: Path, **options: Any) -> DetectionDataset:
+        """The data set; options are those of `to_dataset`."""
+        used = read_list(root / self.pictures, root, self.max_bytes) if self.pictures else None
+        return to_dataset(self.read(root), limit=self.limit, pictures=used, **options)
+
+
+def to_dataset(found: Annotations, *, check_pictures: bool = True, **options: Any) -> DetectionDataset:
+    """Make the data set. check_pictures: a picture that is missing is a FileNotFoundError.
+
+    options: those of `Annotations.to_dataset`.
+    """
+    dataset = found.to_dataset(**options)
+    if check_pictures:
+        _check_pictures_exist(dataset.image_paths.tolist(), found.source)
+    return dataset
+
+
+def read_list(path: Path, root: Path, max_bytes: int = MAX_BYTES) -> set[str]:
+    """The pictures that a text file lists, one a line, as `picture_key` has them. ValueError: it lists none."""
+    listed = {line.strip() for line in read_text(path, max_bytes).splitlines()} - {""}
+    if not listed:
+        raise ValueError(f"{path}: the list of pictures is empty")
+    return {picture_key(root / line.replace("\\", "/")) for line in listed}
+
+
+def _check_pictures_exist(image_paths: Iterable[str], source: str) -> None:
+    """Raise a FileNotFoundError if a picture is missing.
+
+    Each folder is listed once, because a look-up of each file is slow for large sets on a network file system.
+    """
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for path in image_paths:
+        folder, name = os.path.split(path)
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in listings[folder]:
+            missing.append(path)
+    if missing:
+        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise FileNotFoundError(
+            f"{source}: {len(missing)} of the {len(image_paths)} pictures that it names are missing: {names}"
+        )

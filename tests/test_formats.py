@@ -1,0 +1,385 @@
+"""A corpus of layouts: the same pictures give the same boxes from every format, with the quirks of real sets."""
+
+import csv
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from detector.data.find import find_data
+from detector.data.sources import DataConfig, build_dataset
+
+# picture: (width, height), boxes by class. Sizes differ, so that a box of the wrong picture is noticed.
+PICTURES = {
+    "one.jpg": ((40, 30), [("cat", (1, 2, 20, 22)), ("traffic light", (5, 4, 40, 30))]),
+    "two words.JPG": ((50, 20), [("dog", (0, 6, 10, 16))]),
+    "größe.png": ((24, 36), [("dog", (2, 3, 22, 33)), ("dog", (4, 4, 12, 20))]),
+    "four.v2.jpeg": ((32, 32), [("cat", (8, 8, 24, 24))]),
+    "nothing.jpg": ((28, 28), []),
+}
+CLASSES = ("cat", "dog", "traffic light")
+IDS = {"cat": 3, "dog": 7, "traffic light": 20}
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def nfd(text):
+    return unicodedata.normalize("NFD", text)
+
+
+def paint(path, name=None):
+    """Write the picture called `name`, or as the path is, to a path."""
+    width, height = PICTURES[name or path.name][0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number = list(PICTURES).index(name or path.name)
+    Image.new("RGB", (width, height), (number, 51, 255)).save(path, "PNG")
+    return path
+
+
+def paint_all(folder, rename=lambda name: name):
+    for name in PICTURES:
+        paint(folder / rename(name), name)
+
+
+def put(path, text, encoding="utf-8", newline="\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.replace("\n", newline).encode(encoding))
+
+
+# VOC
+
+
+def xml(name, shift=0, filename=None, size=True, form="{}"):
+    """The XML of a picture; shift: added to xmin and ymin, for pixels counted from 1."""
+    (width, height), boxes = PICTURES[name]
+    lines = [f"<filename>{filename or name}</filename>"]
+    lines += [f"<size><width>{width}</width><height>{height}</height></size>"] if size else []
+    for label, (xmin, ymin, xmax, ymax) in boxes:
+        corners = zip(CORNERS, (xmin + shift, ymin + shift, xmax, ymax), strict=True)
+        numbers = "".join(f"<{tag}>{form.format(value)}</{tag}>" for tag, value in corners)
+        lines.append(f"<object><name> {label}\n</name><bndbox>{numbers}</bndbox></object>")
+    return "<annotation>\n" + "\n".join(lines) + "\n</annotation>\n"
+
+
+def voc_folder(root):
+    """Pascal's own: lists of splits with 1 behind a name, pixels from 1, subset lists of a class."""
+    paint_all(root / "JPEGImages")
+    for name in PICTURES:
+        put(root / "Annotations" / f"{Path(name).stem}.xml", xml(name, shift=1))
+    stems = [Path(name).stem for name in PICTURES]
+    put(root / "ImageSets/Main/train.txt", "".join(f"{stem}  1\n" for stem in stems[:3]), newline="\r\n")
+    put(root / "ImageSets/Main/val.txt", "".join(f"{stem} -1\n" for stem in stems[3:]))
+    put(root / "ImageSets/Main/trainval.txt", "\n".join(stems))
+    put(root / "ImageSets/Main/cat_train.txt", "one 1\n")
+
+
+def voc_devkit(root):
+    """Two VOC folders in one, as 2007 and 2012 are, and CVAT's list `default`."""
+    for part, names in (("VOC2007", list(PICTURES)[:2]), ("VOC2012", list(PICTURES)[2:])):
+        for name in names:
+            paint(root / "VOCdevkit" / part / "JPEGImages" / name)
+            put(root / "VOCdevkit" / part / "Annotations" / f"{Path(name).stem}.xml", xml(name, form="{}.0"))
+        lines = "\n".join(Path(name).stem for name in names)
+        put(root / "VOCdevkit" / part / "ImageSets/Main/default.txt", "\ufeff" + lines)
+
+
+def voc_without_lists(root):
+    """Other folders, no sizes, file names that lie, floats, umlauts in the other form of Unicode."""
+    paint_all(root / "pics/day 1")
+    for name in PICTURES:
+        put(
+            root / "labels xml" / f"{nfd(Path(name).stem)}.XML",
+            xml(name, filename="one.jpg", size=False, form="{}.00"),
+        )
+
+
+def labelimg(root):
+    """An XML beside each picture, in folders of splits; Windows line ends, BOM, UTF-16, paths as file names."""
+    for number, name in enumerate(PICTURES):
+        folder = root / ("train", "valid", "test")[number % 3]
+        paint(folder / name)
+        text = '<?xml version="1.0"?>\n' + xml(name, filename=f"C:\\pictures\\{name}")
+        encoding = ("utf-8-sig", "utf-16", "utf-8")[number % 3]
+        put(folder / f"{Path(name).stem}.xml", text, encoding, "\r\n")
+
+
+def labelimg_by_filename(root):
+    """XML files that are numbered, in one folder with the pictures, which only <filename> names."""
+    paint_all(root)
+    for number, name in enumerate(PICTURES):
+        put(root / f"{number:03}.xml", xml(name, filename=f".\\{name}"))
+
+
+# COCO
+
+
+def coco(file_name=lambda name: name, sizes=True, images=lambda name: True, number=IDS.get, **extra):
+    """COCO's dict of the pictures that `images` accepts."""
+    content = {"info": {}, "images": [], "annotations": []}
+    content["categories"] = [{"id": number(name), "name": name} for name in reversed(CLASSES)]
+    for id, (name, ((width, height), boxes)) in enumerate(PICTURES.items()):
+        if images(name):
+            size = {"width": width, "height": height} if sizes else {}
+            content["images"].append({"id": id, "file_name": file_name(name)} | size)
+            for label, (x1, y1, x2, y2) in boxes:
+                box = {"bbox": [x1, y1, x2 - x1, y2 - y1]} | extra
+                content["annotations"].append({"image_id": id, "category_id": number(label)} | box)
+    return content
+
+
+def coco_folder(root):
+    """COCO's own: pictures in sub-folders, ids with gaps, crowds as text, RLE, and files of captions and keypoints."""
+    for name in PICTURES:
+        paint(root / "images/set a" / name)
+    run_lengths = {"counts": [0, 5, 20], "size": [5, 5]}
+    content = coco(lambda name: f"set a/{name}", iscrowd="0", segmentation=run_lengths, area=7.5)
+    put(root / "annotations/instances_train2017.json", json.dumps(content))
+    put(root / "annotations/person_keypoints_train2017.json", json.dumps(content))
+    put(root / "annotations/captions_train2017.json", json.dumps({**content, "categories": {}}))
+
+
+def roboflow_coco(root):
+    """_annotations.coco.json in the folder of each split, and a class that nothing has."""
+    for split, part in (("train", slice(0, 3)), ("valid", slice(3, 4)), ("test", slice(4, 5))):
+        names = list(PICTURES)[part]
+        for name in names:
+            paint(root / split / name)
+        content = coco(images=names.__contains__)
+        put(root / split / "_annotations.coco.json", json.dumps(content, indent=1), newline="\r\n")
+
+
+def cvat_coco(root):
+    """A leading folder in the file names that the pictures are not in, backslashes, BOM, umlauts in the other form."""
+    paint_all(root / "images/default")
+    content = coco(lambda name: f"task 7\\{nfd(name)}")
+    put(root / "annotations/instances_default.json", json.dumps(content, ensure_ascii=False), "utf-8-sig")
+
+
+def label_studio_coco(root):
+    """A hash in front of each name, no sizes, ids from 0, polygons without boxes."""
+    paint_all(root / "images", lambda name: name)
+    content = coco(lambda name: f"/data/upload/1/0a1b2c3d-{name}", sizes=False, number=CLASSES.index)
+    for entry in content["annotations"]:
+        x, y, width, height = entry.pop("bbox")
+        entry["segmentation"] = [[x + width / 2, y, x + width, y + height, x, y + height / 2]]
+    put(root / "result.json", json.dumps(content))
+
+
+def coco_same_names(root):
+    """Pictures of the same names in the folders of both splits."""
+    names = list(PICTURES)
+    for name in names:
+        paint(root / "train" / name)
+        Image.new("RGB", (9, 9)).save(root.joinpath("val").mkdir(exist_ok=True) or root / "val" / name, "PNG")
+    put(root / "annotations/train.json", json.dumps(coco()))
+    empty = {**coco(), "annotations": []}
+    put(root / "annotations/val.json", json.dumps({**empty, "images": []}))
+
+
+# YOLO
+
+
+def lines(name, number, polygon=False):
+    """A YOLO text: `number` gives the class; polygon: corners in place of the box."""
+    (width, height), boxes = PICTURES[name]
+    found = []
+    for label, (x1, y1, x2, y2) in boxes:
+        values = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+        corners = (x1 / width, y1 / height, x2 / width, (y1 + y2) / 2 / height, x1 / width, y2 / height)
+        found.append(" ".join([str(number(label)), *(f"{v:.9f}" for v in (corners if polygon else values))]))
+    return "\n".join(found) + "\n" * bool(found)
+
+
+def roboflow_yolo(root):
+    """../train/images in data.yaml, a split that is not there, an empty text, names as a list, scores behind boxes."""
+    for name in PICTURES:
+        split = "valid" if name == "one.jpg" else "train"
+        paint(root / split / "images" / name)
+        text = lines(name, CLASSES.index).replace("\n", " 0.9\n")
+        put(root / split / "labels" / f"{Path(name).stem}.txt", text, newline="\r\n")
+    described = {
+        f"{split}": f"../{folder}/images" for split, folder in (("train", "train"), ("val", "valid"))
+    }
+    put(
+        root / "data.yaml",
+        yaml.dump({**described, "test": "../test/images", "nc": 3, "names": list(CLASSES)}),
+    )
+
+
+def ultralytics(root):
+    """images/train and labels/train, names as a table with gaps, polygons, class numbers as floats, a text missing."""
+    for name in PICTURES:
+        paint(root / "images/train" / name)
+        if name != "nothing.jpg":
+            text = lines(name, lambda label: f"{IDS[label]}.0", polygon=True)
+            put(root / "labels/train" / f"{nfd(Path(name).stem)}.txt", text, "utf-8-sig")
+    names = {id: name for name, id in IDS.items()}
+    put(
+        root / "coco8.yaml",
+        yaml.dump(
+            {"path": "../datasets/coco8", "train": "images/train", "val": "images/train", "names": names}
+        ),
+    )
+
+
+def darknet(root):
+    """CVAT's obj.data and lists of pictures, whose paths are those of another machine."""
+    paint_all(root / "obj_train_data")
+    for name in PICTURES:
+        put(root / "obj_train_data" / f"{Path(name).stem}.txt", lines(name, CLASSES.index))
+    put(root / "obj.names", "cat\ndog\ntraffic light \n", newline="\r\n")
+    put(root / "obj.data", "classes = 3\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n")
+    put(root / "train.txt", "".join(f"data/obj_train_data/{name}\n" for name in PICTURES), newline="\r\n")
+
+
+def yolo_beside(root):
+    """Texts beside the pictures, classes.txt in the same folder, other texts too."""
+    paint_all(root)
+    for name in PICTURES:
+        put(root / f"{Path(name).stem}.txt", lines(name, CLASSES.index))
+    put(root / "classes.txt", "cat\ndog\ntraffic light\n\n")
+    put(root / "README.txt", "1 2 3 4 5")
+
+
+# CSV
+
+
+def rows(name, *columns):
+    (width, height), boxes = PICTURES[name]
+    for label, box in boxes:
+        values = {"filename": name, "width": width, "height": height, "class": label}
+        values |= dict(zip(CORNERS, box, strict=True))
+        yield [values[column] for column in columns]
+
+
+def tensorflow_csv(root):
+    """A table a split, with a header, everything quoted, Windows line ends."""
+    columns = ("filename", "width", "height", "class", *CORNERS)
+    for split, part in (("train", slice(0, 3)), ("test", slice(3, 4))):
+        names = list(PICTURES)[part]
+        with open(root / f"{split}_labels.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file, quoting=csv.QUOTE_ALL)
+            table.writerow(columns)
+            for name in names:
+                paint(root / "images" / split / name)
+                table.writerows(rows(name, *columns))
+
+
+def retinanet_csv(root):
+    """No header, paths of another machine, a row of commas for a picture without objects, a file of classes."""
+    paint_all(root / "pictures")
+    table = [[f"/home/me/pictures/{n}", *row] for n in PICTURES for row in rows(n, *CORNERS, "class")]
+    text = "\n".join(
+        ",".join(map(str, row)) for row in [*table, ["/home/me/pictures/nothing.jpg", *[""] * 5]]
+    )
+    put(root / "annotations.csv", text)
+    put(root / "classes.csv", "".join(f"{name},{id}\n" for id, name in enumerate(CLASSES)))
+
+
+def spreadsheet_csv(root):
+    """A German spreadsheet: semicolons, decimal commas, UTF-16, other names and order of columns, blank lines."""
+    paint_all(root / "Bilder")
+    text = "Label; X_Min; Y_Min; X_Max; Y_Max; Image Name\n"
+    for name in PICTURES:
+        for label, *box, _ in rows(name, "class", *CORNERS, "filename"):
+            text += ";".join([label, *(f"{value},0" for value in box), f"Bilder\\{name}"]) + "\n\n"
+    put(root / "boxes.csv", text + ";;;;;Bilder\\nothing.jpg\n", "utf-16", "\r\n")
+
+
+def fractions_csv(root):
+    """Coordinates as fractions of the sides, tabs, and the encoding of Western Windows."""
+    paint_all(root)
+    text = "image_id\tlabel\tx1\ty1\tx2\ty2\n"
+    for name, ((width, height), boxes) in PICTURES.items():
+        for label, box in boxes:
+            values = np.array(box) / (width, height, width, height)
+            text += "\t".join([Path(name).stem, label, *(f"{value:.9f}" for value in values)]) + "\n"
+    put(root / "boxes.csv", text, "cp1252")
+
+
+# labelme
+
+
+def labelme(name, shape, **keys):
+    (width, height), boxes = PICTURES[name]
+    shapes = [{"label": label, **shape(*box)} for label, box in boxes]
+    content = {"version": "5.0", "shapes": shapes, "imagePath": name, "imageData": "QUJD" * 50}
+    return json.dumps(content | {"imageWidth": width, "imageHeight": height} | keys)
+
+
+def swapped_rectangle(x1, y1, x2, y2):
+    return {"shape_type": "rectangle", "points": [[x2, y1], [x1, y2]]}
+
+
+def circle_or_polygon(x1, y1, x2, y2):
+    x, y, radius = (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1) / 2
+    if x2 - x1 == y2 - y1:
+        return {"shape_type": "circle", "points": [[x, y], [x + radius * 0.6, y - radius * 0.8]]}
+    return {"points": [[x, y1], [x2, y], [x, y2], [x1, y]]}
+
+
+def labelme_beside(root):
+    """A JSON beside each picture, in folders of splits, rectangles drawn from any corner, blanks around labels."""
+    for name in PICTURES:
+        folder = root / ("val" if name == "one.jpg" else "train")
+        paint(folder / name)
+        text = labelme(name, swapped_rectangle).replace('"dog"', '" dog "')
+        put(folder / f"{Path(name).stem}.json", text, "utf-8-sig", "\r\n")
+
+
+def labelme_folder(root):
+    """JSON files in a folder of their own, backslashes in imagePath, no sizes, circles and polygons, other names."""
+    paint_all(root / "images")
+    for number, name in enumerate(PICTURES):
+        text = labelme(name, circle_or_polygon, imagePath=f"..\\images\\{nfd(name)}", imageWidth=None)
+        put(root / "annotated" / f"{number}.json", text)
+
+
+LAYOUTS = {
+    voc_folder: "voc", voc_devkit: "voc", voc_without_lists: "voc", labelimg: "voc", labelimg_by_filename: "voc",
+    coco_folder: "coco", roboflow_coco: "coco", cvat_coco: "coco", label_studio_coco: "coco", coco_same_names: "coco",
+    roboflow_yolo: "yolo", ultralytics: "yolo", darknet: "yolo", yolo_beside: "yolo",
+    tensorflow_csv: "csv", retinanet_csv: "csv", spreadsheet_csv: "csv", fractions_csv: "csv",
+    labelme_beside: "labelme", labelme_folder: "labelme",
+}  # fmt: skip
+
+
+def read(path, **options):
+    """Every split that is found, by name."""
+    found = find_data(path, **options)
+    data = DataConfig(root=found.root, class_names=CLASSES, **found.splits)
+    return found, {split: build_dataset(data, split) for split in found.splits}
+
+
+def content(datasets):
+    """picture: (size, sorted boxes by class) of all data sets."""
+    read = {}
+    for dataset in datasets:
+        for row, path in enumerate(dataset.image_paths.tolist()):
+            target = dataset.target(row)
+            names = [dataset.class_names[label - 1] for label in target["labels"]]
+            boxes = [tuple(round(float(value), 3) for value in box) for box in target["boxes"]]
+            height, width = dataset.image_sizes[row].tolist()
+            assert Path(path).is_file() and dataset.image(row).shape == (height, width, 3)
+            read[unicodedata.normalize("NFC", Path(path).name)] = (
+                (width, height),
+                sorted(zip(names, boxes, strict=True)),
+            )
+    return read
+
+
+EXPECTED = {name: (size, sorted(boxes)) for name, (size, boxes) in PICTURES.items()}
+
+
+@pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
+def test_the_same_pictures_give_the_same_boxes_from_every_layout(tmp_path, write):
+    write(tmp_path)
+    found, datasets = read(tmp_path)
+    assert found.format == LAYOUTS[write]
+    # Tables of objects alone do not know of pictures without any.
+    unknown = {"nothing.jpg"} if write in (tensorflow_csv, fractions_csv) else set()
+    assert content(datasets.values()) == {name: e for name, e in EXPECTED.items() if name not in unknown}
+    assert all(dataset.problems == () for dataset in datasets.values())
