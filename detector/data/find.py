@@ -1,6 +1,7 @@
 """Find out which format the annotations below a folder have, where they are, and how they are split."""
 
 import contextlib
+import math
 import mmap
 import os
 import re
@@ -88,9 +89,8 @@ def _voc_files(index: FileIndex, names: list[str]) -> list[str]:
 
 
 def _is_voc_xml(path: Path) -> bool:
-    with open(path, "rb") as file:
-        # Without zeros, UTF-16 reads like ASCII.
-        return re.search(rb"<annotation[\s>]", file.read(4096).replace(b"\0", b"")) is not None
+    # Without zeros, UTF-16 reads like ASCII.
+    return re.search(rb"<annotation[\s>]", _head(path).replace(b"\0", b"")) is not None
 
 
 def _coco_files(index: FileIndex, names: list[str]) -> list[str]:
@@ -134,15 +134,23 @@ def _is_yolo_yaml(path: Path) -> bool:
 
 def _is_yolo_text(path: Path) -> bool | None:
     """Whether the first line of a text file is a YOLO object; None for an empty file."""
-    with open(path, "rb") as file:
-        words = file.readline(65536).decode("utf-8-sig", "replace").split()
-    values = [number(word) for word in words]
-    return all(value == value for value in values) and parse_box(values[1:]) is not None if words else None
+    first = _head(path).decode("utf-8-sig", "replace").strip().partition("\n")[0]
+    values = [number(word) for word in first.split()]
+    return all(map(math.isfinite, values)) and parse_box(values[1:]) is not None if values else None
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
+    if not path.is_file():
+        return b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(4096)
+    return b""
 
 
 def _holds(path: Path, *patterns: bytes) -> bool:
     """Whether a file holds all patterns. It is searched where it lies, because it may be larger than the memory."""
-    if not path.is_file() or not path.stat().st_size:
+    if not _head(path):
         return False
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return all(re.search(pattern, data) for pattern in patterns)

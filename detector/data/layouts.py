@@ -143,7 +143,7 @@ def _inside(layout: Layout, file: str, entry: str, path: str = "") -> str | None
 
     Folders in front of it may be those of another machine, and Roboflow's ../train means the folder beside data.yaml.
     """
-    parts = [part for part in key_parts(f"{path}/{entry}") if part not in ("", ".", "..")]
+    parts = [part for part in f"{path}/{entry}".replace("\\", "/").split("/") if part not in ("", ".", "..")]
     for front in (os.path.dirname(file), ""):
         for start in range(len(parts)):
             found = os.path.normpath(os.path.join(front, *parts[start:]))
@@ -208,10 +208,6 @@ def split_of(path: str) -> str | None:
 def stem_of(file: str) -> str:
     """The path, without suffix, that the picture of an annotation file may have."""
     return swapped(os.path.splitext(file)[0], "labels", "images")
-
-
-def key_parts(path: str) -> list[str]:
-    return path.replace("\\", "/").split("/")
 
 
 def _common(files: Iterable[str]) -> str:

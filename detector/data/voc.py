@@ -152,7 +152,9 @@ def _object(filed: Object, size: tuple[int, int], one_based: bool) -> Object:
 def _annotation_paths(folder: Path, annotations: Path, split: str | None) -> list[Path]:
     """The XML files of a split, or all of them. A missing one is a FileNotFoundError."""
     if not annotations.is_dir():
-        raise FileNotFoundError(f"{annotations}: no such folder; a VOC folder has one")
+        raise FileNotFoundError(
+            f"{annotations}: no such folder; {folder} should be a VOC folder, which has one"
+        )
     files = FileIndex(annotations)
     every = [file for file in files.files if file.lower().endswith(".xml")]
     if split is None:
@@ -234,7 +236,7 @@ def _text(element: ElementTree.Element | None) -> str:
 
 def _refuse_zero_based(filed: np.ndarray, found: Annotations) -> None:
     """Raise a ValueError if a coordinate of (M, 4) as filed is below 1: pixels counted from 1 have none."""
-    rows = np.flatnonzero((filed < 1).any(axis=1))
+    rows = np.flatnonzero(((filed < 1) & np.isfinite(filed)).any(axis=1))
     if len(rows):
         place, _ = found.describe(found.objects[rows[0]])
         corner = int(np.argmax(filed[rows[0]] < 1))
@@ -249,4 +251,4 @@ def _looks_one_based(filed: np.ndarray, sizes: np.ndarray) -> bool:
     sound = np.isfinite(filed).all(axis=1)
     filed, sizes = filed[sound], sizes[sound]
     whole = len(filed) > 0 and bool((filed == np.round(filed)).all())
-    return whole and filed.min() >= 1 and bool((filed[:, 2] >= sizes[:, 1]).any())
+    return whole and bool(filed.min() >= 1 and (filed[:, 2] >= sizes[:, 1]).any())
