@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from detector.data.find import find_data
+from detector.data.file_index import FileIndex
+from detector.data.find import find_data, is_recipe
 from detector.data.sources import DataConfig, build_dataset
+from detector.data.yolo import parse_box, read_names
 
 # picture: (width, height), boxes by class. Sizes differ, so that a box of the wrong picture is noticed.
 PICTURES = {
@@ -170,13 +173,12 @@ def label_studio_coco(root):
 
 def coco_same_names(root):
     """Pictures of the same names in the folders of both splits."""
-    names = list(PICTURES)
-    for name in names:
+    for name in PICTURES:
         paint(root / "train" / name)
-        Image.new("RGB", (9, 9)).save(root.joinpath("val").mkdir(exist_ok=True) or root / "val" / name, "PNG")
-    put(root / "annotations/train.json", json.dumps(coco()))
-    empty = {**coco(), "annotations": []}
-    put(root / "annotations/val.json", json.dumps({**empty, "images": []}))
+        Image.new("RGB", (9, 9)).save(paint(root / "val" / name), "PNG")
+    paint(root / "val/nothing.jpg")
+    put(root / "annotations/train.json", json.dumps(coco(images=lambda name: name != "nothing.jpg")))
+    put(root / "annotations/val.json", json.dumps(coco(images=lambda name: name == "nothing.jpg")))
 
 
 # YOLO
@@ -383,3 +385,228 @@ def test_the_same_pictures_give_the_same_boxes_from_every_layout(tmp_path, write
     unknown = {"nothing.jpg"} if write in (tensorflow_csv, fractions_csv) else set()
     assert content(datasets.values()) == {name: e for name, e in EXPECTED.items() if name not in unknown}
     assert all(dataset.problems == () for dataset in datasets.values())
+
+
+def source_keys(found, key):
+    return {split: [source.get(key) for source in sources] for split, sources in found.splits.items()}
+
+
+def test_splits_are_those_of_lists_folders_files_and_data_yaml(tmp_path):
+    for write in (voc_folder, labelimg, roboflow_coco, tensorflow_csv, roboflow_yolo, labelme_beside):
+        write(tmp_path / write.__name__) if write is not tensorflow_csv else (
+            (tmp_path / write.__name__).mkdir(),
+            write(tmp_path / write.__name__),
+        )
+    assert source_keys(find_data(tmp_path / "voc_folder"), "split") == {"train": ["train"], "val": ["val"]}
+    assert source_keys(find_data(tmp_path / "labelimg"), "annotations") == {
+        "train": ["train"],
+        "val": ["valid"],
+        "test": ["test"],
+    }
+    assert source_keys(find_data(tmp_path / "roboflow_coco"), "images") == {
+        "train": ["train"],
+        "val": ["valid"],
+        "test": ["test"],
+    }
+    assert source_keys(find_data(tmp_path / "tensorflow_csv"), "images") == {
+        "train": ["images/train"],
+        "test": ["images/test"],
+    }
+    found = find_data(tmp_path / "roboflow_yolo")
+    assert source_keys(found, "images") == {"train": ["train/images"], "val": ["valid/images"]}
+    assert (
+        found.class_names == CLASSES
+        and "data.yaml says test: ../test/images, which is not there" in found.remarks
+    )
+    assert source_keys(find_data(tmp_path / "labelme_beside"), "images") == {
+        "train": ["train"],
+        "val": ["val"],
+    }
+
+
+def test_what_is_trained_on_is_not_validated_on(tmp_path):
+    ultralytics(tmp_path)
+    found = find_data(tmp_path)
+    assert list(found.splits) == ["train"] and any("which is trained on" in each for each in found.remarks)
+
+
+def test_several_formats_in_a_folder_are_listed_and_one_can_be_chosen(tmp_path):
+    voc_folder(tmp_path)
+    put(tmp_path / "all.json", json.dumps(coco()))
+    message = r"several formats: voc \(5 XML files\), coco \(1 COCO JSON files\); choose one with --format"
+    with pytest.raises(ValueError, match=message):
+        find_data(tmp_path)
+    for format in ("voc", "coco"):
+        found, datasets = read(tmp_path, format=format)
+        assert found.format == format and content(datasets.values()) == EXPECTED
+
+
+def test_a_folder_without_annotations_is_said_to_hold_what_it_holds(tmp_path):
+    paint_all(tmp_path)
+    put(tmp_path / "notes.json", "{}")
+    with pytest.raises(
+        ValueError, match=r"no annotations found; looked for XML files, .*; found 3 .jpg, .*1 .json"
+    ):
+        find_data(tmp_path)
+    with pytest.raises(ValueError, match="looked for XML files; found"):
+        find_data(tmp_path, "voc")
+    with pytest.raises(ValueError, match="format is 'vok'; accepted: voc, coco"):
+        find_data(tmp_path, "vok")
+    with pytest.raises(FileNotFoundError, match="gone: no such folder or file"):
+        find_data(tmp_path / "gone")
+
+
+FILES = [
+    (roboflow_yolo, "data.yaml", {"train", "val"}),
+    (darknet, "obj.data", {"train"}),
+    (cvat_coco, "annotations/instances_default.json", {"train"}),
+    (retinanet_csv, "annotations.csv", {"train"}),
+    (roboflow_coco, "valid/_annotations.coco.json", {"train"}),
+]
+
+
+@pytest.mark.parametrize(("write", "file", "splits"), FILES)
+def test_an_annotation_file_is_taken_in_place_of_a_folder(tmp_path, write, file, splits):
+    write(tmp_path)
+    put(tmp_path / "other.xml", xml("one.jpg"))
+    found, datasets = read(tmp_path / file)
+    assert set(found.splits) == splits
+    assert content(datasets.values()).items() <= EXPECTED.items()
+
+
+def test_yolos_data_yaml_is_told_from_a_recipe(tmp_path):
+    ultralytics(tmp_path)
+    put(tmp_path / "broken.yaml", "a: [")
+    assert is_recipe("configs/shapes.yaml") and is_recipe(tmp_path / "broken.yaml")
+    assert not is_recipe(tmp_path / "coco8.yaml") and not is_recipe(tmp_path) and not is_recipe("a.json")
+
+
+def test_coco_files_of_the_same_pictures_are_refused(tmp_path):
+    paint_all(tmp_path)
+    for name in ("a.json", "b.json"):
+        put(tmp_path / name, json.dumps(coco()))
+    with pytest.raises(ValueError, match=r"a\.json and .*b\.json both have '.*'; give one of them"):
+        find_data(tmp_path)
+
+
+def test_classes_without_names_are_called_by_their_numbers(tmp_path):
+    yolo_beside(tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    found = find_data(tmp_path)
+    dataset = build_dataset(DataConfig(root=found.root, **found.splits), "train")
+    assert found.class_names is None and dataset.class_names == ("class_0", "class_1", "class_2")
+    assert any("no list of class names" in remark for remark in found.remarks)
+
+
+def only_train(root, write, **options):
+    write(root)
+    found = find_data(root, write and LAYOUTS[write])
+    source = found.splits["train"][0] | options
+    return DataConfig(root=root, class_names=CLASSES, train=[source])
+
+
+@pytest.mark.parametrize("write", [voc_without_lists, cvat_coco, yolo_beside, retinanet_csv, labelme_folder])
+def test_every_format_takes_a_list_of_pictures_and_a_limit_on_bytes(tmp_path, write):
+    data = only_train(tmp_path, write, pictures="lists/mine.txt")
+    everything = build_dataset(only_train(tmp_path, write), "train")
+    chosen = everything.image_paths[[1, 3]].tolist()
+    put(
+        tmp_path / "lists/mine.txt",
+        f"{chosen[0]}\n{Path(chosen[1]).relative_to(tmp_path)}\nother.jpg\n",
+        newline="\r\n",
+    )
+    dataset = build_dataset(data, "train")
+    assert dataset.image_paths.tolist() == chosen and dataset.class_names == CLASSES
+    put(tmp_path / "lists/mine.txt", "other.jpg\n")
+    with pytest.raises(ValueError, match="data.train has no picture"):
+        build_dataset(data, "train")
+    put(tmp_path / "lists/mine.txt", "\n")
+    with pytest.raises(ValueError, match=r"mine\.txt: the list of pictures is empty"):
+        build_dataset(data, "train")
+    with pytest.raises(ValueError, match=r"the file has \d+ bytes; max_bytes accepts 3"):
+        build_dataset(only_train(tmp_path, write, max_bytes=3), "train")
+
+
+DAMAGE = [
+    (yolo_beside, "one.txt", "0 0.5 0.5\n0 0.5 0.5 1 1\n", "one.txt: line 1 .* has 2 numbers behind the class"),
+    (yolo_beside, "one.txt", "9 0.5 0.5 1 1\n", "one.txt: line 1 .*has the class '9', which names lack"),
+    (yolo_beside, "one.txt", "0 a b c d\n", "one.txt: line 1 .* is not four finite numbers"),
+    (yolo_beside, "one.txt", "1e400 0.5 0.5 1 1\n", "one.txt: line 1 .*has the class '1e400'"),
+    (yolo_beside, "one.txt", "0 9 9 1 1\n", "one.txt: line 1 .* lies outside the image"),
+    (yolo_beside, "one.jpg", "no picture", "one.jpg: not a picture .*one.txt is left out"),
+    (labelme_folder, "annotated/0.json", "{", "0.json: the file is not labelme's: Invalid JSON.*left out"),
+    (labelme_folder, "annotated/0.json", "[" * 9000, "0.json: the file is not labelme's: .*recursion limit"),
+    (labelme_folder, "annotated/0.json", labelme("one.jpg", lambda *b: {"points": []}), "not four finite"),
+    (labelme_folder, "annotated/0.json", labelme("one.jpg", lambda *b: {"points": [[1]]}), "at least 2 items"),
+    (labelme_folder, "annotated/0.json", labelme("one.jpg", lambda *b: {"shape_type": "line", "points": [[1, 2]]}), "0.json: shapes.0. .*is a line, which has no box"),
+    (labelme_folder, "annotated/0.json", labelme("one.jpg", swapped_rectangle, imagePath="../../x"), "0.json: the file '../../x' is outside"),
+    (retinanet_csv, "annotations.csv", "pictures/two words.JPG,1,2,3,4,dog\npictures/one.jpg,1,2,x,4,cat", "line 2 .*is not four finite"),
+    (retinanet_csv, "annotations.csv", "pictures/one.jpg,1,2,3,4,\npictures/two words.JPG,1,2,3,4,dog", "line 1 .*has no class name"),
+    (retinanet_csv, "annotations.csv", "../../x.jpg,1,2,3,4,cat\npictures/two words.JPG,1,2,3,4,dog", "line 1: the file '../../x.jpg' is outside"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("write", "file", "text", "message"), DAMAGE)
+def test_what_is_damaged_is_left_out_with_a_sentence_and_its_neighbours_stay(
+    tmp_path, write, file, text, message
+):
+    data = only_train(tmp_path, write)
+    put(tmp_path / file, text)
+    dataset = build_dataset(data, "train")
+    assert re.search(message, dataset.problems[0], re.S), dataset.problems
+    names = [Path(path).name for path in dataset.image_paths]
+    assert "two words.JPG" in names and len(dataset.target(names.index("two words.JPG"))["boxes"]) == 1
+    with pytest.raises(ValueError, match="strict=True refuses any"):
+        build_dataset(data.model_copy(update={"strict": True}), "train")
+
+
+REFUSED = [
+    (
+        retinanet_csv,
+        "annotations.csv",
+        "a,b\n1,2\n",
+        "its first line is 'a,b'; accepted are a header with filename",
+    ),
+    (retinanet_csv, "annotations.csv", "", "the file is empty"),
+    (retinanet_csv, "annotations.csv", "a.jpg,1,2,3,4,cat\n" + "x" * 200_000, "line 2: not CSV"),
+    (yolo_beside, "classes.txt", "cat\ncat", "two classes have the same name"),
+    (yolo_beside, "classes.txt", "", "names are no list of texts"),
+    (ultralytics, "coco8.yaml", "names: " + "[" * 20_000, "coco8.yaml: not YAML"),
+    (ultralytics, "coco8.yaml", "names: {a: cat}", "names are no list of texts, and no table of numbers"),
+    (ultralytics, "coco8.yaml", "- names", "expected a table of train, val and names"),
+    (labelme_folder, "annotated", None, "no such folder, or no JSON file in it"),
+    (yolo_beside, "images", None, "no picture in it"),
+]
+
+
+@pytest.mark.parametrize(("write", "file", "text", "message"), REFUSED)
+def test_what_cannot_be_read_at_all_is_refused_with_a_sentence(tmp_path, write, file, text, message):
+    options = {} if text is not None else {"annotations" if write is labelme_folder else "images": "gone"}
+    data = only_train(tmp_path, write, **options)
+    if text is not None:
+        put(tmp_path / file, text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        build_dataset(data, "train")
+
+
+def test_yaml_words_for_true_and_false_may_be_class_names(tmp_path):
+    put(tmp_path / "data.yaml", "names: [no, on, 1, 2024-01-01]")
+    assert read_names(tmp_path / "data.yaml", 1000) == {0: "no", 1: "on", 2: "1", 3: "2024-01-01"}
+
+
+def test_keypoints_behind_a_box_are_not_taken_for_a_polygon(tmp_path):
+    paint(tmp_path / "images/one.jpg")
+    put(tmp_path / "labels/one.txt", "0 0.5 0.5 0.5 0.5 0.1 0.1 0.9 0.9")
+    put(tmp_path / "data.yaml", "train: images\nkpt_shape: [2, 2]\nnames: [cat]")
+    found = find_data(tmp_path)
+    dataset = build_dataset(DataConfig(root=tmp_path, **found.splits), "train")
+    assert dataset.boxes.tolist() == [[10, 7.5, 30, 22.5]]
+    assert parse_box([0.1, 0.1, 0.9, 0.9, 0.5, 0.5]) == (0.1, 0.1, 0.9, 0.9)
+
+
+def test_a_name_that_fits_two_pictures_is_not_guessed(tmp_path):
+    for folder in ("a", "b"):
+        paint(tmp_path / folder / "one.jpg")
+    index = FileIndex(tmp_path)
+    assert index.find("one.jpg") is None and index.find("x/b/one") == "b/one.jpg"
+    assert index.path_of("one.jpg") == str(tmp_path / "one.jpg")

@@ -1,5 +1,6 @@
 """Work out the sources of a recipe from annotation files of a known format: folders, splits, class names."""
 
+import contextlib
 import json
 import mmap
 import os
@@ -147,7 +148,7 @@ def _inside(layout: Layout, file: str, entry: str, path: str = "") -> str | None
     for front in (os.path.dirname(file), ""):
         for start in range(len(parts)):
             found = os.path.normpath(os.path.join(front, *parts[start:]))
-            if layout.path(found).exists():
+            if os.path.exists(layout.path(found)):
                 return found
     return None
 
@@ -241,5 +242,10 @@ def _base_of(index: FileIndex, names: set[str], file: str) -> str:
 def _coco_names(path: Path) -> set[str]:
     """The file names in a COCO JSON, searched where it lies."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        found = re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', data)
-        return {json.loads(match[1], strict=False) for match in found}
+        found = [match[1] for match in re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', data)]
+    names = set()
+    for name in found:
+        # Whoever reads the whole file says what is wrong with it.
+        with contextlib.suppress(ValueError):
+            names.add(json.loads(name, strict=False))
+    return names

@@ -67,4 +67,11 @@ def build_dataset(
         "use_difficult": data.difficult,
         "check_pictures": check_pictures,
     }
-    return concatenate([source.load(data.root, **options) for source in sources])
+    dataset = concatenate([source.load(data.root, **options) for source in sources])
+    if not len(dataset):
+        told = (
+            "; ".join((*dataset.problems, *dataset.notes))
+            or "the annotations and lists of pictures have none in common"
+        )
+        raise ValueError(f"data.{split} has no picture: {told}")
+    return dataset
