@@ -42,14 +42,14 @@ def find_data(path: str | Path, format: str | None = None) -> Found:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such folder or file")
-    if format is not None and format not in _FORMATS:
-        raise ValueError(f"format is {format!r}; accepted: {', '.join(_FORMATS)}")
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format is {format!r}; accepted: {', '.join(FORMATS)}")
     index, names = _index(path)
-    asked = [format] if format else list(_FORMATS)
-    found = {name: files for name in asked if (files := _FORMATS[name][0](index, names))}
-    kinds = {name: f"{len(files)} {_FORMATS[name][2]}" for name, files in found.items()}
+    asked = [format] if format else list(FORMATS)
+    found = {name: files for name in asked if (files := FORMATS[name][0](index, names))}
+    kinds = {name: f"{len(files)} {FORMATS[name][2]}" for name, files in found.items()}
     if not found:
-        looked_for = ", ".join(_FORMATS[name][2] for name in asked)
+        looked_for = ", ".join(FORMATS[name][2] for name in asked)
         held = Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in names).most_common(6)
         holds = ", ".join(f"{count} {suffix}" for suffix, count in held) or "no file"
         raise ValueError(f"{path}: no annotations found; looked for {looked_for}; found {holds}")
@@ -58,7 +58,10 @@ def find_data(path: str | Path, format: str | None = None) -> Found:
         raise ValueError(f"{path}: annotations of several formats: {listed}; choose one with --format")
     ((name, files),) = found.items()
     layout = Layout(index, files, [f"{path}: format {name}, {kinds[name]}, such as {files[0]}"])
-    splits = _FORMATS[name][1](layout)
+    splits = FORMATS[name][1](layout)
+    layout.remarks.append(
+        "there is no split" if list(splits) == ["train"] else f"splits: {', '.join(splits)}"
+    )
     return Found(name, index.folder, splits, layout.class_names, tuple(layout.remarks))
 
 
@@ -156,8 +159,8 @@ def _holds(path: Path, *patterns: bytes) -> bool:
         return all(re.search(pattern, data) for pattern in patterns)
 
 
-# format: (what finds its files, what makes sources of them, what they are called)
-_FORMATS = {
+# The formats by name: what finds their files, what makes sources of those, what they are called.
+FORMATS = {
     "voc": (_voc_files, voc_sources, "XML files"),
     "coco": (_coco_files, coco_sources, "COCO JSON files"),
     "yolo": (_yolo_files, yolo_sources, "YOLO files (data.yaml, obj.data or texts beside pictures)"),

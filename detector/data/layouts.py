@@ -41,34 +41,34 @@ class Layout:
 def voc_sources(layout: Layout) -> Sources:
     """Sources of VOC folders with lists of their splits, or else of XML files anywhere."""
     one_based = counts_from_one(map(layout.path, layout.files))
-    layout.remarks.append(
-        f"pixels are counted from {int(one_based)}, as "
-        + (
-            "all are whole, none is 0, and some are the width"
-            if one_based
-            else "some are 0 or fractions, or none is the width"
-        )
+    reason = (
+        "all are whole, none is 0, some are the width"
+        if one_based
+        else "some are 0 or fractions, or none is the width"
     )
+    layout.remarks.append(f"pixels are counted from {int(one_based)}: of the coordinates, {reason}")
     base = {"format": "voc", "one_based": one_based}
-    lists: dict[str, list[str]] = defaultdict(list)
-    for file in layout.index.files:
-        directory, found, name = f"/{file}".rpartition("/ImageSets/Main/")
-        if found and name.endswith(".txt"):
-            lists[directory[1:]].append(name[:-4])
     sources: Sources = defaultdict(list)
-    for directory, names in lists.items():
-        inside = [file for file in layout.files if file.startswith(os.path.join(directory, "Annotations/"))]
+    filed = [file for file in layout.files if "Annotations/" in file]
+    for directory in sorted({file.rpartition("Annotations/")[0] for file in filed}):
+        names = [path.stem for path in sorted(layout.path(directory).glob("ImageSets/Main/*.txt"))]
+        inside = [file for file in filed if file.startswith(f"{directory}Annotations/")]
         images = os.path.relpath(_folder_of(layout.index, map(stem_of, inside)), directory or ".")
-        # VOC's lists of one class, such as cat_train, are left aside.
-        plain = {name: name for name in _LISTS if name in names} if "train" in names else {}
-        plain = plain or {name: "train" for name in names if "_" not in name and name not in ("val", "test")}
-        plain = plain or dict.fromkeys(names, "train")
-        for name, split in plain.items():
-            source = {"split": name, "directory": directory or ".", "images": images}
-            sources[split] += [base | source] if inside else []
+        for name, split in _splits_of_lists(names).items():
+            source = {"split": name, "directory": os.path.normpath(directory or "."), "images": images}
+            sources[split].append(base | source)
     if sources:
         return _in_order(sources)
     return _beside_pictures(layout, lambda folder, images: base | {"annotations": folder, "images": images})
+
+
+def _splits_of_lists(names: list[str]) -> dict[str, str]:
+    """The split that each list of a VOC folder is for. Lists of one class, such as cat_train, are left aside."""
+    names = [name for name in names if "_" not in name] or names
+    splits = {name: split_of(name) or "train" for name in names}
+    if "train" in names:
+        splits.pop("trainval", None)
+    return splits if "train" in splits.values() else dict.fromkeys(splits, "train")
 
 
 def labelme_sources(layout: Layout) -> Sources:
