@@ -1,7 +1,9 @@
 """A corpus of layouts: the same pictures give the same boxes from every format, with the quirks of real sets."""
 
+import contextlib
 import csv
 import json
+import random
 import re
 import unicodedata
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from detector.data.file_index import FileIndex
+from detector.data.file_index import FileIndex, is_picture
 from detector.data.find import find_data, is_recipe
 from detector.data.sources import DataConfig, build_dataset
 from detector.data.yolo import parse_box, read_names
@@ -610,3 +612,25 @@ def test_a_name_that_fits_two_pictures_is_not_guessed(tmp_path):
     index = FileIndex(tmp_path)
     assert index.find("one.jpg") is None and index.find("x/b/one") == "b/one.jpg"
     assert index.path_of("one.jpg") == str(tmp_path / "one.jpg")
+
+
+TOKENS = [b"1e400", b"-1", b"inf", b"null", b"\0", b"\xff\xfe", b"[", b"{", b"]", b"}", b"9" * 400, b"/etc/passwd", b"../..",
+          b'"', b",", b";", b"<", b">", b"\n", b"true", b"", b"\\ud800", b"&a;", b"- ", b": ", b"[" * 2000, b" " * 50, b"0.5"]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
+def test_random_damage_gives_data_or_a_sentence(tmp_path, write):
+    for seed in range(8):
+        draw, root = random.Random(seed), tmp_path / str(seed)
+        root.mkdir()
+        write(root)
+        path = draw.choice(sorted(p for p in root.rglob("*") if p.is_file() and not is_picture(p.name)))
+        data = bytearray(path.read_bytes())
+        for _ in range(draw.choice([1, 2, 5])):
+            start = draw.randint(0, len(data))
+            data[start : start + draw.choice([0, 1, 3, 60])] = draw.choice(TOKENS)
+        path.write_bytes(data)
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            found = find_data(root, LAYOUTS[write])
+            for split in found.splits:
+                build_dataset(DataConfig(root=root, **found.splits), split)

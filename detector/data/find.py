@@ -57,7 +57,8 @@ def find_data(path: str | Path, format: str | None = None) -> Found:
         listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise ValueError(f"{path}: annotations of several formats: {listed}; choose one with --format")
     ((name, files),) = found.items()
-    layout = Layout(index, files, [f"{path}: format {name}, {kinds[name]}, such as {files[0]}"])
+    remark = f"{path}: format {name}, {kinds[name]}, such as {files[0]}; {len(index.pictures)} pictures"
+    layout = Layout(index, files, [remark])
     splits = FORMATS[name][1](layout)
     layout.remarks.append(
         "there is no split" if list(splits) == ["train"] else f"splits: {', '.join(splits)}"
