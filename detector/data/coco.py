@@ -84,11 +84,11 @@ def load_coco(
 
     Args:
         class_names: the categories to keep, in the order of their labels; all of them by default.
-        check_pictures: check that every picture exists. False serves callers that use only the annotations.
+        check_pictures: check that the folder of pictures exists. False serves callers that use only the annotations.
         options: `limit`, `strict` and `use_difficult` of `Annotations.to_dataset`.
 
     Raises:
-        FileNotFoundError: the JSON, the folder, or a picture that the JSON lists is missing.
+        FileNotFoundError: the JSON or the folder is missing.
         ValueError: the JSON is malformed (the message names the file and the entry), or `Annotations.to_dataset`
             refuses the data.
     """
@@ -108,8 +108,8 @@ def load_coco(
     ids = {name: id for id, name in names.items()}
     found = Annotations(str(path), pictures, objects, describe, ids, problems)
     dataset = found.to_dataset(class_names, **options)
-    if check_pictures:
-        _check_pictures_exist(dataset.image_paths.tolist(), images_dir, path)
+    if check_pictures and not images_dir.is_dir():
+        raise FileNotFoundError(f"{images_dir}: no such folder of images")
     return dataset
 
 
@@ -185,26 +185,3 @@ def _xyxy(bbox: Any) -> tuple[float, ...]:
         return (float("nan"),) * 4
     x, y, width, height = bbox
     return x, y, x + width, y + height
-
-
-def _check_pictures_exist(image_paths: list[str], images_dir: Path, annotations_path: Path) -> None:
-    """Raise a FileNotFoundError if a picture is missing.
-
-    Each folder is listed once, because a look-up of each file is slow for large sets on a network file system.
-    """
-    if not images_dir.is_dir():
-        raise FileNotFoundError(f"{images_dir}: no such folder of images")
-    listings: dict[str, set[str]] = {}
-    missing = []
-    for path in image_paths:
-        folder, name = os.path.split(path)
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listings[folder]:
-            missing.append(path)
-    if missing:
-        names = ", ".join(os.path.relpath(path, images_dir) for path in missing[:5])
-        raise FileNotFoundError(
-            f"{images_dir}: {len(missing)} of the {len(image_paths)} images that {annotations_path} lists "
-            f"are missing: {names}{', ...' if len(missing) > 5 else ''}"
-        )

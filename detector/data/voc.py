@@ -66,20 +66,20 @@ def load_voc(
     Args:
         one_based: pixels are counted from 1 and the last one is included, as in VOC. A box is then
             (xmin - 1, ymin - 1, xmax, ymax). If False, coordinates are taken as filed. The data is checked for both.
-        check_pictures: refuse a set with absent pictures; False if only its annotations are used. An XML without a
-            size still needs its picture.
+        check_pictures: look for the pictures; False if only the annotations are used. An XML without a size then
+            still needs its picture, and otherwise has size 0 where the picture cannot be read.
         options: `class_names`, `limit`, `strict` and `use_difficult` of `Annotations.to_dataset`. Without
             `class_names`, the classes are the names found in the split, sorted.
 
     Raises:
-        FileNotFoundError: a folder, an annotation or a picture of the split is missing.
+        FileNotFoundError: a folder or an annotation of the split is missing.
         ValueError: the split is unknown, an XML malformed, or the coordinates contradict `one_based`.
     """
     root = Path(root)
     stems = _read_split(root, split)
     files = [_parse(path) for path in _annotation_paths(root, stems)]
     pictures = [
-        Picture(path, image_id, file.size or load_image_size(path))
+        Picture(path, image_id, file.size or _measure(path, check_pictures))
         for path, image_id, file in zip(
             _find_pictures(root, stems, files, check_pictures), _image_ids(stems), files, strict=True
         )
@@ -116,7 +116,7 @@ def _object(filed: _Filed, row: int, index: int, size: tuple[int, int], one_base
     elif xmax <= xmin or ymax <= ymin:
         # With both ends included, xmax = xmin is one pixel wide, but it comes from a slip of the mouse.
         fault = "has a box that has no area"
-    elif xmax > size[1] or ymax > size[0]:
+    elif any(size) and (xmax > size[1] or ymax > size[0]):
         remark = f"reaches past its image of {size[1]}x{size[0]} pixels, and is kept"
     box = (xmin - one_based, ymin - one_based, xmax, ymax)
     return Object(row, index, filed.name, box, difficult=filed.difficult, fault=fault, remark=remark)
@@ -207,7 +207,7 @@ def _number(element: ElementTree.Element | None) -> float:
 def _find_pictures(root: Path, stems: list[str], files: list[_File], check: bool) -> list[str]:
     """The picture of each annotation: its <filename> if that exists, else the stem with a picture's suffix.
 
-    check: a missing picture is a FileNotFoundError; if False, it is named STEM.jpg.
+    A missing picture is named STEM.jpg. check: a missing folder is a FileNotFoundError.
     """
     folder = root / "JPEGImages"
     present = _list_folder(folder) if check or folder.is_dir() else set()
@@ -217,12 +217,20 @@ def _find_pictures(root: Path, stems: list[str], files: list[_File], check: bool
         if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
     }
     names = [
-        file.filename if file.filename in present else by_stem.get(stem, None if check else f"{stem}.jpg")
+        file.filename if file.filename in present else by_stem.get(stem, f"{stem}.jpg")
         for stem, file in zip(stems, files, strict=True)
     ]
-    missing = [stem for stem, name in zip(stems, names, strict=True) if name is None]
-    _refuse_missing(folder, "images", missing, stems)
     return [os.path.join(folder, name) for name in names]
+
+
+def _measure(path: str, tolerant: bool) -> tuple[int, int]:
+    """The (height, width) of a picture; 0, 0 if it cannot be read and that is tolerated."""
+    try:
+        return load_image_size(path)
+    except (ValueError, OSError):
+        if tolerant:
+            return 0, 0
+        raise
 
 
 def _image_ids(stems: list[str]) -> list[int]:
@@ -245,7 +253,7 @@ def _refuse_zero_based(filed: np.ndarray, objects: list[Object], found: Annotati
 
 def _looks_one_based(filed: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether (M, 4) coordinates as filed look counted from 1. `sizes` is (M, 2) height, width of the images."""
-    sound = np.isfinite(filed).all(axis=1)
+    sound = np.isfinite(filed).all(axis=1) & (sizes[:, 1] > 0)
     filed, sizes = filed[sound], sizes[sound]
     whole = len(filed) > 0 and bool((filed == np.round(filed)).all())
     return whole and filed.min() >= 1 and bool((filed[:, 2] >= sizes[:, 1]).any())
