@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_a_size_that_differs_by_a_pixel_clips_the_boxes_and_is_noted(folder):
     assert settled.image_sizes[3].tolist() == [29, 40]
     assert box_of(settled, 3) == [[2, 20, 10, 29]] and settled.areas[3] == 72
     assert box_of(settled, 5) == []
-    assert settled.problems == (f"{folder.path(5)} has a box that lies outside the image, and is skipped",)
+    assert settled.problems == (f"{folder.path(5)} has a box that has no area, and is skipped",)
     assert settled.notes == (
         f"2 of 40 pictures differ from their annotations by a few pixels, and boxes are clipped; the first: "
         f"{folder.path(3)}: the picture is 40x29 (width x height), its annotations say 40x30",
@@ -340,7 +341,7 @@ def test_a_broken_picture_is_a_sentence_with_its_name(tmp_path, name):
     path.write_bytes(BROKEN[name])
     with pytest.raises(ValueError, match=r"x\.jpg: ") as error:
         load_image(path)
-    assert "\n" not in str(error.value) and error.value.__suppress_context__ in (True, False)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -383,17 +384,18 @@ def _error(path):
     return str(error.value)
 
 
-def test_a_bomb_is_refused_by_its_header_and_a_large_picture_gives_no_warning(tmp_path, recwarn):
+def test_a_bomb_is_refused_by_its_header_and_a_large_picture_gives_no_warning(tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(png(10_000, 10_000))  # Pillow warns at 89 million
-    assert load_image_size(path) == (10_000, 10_000)
+    with warnings.catch_warnings(record=True) as caught:
+        assert load_image_size(path) == (10_000, 10_000)
+    assert not caught
     with pytest.raises(
         ValueError, match=r"x\.png: the picture is too large \(10000x10000 .*max_pixels is 1000"
     ):
         load_image(path, max_pixels=1000)
     with pytest.raises(ValueError, match="max_pixels"):
         DataConfig(max_pixels=MAX_PIXELS + 1)
-    assert not recwarn.list
 
 
 # Failures on decoding
@@ -465,10 +467,9 @@ class Failing(torch.utils.data.Dataset):
 
 
 def test_a_workers_error_keeps_its_type_and_lines_and_a_bug_its_traceback():
-    for error in (FileNotFoundError("a\nValue: b"), ValueError("a:\n  b")):
-        with pytest.raises(type(error)) as found:
-            list(build_loader(Failing(error), [[0]], 1, False))
-        assert str(found.value) == str(error)
+    with pytest.raises(FileNotFoundError) as found:
+        list(build_loader(Failing(FileNotFoundError("a:\n  b\nValue: c")), [[0]], 1, False))
+    assert str(found.value) == "a:\n  b\nValue: c"
     with pytest.raises(KeyError, match="Traceback"):
         list(build_loader(Failing(KeyError("a")), [[0]], 1, False))
 
@@ -478,12 +479,18 @@ def test_a_workers_error_keeps_its_type_and_lines_and_a_bug_its_traceback():
 
 @pytest.fixture
 def shapes(tiny_config, tmp_path, monkeypatch):
-    """A recipe on 24 + 24 pictures, and their folder."""
+    """Make so many pictures to train on, and to validate on: a recipe and their folder."""
     monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
     root = tmp_path / "data"
-    generate_shapes(root, num_train=24, num_val=24, image_size=64)
-    sizes = [f"data.{split}.num_{each}=24" for split in ("train", "val") for each in ("train", "val")]
-    return tiny_config(f"data.root={root}", "train.batch_size=8", *sizes), root
+
+    def make(count, *overrides):
+        generate_shapes(root, num_train=count, num_val=count, image_size=64)
+        sizes = [
+            f"data.{split}.num_{each}={count}" for split in ("train", "val") for each in ("train", "val")
+        ]
+        return tiny_config(f"data.root={root}", *sizes, *overrides), root
+
+    return make
 
 
 def cut(path):
@@ -491,7 +498,7 @@ def cut(path):
 
 
 def test_a_run_goes_on_without_its_broken_pictures_and_says_so(shapes, tmp_path, capsys):
-    config, root = shapes
+    config, root = shapes(20, "train.batch_size=10")
     (root / "train/000002.jpg").unlink()
     cut(root / "train/000005.jpg")
     (root / "val/000003.jpg").unlink()
@@ -501,7 +508,7 @@ def test_a_run_goes_on_without_its_broken_pictures_and_says_so(shapes, tmp_path,
     out = capsys.readouterr().out
     assert f"  left out: {root}/train/000002.jpg: no such picture file" in out
     assert out.count("replaced by another: ") == 1 and out.count(f"left out: {root}/val/000007.jpg") == 1
-    assert "(22 images, 2 unreadable left out, " in out
+    assert "(18 images, 2 unreadable left out, " in out
     log = read_log(tmp_path / "run/metrics.jsonl")
     assert [line["left_out"] for line in log if line["kind"] == "val"] == [2, 2]
     (line,) = [line for line in log if line["kind"] == "unreadable"]
@@ -512,11 +519,11 @@ def test_a_run_goes_on_without_its_broken_pictures_and_says_so(shapes, tmp_path,
 
 
 def test_a_run_with_a_broken_picture_resumes_as_if_it_had_not_stopped(shapes, tmp_path, monkeypatch):
-    config, root = shapes
-    cut(root / "train/000005.jpg")
+    config, root = shapes(4, "data.val=null")
+    cut(root / "train/000003.jpg")
     Run(config, tmp_path / "whole", CPU).train()
     with monkeypatch.context() as patch:
-        stop_after(patch, 4)
+        stop_after(patch, 3)
         with pytest.raises(Interrupted):
             Run(config, tmp_path / "parts", CPU).train()
     Run(config, tmp_path / "parts", CPU, resume=True).train()
@@ -525,10 +532,10 @@ def test_a_run_with_a_broken_picture_resumes_as_if_it_had_not_stopped(shapes, tm
 
 
 def test_a_strict_run_stops_at_the_first_picture_that_fails(shapes, tmp_path):
-    config, root = shapes
-    cut(root / "train/000005.jpg")
+    config, root = shapes(4)
+    cut(root / "train/000003.jpg")
     data = config.data.model_copy(update={"strict": True})
-    with pytest.raises(ValueError, match=r"000005\.jpg: the picture is damaged"):
+    with pytest.raises(ValueError, match=r"000003\.jpg: the picture is damaged"):
         Run(config.model_copy(update={"data": data}), tmp_path / "run", CPU).train()
 
 

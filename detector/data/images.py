@@ -28,8 +28,6 @@ _FORMATS = [
     for name in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
     if name in Image.OPEN
 ]
-# Pillow warns at half of what it refuses. The limit here is `max_pixels`.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 _LFS_POINTER = b"version https://git-lfs"
 _EXIF_ORIENTATION = 0x0112
 # For each EXIF orientation, the operation that turns the stored picture upright (1 is upright already).
@@ -164,7 +162,10 @@ def _open_file(path: str | Path) -> IO[bytes]:
 def _open(file: IO[bytes], path: str | Path, max_pixels: int) -> Image.Image:
     """Read the picture's header by Pillow. No pixel is decoded."""
     try:
-        picture = Image.open(file, formats=_FORMATS)
+        with warnings.catch_warnings():
+            # Pillow warns at half of what it refuses. The limit here is `max_pixels`.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(file, formats=_FORMATS)
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path}: {_no_picture(file)}") from None
     except Image.DecompressionBombError as error:
