@@ -71,7 +71,8 @@ def evaluate(args: argparse.Namespace) -> None:
     write_json(output / "metrics.json", {**metrics, "losses": losses, **left_out}, indent=2)
     print(format_coco(metrics), format_voc(metrics["voc"]), sep="\n\n")
     if left_out:
-        print(f"\n{len(dataset.left_out)} pictures could not be used, and count neither way")
+        count, total = len(dataset.left_out), len(dataset) + len(dataset.left_out)
+        print(f"\n{count} of {total} pictures could not be used and are left out of these numbers")
     print(f"\nmetrics and detections are in {output}")
 
 

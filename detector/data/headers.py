@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .dataset import DetectionDataset, size_message
+from .dataset import DetectionDataset, offsets_of, size_message
 from .images import MAX_PIXELS, read_sizes
 from .records import find_faulty_boxes
 from .tolerance import MAX_LEFT_OUT, refuse_many
@@ -41,32 +41,30 @@ def settle_sizes(
     clipped, scaled, refused = _compare(stated, sizes)
 
     def tell(row: int) -> str:
-        path, expected, got = str(dataset.image_paths[row]), stated[row].tolist(), sizes[row].tolist()
-        return reasons.get(row) or size_message(path, tuple(expected), tuple(got))
+        expected, got = (tuple(each[row].tolist()) for each in (stated, sizes))
+        return reasons.get(int(row)) or size_message(str(dataset.image_paths[row]), expected, got)
 
-    left_out = [tell(row) for row in np.flatnonzero(refused)]
-    if strict and (differ := np.flatnonzero(clipped | scaled | refused)).size:
+    differ, kept = np.flatnonzero(clipped | scaled | refused), ~refused
+    if strict and len(differ):
         raise ValueError(
             f"{tell(differ[0])} (strict refuses any; {len(differ)} picture(s) are not as annotated)"
         )
+    left_out = [tell(row) for row in np.flatnonzero(refused)]
     refuse_many(left_out, len(dataset), max_left_out)
     notes = [
-        f"{len(rows)} of {len(dataset)} pictures differ from their annotations {how}; the first: {tell(rows[0])}"
-        for rows, how in (
-            (np.flatnonzero(clipped), "by a few pixels, and boxes are clipped"),
-            (np.flatnonzero(scaled), "by a factor, and boxes are scaled"),
+        f"{mask.sum()} of {len(mask)} pictures differ from their annotations {how}; the first: {tell(mask.argmax())}"
+        for mask, how in (
+            (clipped, "by a few pixels, and boxes are clipped"),
+            (scaled, "by a factor, and boxes are scaled"),
         )
-        if len(rows)
+        if mask.any()
     ]
-    settled = replace(
-        dataset,
-        image_sizes=sizes,
-        notes=(*dataset.notes, *notes),
-        left_out=(*dataset.left_out, *left_out),
-    )
-    if notes:
-        settled = _fit_boxes(settled, np.where(scaled[:, None], sizes / stated, 1), clipped)
-    return settled.subset(~refused) if left_out else settled
+    settled = replace(dataset, image_sizes=sizes, notes=(*dataset.notes, *notes))
+    if left_out:
+        settled = replace(settled.subset(kept), left_out=(*dataset.left_out, *left_out))
+    if not notes:
+        return settled
+    return _fit_boxes(settled, np.where(scaled[:, None], sizes / stated, 1)[kept], clipped[kept])
 
 
 def _compare(stated: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -93,8 +91,7 @@ def _fit_boxes(dataset: DetectionDataset, factors: np.ndarray, clipped: np.ndarr
 
     A box that this leaves without area is skipped, with a sentence in `problems`. Areas change as their boxes do.
     """
-    counts = np.diff(dataset.offsets)
-    image = np.repeat(np.arange(len(dataset)), counts)
+    image = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
     sizes = dataset.image_sizes[image]
     boxes = dataset.boxes * factors[image][:, [1, 0, 1, 0]]
     boxes = np.where(clipped[image][:, None], boxes.clip(0, sizes[:, [1, 0, 1, 0]]), boxes)
@@ -106,7 +103,7 @@ def _fit_boxes(dataset: DetectionDataset, factors: np.ndarray, clipped: np.ndarr
     kept[list(faults)] = False
     return replace(
         dataset,
-        offsets=np.concatenate([[0], np.cumsum(np.bincount(image[kept], minlength=len(dataset)))]),
+        offsets=offsets_of(np.bincount(image[kept], minlength=len(dataset))),
         boxes=boxes[kept],
         areas=np.where(changed, dataset.areas * grown, dataset.areas)[kept],
         problems=(*dataset.problems, *problems),
