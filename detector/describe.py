@@ -80,4 +80,6 @@ def write_problems(path: Path, datasets: dict[str, DetectionDataset | None]) -> 
     ]
     path.unlink(missing_ok=True)
     if lines:
-        write_atomically(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
+        # A file's name may hold what UTF-8 cannot.
+        data = "".join(lines).encode(errors="backslashreplace")
+        write_atomically(path, lambda temporary: temporary.write_bytes(data))

@@ -256,6 +256,12 @@ def test_a_tiffs_size_is_that_of_the_upright_picture(tmp_path, orientation):
     assert load_image(tmp_path / "a.tiff").shape[:2] == load_image_size(tmp_path / "a.tiff")
 
 
+@pytest.mark.parametrize("name", ["a\0b.jpg", "a\ud800b.jpg", "a" * 300])
+def test_a_name_that_no_file_can_have_is_in_the_sentence(name):
+    _, reasons = read_sizes([name])
+    assert reasons[0].startswith(f"{name}: ")
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
 
     os.mkfifo(tmp_path / "a.jpg")

@@ -146,17 +146,25 @@ def _open_file(path: str | Path) -> IO[bytes]:
     """Open a file that is not empty."""
     try:
         # To open a named pipe would wait for whoever writes to it.
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device or pipe"
-            raise ValueError(f"{path}: {kind}, where a picture file is expected")
-        if not found.st_size:
-            raise ValueError(f"{path}: the file is empty (0 bytes)")
+        if fault := _fault(os.stat(path)):
+            raise ValueError(fault)
         return open(path, "rb")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such picture file") from None
     except OSError as error:
         raise ValueError(f"{path}: the file cannot be read ({error.strerror})") from None
+    # A name may hold a zero byte or a lone surrogate.
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _fault(found: os.stat_result) -> str | None:
+    """Why a file cannot hold a picture, or None."""
+    if stat.S_ISDIR(found.st_mode):
+        return "a folder, where a picture file is expected"
+    if not stat.S_ISREG(found.st_mode):
+        return "a device or pipe, where a picture file is expected"
+    return None if found.st_size else "the file is empty (0 bytes)"
 
 
 def _open(file: IO[bytes], path: str | Path, max_pixels: int) -> Image.Image:
