@@ -261,16 +261,8 @@ def test_files_that_are_missing_or_no_json_are_named(write, tmp_path):
     images_dir, path = write()
     with pytest.raises(FileNotFoundError, match="no such annotation file"):
         load_coco(images_dir, tmp_path / "gone.json")
-    with pytest.raises(
-        FileNotFoundError, match="3 of the 3 pictures that it names are missing: .*nowhere/a.png"
-    ):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder of images"):
         load_coco(tmp_path / "nowhere", path)
-    (images_dir / "sub/b.png").unlink()
-    (images_dir / "c.png").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"2 of the 3 pictures .* are missing: .*sub/b\.png, .*c\.png"
-    ):
-        load_coco(images_dir, path)
     path.write_text('{"images": [')
     with pytest.raises(ValueError, match=r"a\.json: not valid JSON"):
         load_coco(images_dir, path)
@@ -343,7 +335,7 @@ def test_columns_that_do_not_fit_together_are_refused(write):
 def test_annotations_live_in_plain_arrays_that_workers_share(write):
     dataset = load_coco(*write())
     for name, value in vars(dataset).items():
-        if name not in ("class_names", "problems", "notes", "use_difficult"):
+        if name not in ("class_names", "problems", "notes", "left_out", "use_difficult"):
             assert isinstance(value, np.ndarray) and value.dtype.kind in "iufbU", name
     assert repr(pickle.loads(pickle.dumps(dataset)).to_coco()) == repr(dataset.to_coco())
 

@@ -535,7 +535,6 @@ DAMAGE = [
     (yolo_beside, "one.txt", "0 a b c d\n", "one.txt: line 1 .* is not four finite numbers"),
     (yolo_beside, "one.txt", "1e400 0.5 0.5 1 1\n", "one.txt: line 1 .*has the class '1e400'"),
     (yolo_beside, "one.txt", "0 9 9 1 1\n", "one.txt: line 1 .* lies outside the image"),
-    (yolo_beside, "one.jpg", "no picture", "one.jpg: not a picture .*one.txt is left out"),
     (labelme_folder, "annotated/0.json", "{", "0.json: the file is not labelme's: Invalid JSON.*left out"),
     (labelme_folder, "annotated/0.json", "[" * 9000, "0.json: the file is not labelme's: .*recursion limit"),
     (labelme_folder, "annotated/0.json", labelme("one.jpg", lambda *b: {"points": []}), "not four finite"),
@@ -604,6 +603,14 @@ def test_keypoints_behind_a_box_are_not_taken_for_a_polygon(tmp_path):
     dataset = build_dataset(DataConfig(root=tmp_path, **found.splits), "train")
     assert dataset.boxes.tolist() == [[10, 7.5, 30, 22.5]]
     assert parse_box([0.1, 0.1, 0.9, 0.9, 0.5, 0.5]) == (0.1, 0.1, 0.9, 0.9)
+
+
+def test_a_picture_that_cannot_be_read_is_counted_by_the_rule_on_pictures(tmp_path):
+    data = only_train(tmp_path, yolo_beside)
+    put(tmp_path / "one.jpg", "no picture")
+    with pytest.raises(ValueError, match=r"1 of 5 pictures cannot be used, .*\n.*one\.jpg: not a picture"):
+        build_dataset(data, "train")
+    assert len(build_dataset(data, "train", check_pictures=False)) == 5
 
 
 def test_a_name_that_fits_two_pictures_is_not_guessed(tmp_path):

@@ -11,8 +11,8 @@ from typing_extensions import NotRequired, TypedDict
 from ..files import read_text
 from .dataset import DetectionDataset
 from .file_index import FileIndex, key
-from .file_source import MAX_BYTES, FileSource, to_dataset
-from .images import load_image_size
+from .file_source import MAX_BYTES, FileSource
+from .filed import sizes_of
 from .records import Annotations, Object, Picture
 
 # Ids and sizes are whole numbers that numpy and pycocotools can hold, and seeds can be made of.
@@ -94,16 +94,18 @@ def load_coco(
 
     Args:
         class_names: the categories to keep, in the order of their labels; all of them by default.
-        check_pictures: check that every picture exists. False serves callers that use only the annotations.
+        check_pictures: check that the folder of pictures exists. False serves callers that use only the annotations.
         options: `limit`, `strict` and `use_difficult` of `Annotations.to_dataset`.
 
     Raises:
-        FileNotFoundError: the JSON or a picture that it lists is missing.
+        FileNotFoundError: the JSON or the folder is missing.
         ValueError: the JSON is malformed (the message names the file and the entry), a picture is outside the folder,
             or `Annotations.to_dataset` refuses the data.
     """
     found = read_coco(Path(images_dir), Path(annotations_path))
-    return to_dataset(found, check_pictures=check_pictures, class_names=class_names, **options)
+    if check_pictures and not Path(images_dir).is_dir():
+        raise FileNotFoundError(f"{images_dir}: no such folder of images")
+    return found.to_dataset(class_names, **options)
 
 
 def read_coco(
@@ -112,9 +114,9 @@ def read_coco(
     """What a COCO JSON says of the pictures in `images_dir`, and in no folder outside `root`."""
     content = _read_json(path, max_bytes)
     images = sorted(content["images"], key=lambda image: image["id"])
-    pictures, problems, notes = _find_pictures(images, FileIndex(images_dir, root), path)
+    pictures, notes = _find_pictures(images, FileIndex(images_dir, root), path)
     names = {category["id"]: category["name"] for category in content["categories"]}
-    objects, unmatched = _match(content["annotations"], images, pictures, names, path)
+    objects, problems = _match(content["annotations"], images, names, path)
 
     def describe(found: Object) -> tuple[str, str]:
         name = Path(pictures[found.picture].path).name
@@ -122,33 +124,28 @@ def read_coco(
         return f"{path}: annotations[{found.index}] ({name})", f"bbox {filed} (x, y, width, height)"
 
     ids = {name: id for id, name in names.items()}
-    return Annotations(str(path), pictures, objects, describe, ids, problems + unmatched, notes)
+    return Annotations(str(path), pictures, objects, describe, ids, problems, notes)
 
 
-def _find_pictures(
-    images: list[_Image], files: FileIndex, path: Path
-) -> tuple[list[Picture], list[str], list[str]]:
-    """The pictures that can be used, problems of the others, and a note on those that are elsewhere."""
-    pictures, problems, moved = [], [], []
+def _find_pictures(images: list[_Image], files: FileIndex, path: Path) -> tuple[list[Picture], list[str]]:
+    """The pictures, and a note on those that are elsewhere than the file says."""
+    found, moved = [], []
     for image in images:
         try:
             picture = files.path_of(image["file_name"])
         except ValueError as error:
             raise ValueError(f"{path}: images with id {image['id']}: {error}") from None
-        try:
-            size = (image["height"], image["width"]) if _has_size(image) else load_image_size(picture)
-        except (ValueError, FileNotFoundError) as error:
-            problems.append(f"{error}; it is left out, as {path} does not say its size")
-            continue
-        pictures.append(Picture(picture, image["id"], size))
+        has_size = "width" in image and "height" in image
+        found.append((picture, (image["height"], image["width"]) if has_size else None))
         if not key(picture).endswith(key(image["file_name"])):
             moved.append(f"{image['file_name']!r} is {picture}")
-    note = f"{path}: {len(moved)} pictures have other paths than the file says: {moved[0]}" if moved else ""
-    return pictures, problems, [note] if note else []
-
-
-def _has_size(image: _Image) -> bool:
-    return "width" in image and "height" in image
+    pictures = [
+        Picture(picture, image["id"], size)
+        for image, (picture, _), size in zip(images, found, sizes_of(found), strict=True)
+    ]
+    if not moved:
+        return pictures, []
+    return pictures, [f"{path}: {len(moved)} pictures have other paths than the file says: {moved[0]}"]
 
 
 def _read_json(path: Path, max_bytes: int) -> _Content:
@@ -191,20 +188,13 @@ def _sentence(error: dict[str, Any]) -> str:
 
 
 def _match(
-    annotations: list[_Annotation],
-    images: list[_Image],
-    pictures: list[Picture],
-    names: dict[int, str],
-    path: Path,
+    annotations: list[_Annotation], images: list[_Image], names: dict[int, str], path: Path
 ) -> tuple[list[Object], list[str]]:
     """The annotations as objects, sorted by image, and a sentence for each one whose image or category is unknown."""
-    row_of = {picture.image_id: row for row, picture in enumerate(pictures)}
-    left_out = {image["id"] for image in images} - row_of.keys()
+    row_of = {image["id"]: row for row, image in enumerate(images)}
     objects, problems = [], []
     for index, entry in enumerate(annotations):
         row, name = row_of.get(entry["image_id"]), names.get(entry["category_id"])
-        if entry["image_id"] in left_out:
-            continue
         if row is None or name is None:
             key, section = ("image_id", "images") if row is None else ("category_id", "categories")
             problems.append(f"{path}: annotations[{index}] has {key} {entry[key]}, which {section} lacks")

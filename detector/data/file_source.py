@@ -1,7 +1,5 @@
 """A source of pictures and annotations in files, and what a recipe may say of any of them."""
 
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +31,9 @@ class FileSource(Section):
         raise NotImplementedError
 
     def load(self, root: Path, **options: Any) -> DetectionDataset:
-        """The data set; options are those of `to_dataset`."""
+        """The data set; options are those of `Annotations.to_dataset`."""
         used = read_list(root / self.pictures, root, self.max_bytes) if self.pictures else None
-        return to_dataset(self.read(root), limit=self.limit, pictures=used, **options)
-
-
-def to_dataset(found: Annotations, *, check_pictures: bool = True, **options: Any) -> DetectionDataset:
-    """Make the data set. check_pictures: a picture that is missing is a FileNotFoundError.
-
-    options: those of `Annotations.to_dataset`.
-    """
-    dataset = found.to_dataset(**options)
-    if check_pictures:
-        _check_pictures_exist(dataset.image_paths.tolist(), found.source)
-    return dataset
+        return self.read(root).to_dataset(limit=self.limit, pictures=used, **options)
 
 
 def read_list(path: Path, root: Path, max_bytes: int = MAX_BYTES) -> set[str]:
@@ -55,23 +42,3 @@ def read_list(path: Path, root: Path, max_bytes: int = MAX_BYTES) -> set[str]:
     if not listed:
         raise ValueError(f"{path}: the list of pictures is empty")
     return {picture_key(root / line.replace("\\", "/")) for line in listed}
-
-
-def _check_pictures_exist(image_paths: Iterable[str], source: str) -> None:
-    """Raise a FileNotFoundError if a picture is missing.
-
-    Each folder is listed once, because a look-up of each file is slow for large sets on a network file system.
-    """
-    listings: dict[str, set[str]] = {}
-    missing = []
-    for path in image_paths:
-        folder, name = os.path.split(path)
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listings[folder]:
-            missing.append(path)
-    if missing:
-        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise FileNotFoundError(
-            f"{source}: {len(missing)} of the {len(image_paths)} pictures that it names are missing: {names}"
-        )

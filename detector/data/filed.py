@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .images import load_image_size
+from .images import read_sizes
 from .records import Annotations, Object, Picture
 
 
@@ -28,12 +28,14 @@ def gather(
     category_ids: dict[str, int] | None = None,
     problems: Iterable[str] = (),
 ) -> Annotations:
-    """Join what was filed, in its order. A picture that is unreadable or filed before is left out, with a problem.
+    """Join what was filed, in its order. A picture that was filed before is left out, with a problem.
 
     entry: how messages name an object, such as "line {}". fractions: boxes are fractions of the picture's sides.
     """
-    kept, sizes, problems = _leave_out(filed, list(problems))
+    kept, repeated = _first_of_each(filed)
+    problems = [*problems, *repeated]
     paths = [each.path for each in kept]
+    sizes = sizes_of([(each.path, each.size) for each in kept])
     pictures = [Picture(*row) for row in zip(paths, image_ids(paths), sizes, strict=True)]
     objects = [
         replace(found, picture=row, box=_scaled(found.box, sizes[row]) if fractions else found.box)
@@ -49,23 +51,21 @@ def gather(
     return Annotations(source, pictures, objects, describe, category_ids, problems)
 
 
-def _leave_out(
-    filed: Iterable[Filed], problems: list[str]
-) -> tuple[list[Filed], list[tuple[int, int]], list[str]]:
-    """The files that can be used, the (height, width) of their pictures, and the problems of the others."""
+def _first_of_each(filed: Iterable[Filed]) -> tuple[list[Filed], list[str]]:
+    """The first that is filed of each picture, and problems of the others."""
     kept: dict[str, Filed] = {}
-    sizes = []
+    problems = []
     for each in filed:
-        if first := kept.get(each.path):
+        if (first := kept.setdefault(each.path, each)) is not each:
             problems.append(f"{each.file}: is left out, because {first.file} has its picture {each.path}")
-            continue
-        try:
-            sizes.append(each.size or load_image_size(each.path))
-        except (ValueError, FileNotFoundError) as error:
-            problems.append(f"{error}; {each.file} is left out, as it does not say the picture's size")
-            continue
-        kept[each.path] = each
-    return list(kept.values()), sizes, problems
+    return list(kept.values()), problems
+
+
+def sizes_of(pictures: list[tuple[str, tuple[int, int] | None]]) -> list[tuple[int, int]]:
+    """The (height, width) of each path and size; None: that of the picture, or 0, 0 where it cannot be read."""
+    unknown = [path for path, size in pictures if size is None]
+    read = iter(read_sizes(unknown)[0].clip(0).tolist() if unknown else [])
+    return [size or tuple(next(read)) for _, size in pictures]
 
 
 def read_each(files: Iterable[Path], read: Callable[[Path], Filed]) -> tuple[list[Filed], list[str]]:
@@ -103,5 +103,6 @@ def number(text: str | None) -> float:
 
 
 def _scaled(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, ...]:
-    height, width = size
+    # The size of a picture that cannot be read is 0.
+    height, width = size if any(size) else (1, 1)
     return box[0] * width, box[1] * height, box[2] * width, box[3] * height

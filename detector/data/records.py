@@ -14,7 +14,7 @@ from .file_index import picture_key
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture that annotations name; `size` is (height, width) in pixels."""
+    """A picture that annotations name; `size` is (height, width) in pixels, or 0, 0 if it is unknown."""
 
     path: str
     image_id: int
@@ -168,10 +168,10 @@ def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, s
     """Find the boxes that cannot be used: {row: reason}, in ascending order of rows.
 
     boxes: (M, 4) float xyxy pixels; image_sizes: (M, 2) height, width of each box's image.
-    A box that is partly inside its image can be used.
+    A box that is partly inside its image can be used. A size of 0 is unknown, and holds every box.
     """
     x1, y1, x2, y2 = boxes.T
-    height, width = image_sizes.T
+    height, width = np.where(image_sizes > 0, image_sizes, np.inf).T
     with np.errstate(invalid="ignore"):
         faults = {
             "lies outside the image": (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0),

@@ -17,7 +17,7 @@ from pydantic import Field
 from ..files import read_bytes, read_text
 from .dataset import DetectionDataset
 from .file_index import FileIndex
-from .file_source import MAX_BYTES, FileSource, to_dataset
+from .file_source import MAX_BYTES, FileSource
 from .filed import Filed, gather, number, read_each, size_or_none
 from .records import Annotations, Object
 
@@ -63,17 +63,19 @@ def load_voc(
         one_based: pixels are counted from 1 and the last one is included, as in VOC. A box is then
             (xmin - 1, ymin - 1, xmax, ymax). If False, coordinates are taken as filed. The data is checked for both.
             "auto": as the data look.
-        check_pictures: refuse a set with absent pictures; False if only its annotations are used. An XML without a
-            size still needs its picture.
+        check_pictures: check that the folder of pictures exists. A picture that cannot be read has size 0 if its XML
+            does not say one.
         options: `class_names`, `limit`, `strict` and `use_difficult` of `Annotations.to_dataset`. Without
             `class_names`, the classes are the names found in the split, sorted.
 
     Raises:
-        FileNotFoundError: a folder, an annotation or a picture of the split is missing.
+        FileNotFoundError: a folder or an annotation of the split is missing.
         ValueError: the split is unknown, no XML can be read, or the coordinates contradict `one_based`.
     """
+    if check_pictures and not (images := Path(root, "JPEGImages")).is_dir():
+        raise FileNotFoundError(f"{images}: no such folder; {root} should be a VOC folder, which has one")
     found = read_voc(Path(root), split=split, one_based=one_based)
-    return to_dataset(found, check_pictures=check_pictures, **options)
+    return found.to_dataset(**options)
 
 
 def read_voc(
@@ -144,7 +146,7 @@ def _object(filed: Object, size: tuple[int, int], one_based: bool) -> Object:
     if xmax <= xmin or ymax <= ymin:
         # With both ends included, xmax = xmin is one pixel wide, but it comes from a slip of the mouse.
         fault = "has a box that has no area"
-    elif xmax > size[1] or ymax > size[0]:
+    elif any(size) and (xmax > size[1] or ymax > size[0]):
         remark = f"reaches past its image of {size[1]}x{size[0]} pixels, and is kept"
     return replace(filed, box=_shifted(filed.box, -one_based), fault=fault, remark=remark)
 
@@ -248,7 +250,7 @@ def _refuse_zero_based(filed: np.ndarray, found: Annotations) -> None:
 
 def _looks_one_based(filed: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether (M, 4) coordinates as filed look counted from 1. `sizes` is (M, 2) height, width of the images."""
-    sound = np.isfinite(filed).all(axis=1)
+    sound = np.isfinite(filed).all(axis=1) & (sizes[:, 1] > 0)
     filed, sizes = filed[sound], sizes[sound]
     whole = len(filed) > 0 and bool((filed == np.round(filed)).all())
     return whole and bool(filed.min() >= 1 and (filed[:, 2] >= sizes[:, 1]).any())
