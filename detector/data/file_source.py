@@ -30,8 +30,8 @@ class FileSource(Section):
         """What the files say."""
         raise NotImplementedError
 
-    def load(self, root: Path, **options: Any) -> DetectionDataset:
-        """The data set; options are those of `Annotations.to_dataset`."""
+    def load(self, root: Path, *, check_pictures: bool = True, **options: Any) -> DetectionDataset:
+        """The data set; options are those of `Annotations.to_dataset`. No picture is missed here: see `settle_sizes`."""
         used = read_list(root / self.pictures, root, self.max_bytes) if self.pictures else None
         return self.read(root).to_dataset(limit=self.limit, pictures=used, **options)
 
