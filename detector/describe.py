@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -9,6 +10,8 @@ from backbones.summary import multiply_accumulates
 
 from .config import Config
 from .data.dataset import DetectionDataset
+from .data.tolerance import first_few
+from .files import write_atomically
 from .model.faster_rcnn import C4FasterRCNN
 from .model.network_input import network_size
 from .tables import format_count, format_table
@@ -27,10 +30,7 @@ def describe(
         if dataset is None:
             continue
         lines.append(f"{name}: {len(dataset)} images, {sum(dataset.box_counts().values())} boxes")
-        lines += [f"  skipped: {problem}" for problem in dataset.problems[:5]]
-        if len(dataset.problems) > 5:
-            lines.append(f"  and {len(dataset.problems) - 5} more skipped")
-        lines += [f"  note: {note}" for note in dataset.notes]
+        lines += problem_lines(dataset)
     counts = {"train": train_set.box_counts()} | ({} if val_set is None else {"val": val_set.box_counts()})
     rows = [(name, *(c[name] for c in counts.values())) for name in train_set.class_names]
     lines.append(format_table(rows, header=("class", *counts)))
@@ -59,3 +59,27 @@ def describe(
         f"{options.batch_size}, {options.optimizer} at {options.lr:g}, {options.schedule}, on {device}"
     )
     return "\n".join(lines)
+
+
+def problem_lines(dataset: DetectionDataset) -> list[str]:
+    """What was left out of a data set and why: the first few sentences of each kind, and all notes."""
+    return [
+        *first_few(dataset.problems, "skipped"),
+        *first_few(dataset.left_out, "left out"),
+        *(f"  note: {note}" for note in dataset.notes),
+    ]
+
+
+def write_problems(path: Path, datasets: dict[str, DetectionDataset | None]) -> None:
+    """Write a line for everything that was left out of the data sets; no file if nothing was."""
+    lines = [
+        f"{name}: {sentence}\n"
+        for name, dataset in datasets.items()
+        if dataset is not None
+        for sentence in (*dataset.problems, *dataset.left_out, *dataset.notes)
+    ]
+    path.unlink(missing_ok=True)
+    if lines:
+        # A file's name may hold what UTF-8 cannot.
+        data = "".join(lines).encode(errors="backslashreplace")
+        write_atomically(path, lambda temporary: temporary.write_bytes(data))

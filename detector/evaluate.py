@@ -1,7 +1,9 @@
 """A model's detections on a data set, and their scores."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -9,6 +11,7 @@ from .config import Config
 from .data.dataset import DetectionDataset
 from .data.loader import EvalBatches, TransformedDataset, build_loader
 from .data.transforms import EvalTransform
+from .data.unreadable import Unreadable
 from .engine import AMP_DTYPES, evaluate
 from .evaluation.coco import evaluate_coco
 from .evaluation.voc import evaluate_voc
@@ -18,11 +21,16 @@ from .progress import Progress
 
 
 class Evaluation:
-    """Evaluates models on one data set with the recipe's settings. Its loader's workers live as long as it does."""
+    """Evaluates models on one data set with the recipe's settings. Its loader's workers live as long as it does.
+
+    A picture that cannot be decoded is left out, unless `data.strict` is set: see `readable`.
+    """
 
     def __init__(self, dataset: DetectionDataset, config: Config, device: torch.device) -> None:
         self.dataset, self.config, self.device = dataset, config, device
-        transformed = TransformedDataset(dataset, EvalTransform(**config.model.resizing), seed=0)
+        self.unreadable = Unreadable(len(dataset), "left out")
+        unreadable = "raise" if config.data.strict else "drop"
+        transformed = TransformedDataset(dataset, EvalTransform(**config.model.resizing), 0, unreadable)
         batches = EvalBatches(dataset.aspect_ratios(), config.loader.eval_batch_size)
         pinned = device.type == "cuda"
         self.loader: DataLoader = build_loader(transformed, batches, config.loader.num_workers, pinned)
@@ -30,17 +38,29 @@ class Evaluation:
     def run(
         self, model: C4FasterRCNN, title: str = "evaluate"
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """Detections in COCO's results format, and mean losses, as `engine.evaluate` returns them. Shows progress."""
+        """Detections in COCO's results format, and mean losses, as `engine.evaluate` returns them. Shows progress.
+
+        ValueError: too many pictures cannot be decoded, or one where `data.strict` is set.
+        """
         with Progress(len(self.dataset), title) as progress:
             return evaluate(
                 optimize(model, winograd=False),
-                self.loader,
+                self.unreadable.watch(self.loader),
                 self.device,
                 category_ids=self.dataset.category_ids.tolist(),
                 seed=self.config.train.seed,
                 amp_dtype=AMP_DTYPES[self.config.train.amp],
                 on_step=progress.update,
             )
+
+    @property
+    def readable(self) -> DetectionDataset:
+        """The data set without the pictures that could not be decoded so far. It is the ground truth of results."""
+        failed = self.unreadable.image_ids
+        if not failed:
+            return self.dataset
+        kept = ~np.isin(self.dataset.image_ids, list(failed.values()))
+        return replace(self.dataset.subset(kept), left_out=(*self.dataset.left_out, *failed))
 
 
 def score(dataset: DetectionDataset, results: list[dict[str, Any]]) -> dict[str, Any]:

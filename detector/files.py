@@ -1,5 +1,6 @@
-"""Write files whole or not at all, and read JSON."""
+"""Write files whole or not at all, and read JSON and text."""
 
+import codecs
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -42,3 +43,28 @@ def read_json(path: str | Path) -> Any:
         raise FileNotFoundError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
+
+
+def read_bytes(path: str | Path, max_bytes: int) -> bytes:
+    """A file's bytes. FileNotFoundError: it is absent or no plain file. ValueError: it is larger, or unreadable."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such annotation file")
+    if (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path}: the file has {size} bytes; max_bytes accepts {max_bytes}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: the file cannot be read ({error.strerror})") from None
+
+
+def read_text(path: str | Path, max_bytes: int) -> str:
+    """The text of a file in UTF-8, UTF-16 with its mark, or else the encoding of Western Windows."""
+    data = read_bytes(path, max_bytes)
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    for encoding in ("utf-16",) if utf16 else ("utf-8-sig", "cp1252"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError as error:
+            reason = error.reason
+    raise ValueError(f"{path}: not a text in UTF-8, UTF-16 or Windows-1252 ({reason})")

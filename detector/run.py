@@ -24,7 +24,8 @@ from .curves import plot_curves
 from .data.loader import TrainBatches, TransformedDataset, build_loader
 from .data.sources import build_dataset
 from .data.transforms import TrainTransform
-from .describe import describe
+from .data.unreadable import Unreadable
+from .describe import describe, write_problems
 from .engine import AMP_DTYPES, train_one_epoch
 from .evaluate import Evaluation
 from .evaluation.coco import evaluate_coco
@@ -47,7 +48,8 @@ class Run:
     """A training that a configuration describes, new or resumed: `metrics = Run(config, folder, device).train()`.
 
     The folder receives best.safetensors, best_metrics.json, last.safetensors, training_state.pt, config.yaml,
-    metrics.jsonl, first_batch.jpg, curves.png, and tensorboard/ if TensorBoard is installed.
+    metrics.jsonl, first_batch.jpg, curves.png, problems.txt if the data have any, and tensorboard/ if TensorBoard is
+    installed.
 
     Args:
         resume: continue from training_state.pt where the run stopped.
@@ -92,7 +94,9 @@ class Run:
         ratios = self.train_set.aspect_ratios()
         self.batches = TrainBatches(ratios, options.batch_size, options.seed, loading.group_by_aspect_ratio)
         transform = TrainTransform(augment=config.augment, **config.model.resizing)
-        self.augmented = TransformedDataset(self.train_set, transform, options.seed)
+        unreadable = "raise" if config.data.strict else "replace"
+        self.augmented = TransformedDataset(self.train_set, transform, options.seed, unreadable)
+        self.unreadable = Unreadable(len(self.train_set), "replaced by another")
         pinned = device.type == "cuda"
         self.loader = build_loader(self.augmented, self.batches, loading.num_workers, pinned)
         self.evaluation = None if self.val_set is None else Evaluation(self.val_set, config, device)
@@ -111,6 +115,7 @@ class Run:
         training, options = self.training, self.config.train
         print(describe(self.config, training.model, self.train_set, self.val_set, self.device), flush=True)
         self._write_config()
+        write_problems(self.folder / "problems.txt", {"train": self.train_set, "val": self.val_set})
         with RunLog(self.folder, after_step=training.step) as log, StopSignal() as stop:
             if self.is_new:
                 names = self.train_set.class_names
@@ -150,6 +155,10 @@ class Run:
         num_left = max(1, len(self.train_set) - training.batch * options.batch_size)
         title = f"epoch {training.epoch + 1}/{options.epochs}"
         epochs_left = options.epochs - training.epoch - 1
+
+        def on_unreadable(sentence: str) -> None:
+            log.write("unreadable", epoch=training.epoch + 1, step=training.step, message=sentence)
+
         with Progress(num_left, title, epochs_left=epochs_left) as progress:
             steps = StepLog(log, progress, training, options.log_every)
 
@@ -160,7 +169,7 @@ class Run:
 
             return train_one_epoch(
                 training,
-                self.loader,
+                self.unreadable.watch(self.loader, on_unreadable),
                 self.device,
                 num_batches=len(self.batches),
                 seed=options.seed,
@@ -176,11 +185,14 @@ class Run:
         started, training = time.perf_counter(), self.training
         title = f"validate {training.epoch}/{self.config.train.epochs}"
         results, losses = self.evaluation.run(training.evaluated_model, title)
-        metrics = evaluate_coco(self.val_set.to_coco(), results)
+        readable = self.evaluation.readable
+        metrics = evaluate_coco(readable.to_coco(), results)
         numbers = {name: value for name, value in metrics.items() if name != "per_class"}
-        log.write("val", epoch=training.epoch, step=training.step, **numbers, **losses)
+        counted = {"left_out": len(readable.left_out)} if readable.left_out else {}
+        log.write("val", epoch=training.epoch, step=training.step, **numbers, **losses, **counted)
         shown = ", ".join(f"{name} {metrics[name] or 0:.3f}" for name in ("AP", "AP50", "AP75"))
-        taken = f"{len(self.val_set)} images, {format_duration(time.perf_counter() - started)}"
+        left_out = f", {len(readable.left_out)} unreadable left out" if readable.left_out else ""
+        taken = f"{len(readable)} images{left_out}, {format_duration(time.perf_counter() - started)}"
         print(f"{title}: {shown}, loss {losses['loss']:.3f} ({taken})", flush=True)
         return metrics | {"losses": losses, "epoch": training.epoch}
 

@@ -119,7 +119,10 @@ def test_an_unknown_key_at_any_level_is_refused_with_a_suggestion(recipe, overri
         ("train.amp=fp8", r"train\.amp is 'fp8'; .*accepted: none, bf16, fp16"),
         ("data.strict=maybe", r"data\.strict is 'maybe': .*boolean"),
         ("data.train=pictures", r"data\.train is 'pictures': .*list"),
-        ("data.train.format=cocoa", r"data\.train\.0.*'cocoa'.*'coco', 'voc', 'shapes'"),
+        (
+            "data.train.format=cocoa",
+            r"data\.train\.0.*'cocoa'.*'coco', 'voc', 'yolo', 'csv', 'labelme', 'shapes'",
+        ),
         ("data.train={format: coco, images: a}", r"data\.train\.0\.coco\.annotations is missing"),
         ("model.backbone.width=wide", r"model\.backbone: width is 'wide': .*integer"),
         ("model.backbone.weights=5", r"model\.backbone: weights is 5: .*string"),

@@ -180,6 +180,23 @@ def test_stored_detections_are_scored_without_the_pictures(run_tool, tiny_shapes
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["AP"] == pytest.approx(1)
 
 
+def test_evaluate_leaves_pictures_that_fail_out_of_the_ground_truth_and_says_so(
+    run_tool, weights, tiny_shapes, tmp_path
+):
+    shutil.copytree(tiny_shapes, tmp_path / "data")
+    broken = tmp_path / "data/val/000002.jpg"
+    broken.write_bytes(broken.read_bytes()[:-300])
+    arguments = ("--weights", weights, "--output", tmp_path, "--device", "cpu", f"data.root={tmp_path}/data")
+    status, out, _ = run_tool("evaluate", *arguments)
+    assert status == 0 and out.count(f"left out: {broken}: the picture is damaged") == 1
+    assert "\n1 of 4 pictures could not be used and are left out of these numbers\n" in out
+    assert len(json.loads((tmp_path / "metrics.json").read_text())["left_out"]) == 1
+    detections = json.loads((tmp_path / "detections.json").read_text())
+    assert {found["image_id"] for found in detections} == {1, 3, 4}
+    status, _, error = run_tool("evaluate", *arguments, "data.strict=true")
+    assert status == 1 and one_line(error)
+
+
 def test_evaluate_takes_overrides_of_the_checkpoints_config(run_tool, weights, tiny_shapes, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(tiny_shapes, moved)

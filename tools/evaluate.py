@@ -13,6 +13,7 @@ from detector.checkpoint import load_checkpoint
 from detector.command_line import DEVICE_HELP, exit_status, make_parser
 from detector.config import load_config
 from detector.data.sources import build_dataset
+from detector.describe import problem_lines
 from detector.evaluate import Evaluation, score
 from detector.evaluation.coco import format_coco, load_results
 from detector.evaluation.voc import format_voc
@@ -52,8 +53,8 @@ def evaluate(args: argparse.Namespace) -> None:
     names = None if checkpoint is None else checkpoint.class_names
     dataset = build_dataset(config.data, args.split, names, check_pictures=checkpoint is not None)
     print(f"{args.split}: {len(dataset)} images, {sum(dataset.box_counts().values())} boxes")
-    for problem in dataset.problems:
-        print(f"  skipped: {problem}")
+    for line in problem_lines(dataset):
+        print(line)
     losses, output = {}, Path(args.output)
     if checkpoint is None:
         results = load_results(args.detections, dataset.to_coco())
@@ -61,11 +62,17 @@ def evaluate(args: argparse.Namespace) -> None:
         device = choose_device(args.device)
         config = config.model_copy(update={"model": checkpoint.config.model})
         model = apply_speed(checkpoint.build(), config.speed).to(device)
-        results, losses = Evaluation(dataset, config, device).run(model)
+        evaluation = Evaluation(dataset, config, device)
+        results, losses = evaluation.run(model)
+        dataset = evaluation.readable
         write_json(output / "detections.json", results)
     metrics = score(dataset, results)
-    write_json(output / "metrics.json", {**metrics, "losses": losses}, indent=2)
+    left_out = {"left_out": dataset.left_out} if dataset.left_out else {}
+    write_json(output / "metrics.json", {**metrics, "losses": losses, **left_out}, indent=2)
     print(format_coco(metrics), format_voc(metrics["voc"]), sep="\n\n")
+    if left_out:
+        count, total = len(dataset.left_out), len(dataset) + len(dataset.left_out)
+        print(f"\n{count} of {total} pictures could not be used and are left out of these numbers")
     print(f"\nmetrics and detections are in {output}")
 
 

@@ -1,6 +1,6 @@
 """Read COCO's annotation JSON into a DetectionDataset."""
 
-import os
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,14 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from ..settings import Section
+from ..files import read_text
 from .dataset import DetectionDataset
+from .file_index import FileIndex, key
+from .file_source import MAX_BYTES, FileSource
+from .filed import sizes_of
 from .records import Annotations, Object, Picture
 
-# Ids and sizes are whole numbers that numpy and pycocotools can hold.
-_Id = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+# Ids and sizes are whole numbers that numpy and pycocotools can hold, and seeds can be made of.
+_Id = Annotated[int, Field(ge=0, lt=2**63)]
 _Side = Annotated[int, Field(ge=1, lt=2**31)]
-_Name = Annotated[str, Field(min_length=1)]
+_Name = Annotated[str, Field(min_length=1, pattern=r"\S")]
 _Flag = Annotated[int, Strict(False)]
 
 
@@ -23,8 +26,8 @@ _Flag = Annotated[int, Strict(False)]
 class _Image(TypedDict):
     id: _Id
     file_name: _Name
-    width: _Side
-    height: _Side
+    width: NotRequired[_Side]
+    height: NotRequired[_Side]
 
 
 @with_config(ConfigDict(strict=True))
@@ -37,10 +40,14 @@ class _Category(TypedDict):
 class _Annotation(TypedDict):
     image_id: _Id
     category_id: _Id
-    bbox: Any
+    bbox: NotRequired[Any]
     area: NotRequired[Any]
     iscrowd: NotRequired[_Flag]
     difficult: NotRequired[_Flag]
+
+
+class _Outlined(_Annotation):
+    segmentation: NotRequired[Any]
 
 
 class _Content(TypedDict):
@@ -51,22 +58,24 @@ class _Content(TypedDict):
     annotations: list[_Annotation]
 
 
+class _OutlinedContent(_Content):
+    annotations: list[_Outlined]
+
+
 _CONTENT = TypeAdapter(_Content)
+_OUTLINED_CONTENT = TypeAdapter(_OutlinedContent)
 
 
-class CocoSource(Section):
+class CocoSource(FileSource):
     """Pictures in `images`, boxes in the COCO JSON `annotations`; both below data.root."""
 
     format: Literal["coco"]
     images: str
     annotations: str
-    limit: int | None = Field(
-        None, gt=0, description="use only this many images, the first that have a box to learn"
-    )
 
-    def load(self, root: Path, **options: Any) -> DetectionDataset:
-        """The data set; options are those of `load_coco`."""
-        return load_coco(root / self.images, root / self.annotations, limit=self.limit, **options)
+    def read(self, root: Path) -> Annotations:
+        """What the JSON says."""
+        return read_coco(root / self.images, root / self.annotations, root, self.max_bytes)
 
 
 def load_coco(
@@ -80,57 +89,85 @@ def load_coco(
     """Read COCO JSON. Images come in ascending order of their ids, and images without annotations are kept.
 
     Labels 1..K-1 follow the ascending category ids, which may have gaps, or the order of `class_names`.
-    An annotation may say `"difficult": 1`, which is an extension of the format.
+    An annotation may say `"difficult": 1`, which is an extension of the format. One without a box has that of its
+    polygons.
 
     Args:
         class_names: the categories to keep, in the order of their labels; all of them by default.
-        check_pictures: check that every picture exists. False serves callers that use only the annotations.
+        check_pictures: check that the folder of pictures exists. False serves callers that use only the annotations.
         options: `limit`, `strict` and `use_difficult` of `Annotations.to_dataset`.
 
     Raises:
-        FileNotFoundError: the JSON, the folder, or a picture that the JSON lists is missing.
-        ValueError: the JSON is malformed (the message names the file and the entry), or `Annotations.to_dataset`
-            refuses the data.
+        FileNotFoundError: the JSON or the folder is missing.
+        ValueError: the JSON is malformed (the message names the file and the entry), a picture is outside the folder,
+            or `Annotations.to_dataset` refuses the data.
     """
-    images_dir, path = Path(images_dir), Path(annotations_path)
-    content = _read_json(path)
+    found = read_coco(Path(images_dir), Path(annotations_path))
+    if check_pictures and not Path(images_dir).is_dir():
+        raise FileNotFoundError(f"{images_dir}: no such folder of images")
+    return found.to_dataset(class_names, **options)
+
+
+def read_coco(
+    images_dir: Path, path: Path, root: Path | None = None, max_bytes: int = MAX_BYTES
+) -> Annotations:
+    """What a COCO JSON says of the pictures in `images_dir`, and in no folder outside `root`."""
+    content = _read_json(path, max_bytes)
     images = sorted(content["images"], key=lambda image: image["id"])
+    pictures, notes = _find_pictures(images, FileIndex(images_dir, root), path)
     names = {category["id"]: category["name"] for category in content["categories"]}
     objects, problems = _match(content["annotations"], images, names, path)
 
     def describe(found: Object) -> tuple[str, str]:
-        place = f"{path}: annotations[{found.index}] ({images[found.picture]['file_name']})"
-        return place, f"bbox {content['annotations'][found.index]['bbox']} (x, y, width, height)"
+        name = Path(pictures[found.picture].path).name
+        filed = content["annotations"][found.index].get("bbox")
+        return f"{path}: annotations[{found.index}] ({name})", f"bbox {filed} (x, y, width, height)"
 
-    pictures = [
-        Picture(os.path.join(images_dir, i["file_name"]), i["id"], (i["height"], i["width"])) for i in images
-    ]
     ids = {name: id for id, name in names.items()}
-    found = Annotations(str(path), pictures, objects, describe, ids, problems)
-    dataset = found.to_dataset(class_names, **options)
-    if check_pictures:
-        _check_pictures_exist(dataset.image_paths.tolist(), images_dir, path)
-    return dataset
+    return Annotations(str(path), pictures, objects, describe, ids, problems, notes)
 
 
-def _read_json(path: Path) -> _Content:
+def _find_pictures(images: list[_Image], files: FileIndex, path: Path) -> tuple[list[Picture], list[str]]:
+    """The pictures, and a note on those that are elsewhere than the file says."""
+    found, moved = [], []
+    for image in images:
+        try:
+            picture = files.path_of(image["file_name"])
+        except ValueError as error:
+            raise ValueError(f"{path}: images with id {image['id']}: {error}") from None
+        has_size = "width" in image and "height" in image
+        found.append((picture, (image["height"], image["width"]) if has_size else None))
+        if not key(picture).endswith(key(image["file_name"])):
+            moved.append(f"{image['file_name']!r} is {picture}")
+    pictures = [
+        Picture(picture, image["id"], size)
+        for image, (picture, _), size in zip(images, found, sizes_of(found), strict=True)
+    ]
+    if not moved:
+        return pictures, []
+    return pictures, [f"{path}: {len(moved)} pictures have other paths than the file says: {moved[0]}"]
+
+
+def _read_json(path: Path, max_bytes: int) -> _Content:
     """Parse the file, and check the type of every key that is read later.
 
     Image ids, category ids and category names must be unique. A fault is a ValueError.
     """
+    text = read_text(path, max_bytes)
     try:
-        content = _CONTENT.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such annotation file") from None
+        content = _CONTENT.validate_json(text)
+        if any("bbox" not in entry for entry in content["annotations"]):
+            # Outlines are read only where they are needed, because they take ten times the memory.
+            content = _OUTLINED_CONTENT.validate_json(text)
     except ValidationError as error:
         raise ValueError(f"{path}: {_sentence(error.errors()[0])}") from None
-    for section, key in (("images", "id"), ("categories", "id"), ("categories", "name")):
+    for section, name in (("images", "id"), ("categories", "id"), ("categories", "name")):
         seen: dict[Any, int] = {}
         for index, entry in enumerate(content[section]):
-            first = seen.setdefault(entry[key], index)
+            first = seen.setdefault(entry[name], index)
             if first != index:
                 raise ValueError(
-                    f"{path}: {section}[{first}] and {section}[{index}] share {key} {entry[key]!r}"
+                    f"{path}: {section}[{first}] and {section}[{index}] share {name} {entry[name]!r}"
                 )
     return content
 
@@ -162,16 +199,15 @@ def _match(
             key, section = ("image_id", "images") if row is None else ("category_id", "categories")
             problems.append(f"{path}: annotations[{index}] has {key} {entry[key]}, which {section} lacks")
             continue
-        area = entry.get("area")
         objects.append(
             Object(
                 picture=row,
                 index=index,
                 name=name,
-                box=_xyxy(entry["bbox"]),
+                box=_xyxy(entry),
                 crowd=bool(entry.get("iscrowd", 0)),
                 difficult=bool(entry.get("difficult", 0)),
-                area=area if type(area) in (int, float) else None,
+                area=_float(entry["area"]) if _is_number(entry.get("area")) else None,
             )
         )
     # The sort is stable: an image's objects keep the order of the file.
@@ -179,32 +215,34 @@ def _match(
     return objects, problems
 
 
-def _xyxy(bbox: Any) -> tuple[float, ...]:
-    """COCO's [x, y, width, height] as xyxy; four NaN if `bbox` is not a list of four numbers."""
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(v) in (int, float) for v in bbox):
-        return (float("nan"),) * 4
-    x, y, width, height = bbox
+def _xyxy(entry: _Outlined) -> tuple[float, ...]:
+    """COCO's [x, y, width, height] as xyxy, or the box of the polygons where there is none; four NaN for neither."""
+    if "bbox" not in entry:
+        return _around(entry.get("segmentation"))
+    bbox = entry["bbox"]
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
+        return (math.nan,) * 4
+    x, y, width, height = map(_float, bbox)
     return x, y, x + width, y + height
 
 
-def _check_pictures_exist(image_paths: list[str], images_dir: Path, annotations_path: Path) -> None:
-    """Raise a FileNotFoundError if a picture is missing.
+def _around(polygons: Any) -> tuple[float, ...]:
+    """The box of polygons, lists of x, y, x, y...; four NaN for anything else, such as run lengths."""
+    flat = polygons if isinstance(polygons, list) else []
+    numbers = [value for polygon in flat if isinstance(polygon, list) for value in polygon]
+    if not numbers or len(numbers) % 2 or not all(map(_is_number, numbers)):
+        return (math.nan,) * 4
+    x, y = (list(map(_float, numbers[start::2])) for start in (0, 1))
+    return min(x), min(y), max(x), max(y)
 
-    Each folder is listed once, because a look-up of each file is slow for large sets on a network file system.
-    """
-    if not images_dir.is_dir():
-        raise FileNotFoundError(f"{images_dir}: no such folder of images")
-    listings: dict[str, set[str]] = {}
-    missing = []
-    for path in image_paths:
-        folder, name = os.path.split(path)
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listings[folder]:
-            missing.append(path)
-    if missing:
-        names = ", ".join(os.path.relpath(path, images_dir) for path in missing[:5])
-        raise FileNotFoundError(
-            f"{images_dir}: {len(missing)} of the {len(image_paths)} images that {annotations_path} lists "
-            f"are missing: {names}{', ...' if len(missing) > 5 else ''}"
-        )
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _float(value: float) -> float:
+    """A number as float. JSON's whole numbers may be larger than any."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

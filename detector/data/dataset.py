@@ -54,11 +54,11 @@ class DetectionDataset(Dataset):
     use_difficult: bool = True
     problems: tuple[str, ...] = ()  # a sentence for each skipped or odd object, with file and index
     notes: tuple[str, ...] = ()  # remarks that are no problems
+    left_out: tuple[str, ...] = ()  # a sentence for each picture that is left out, with its file
 
     def __post_init__(self) -> None:
-        self.class_names, self.problems, self.notes = map(
-            tuple, (self.class_names, self.problems, self.notes)
-        )
+        for name in ("class_names", "problems", "notes", "left_out"):
+            setattr(self, name, tuple(getattr(self, name)))
         for name, (dtype, row_shape) in _COLUMNS.items():
             column = np.asarray(getattr(self, name), dtype).reshape(-1, *row_shape)
             setattr(self, name, np.ascontiguousarray(column))
@@ -104,7 +104,7 @@ class DetectionDataset(Dataset):
         image = load_image(path)
         expected, got = tuple(self.image_sizes[index].tolist()), image.shape[:2]
         if got != expected:
-            raise ValueError(_size_message(path, expected, got))
+            raise ValueError(size_message(path, expected, got))
         return image
 
     def target(self, index: int) -> dict:
@@ -217,6 +217,7 @@ def concatenate(datasets: Sequence[DetectionDataset]) -> DetectionDataset:
         offsets=offsets_of(np.concatenate([np.diff(dataset.offsets) for dataset in datasets])),
         problems=tuple(problem for dataset in datasets for problem in dataset.problems),
         notes=tuple(notes),
+        left_out=tuple(sentence for dataset in datasets for sentence in dataset.left_out),
         **columns,
     )
 
@@ -241,7 +242,7 @@ def offsets_of(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def _size_message(path: str, expected: tuple[int, int], got: tuple[int, int]) -> str:
+def size_message(path: str, expected: tuple[int, int], got: tuple[int, int]) -> str:
     """The error for a picture whose (height, width) is not that of its annotations."""
     message = (
         f"{path}: the picture is {got[1]}x{got[0]} (width x height), "

@@ -2,8 +2,14 @@
 
 import glob
 import io
-from collections.abc import Iterable
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
@@ -12,7 +18,17 @@ from PIL import Image, ImageChops
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 )
+MAX_PIXELS = 178_956_970
+"""The most pixels that Pillow decodes: 512 MiB as RGB."""
 
+Image.init()
+# Pillow hands PostScript to another program, so formats are listed. Old versions of Pillow lack AVIF.
+_FORMATS = [
+    name
+    for name in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+    if name in Image.OPEN
+]
+_LFS_POINTER = b"version https://git-lfs"
 _EXIF_ORIENTATION = 0x0112
 # For each EXIF orientation, the operation that turns the stored picture upright (1 is upright already).
 _UPRIGHT = {
@@ -26,31 +42,67 @@ _UPRIGHT = {
 }
 
 
-def load_image(path: str | Path) -> np.ndarray:
+def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode a picture to upright RGB: (H, W, 3) uint8, C-contiguous and writable.
 
     Greyscale, palette, CMYK and 16-bit pictures are converted, alpha is dropped, and the EXIF orientation
-    is applied.
+    is applied. An animation gives its first picture.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, cut short, damaged, or not a picture.
+        ValueError: the file is empty, cut short, damaged, or not a picture. The picture has over `max_pixels` pixels,
+            or values of more than 16 bits.
     """
-    data = _read_bytes(path)
-    with _open(data, path) as picture:
+    with _open_file(path) as file:
+        data = file.read()
+    with _open(io.BytesIO(data), path, max_pixels) as picture:
         try:
             image = _decode(picture, data)
         # Pillow's decoders raise nearly any exception on damaged data.
         except Exception as error:
             raise ValueError(f"{path}: the picture is damaged or cut short ({_reason(error)})") from None
+        if image.ndim == 2:
+            image = np.repeat(_high_bytes(image, path)[:, :, None], 3, axis=2)
         return np.ascontiguousarray(_upright(image, _orientation(picture)))
 
 
-def load_image_size(path: str | Path) -> tuple[int, int]:
-    """The (height, width) that `load_image` would give. Only the header is decoded, so damaged pixels pass."""
-    with _open(_read_bytes(path), path) as picture:
+def load_image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """The (height, width) that `load_image` would give. Only the header is read, so damaged pixels pass.
+
+    Raises what `load_image` raises on a header.
+    """
+    with _open_file(path) as file, _open(file, path, max_pixels) as picture:
         width, height = picture.size
-        return (width, height) if _orientation(picture) >= 5 else (height, width)
+        # Pillow swaps the sides of a TIFF itself.
+        is_turned = picture.format != "TIFF" and _orientation(picture) >= 5
+        return (width, height) if is_turned else (height, width)
+
+
+def read_sizes(
+    paths: Sequence[str | Path], *, num_threads: int = 4, max_pixels: int = MAX_PIXELS
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Read the headers of N pictures in threads.
+
+    Returns sizes (N, 2) int64 of height and width, and {row: reason} of unreadable pictures. Their sizes are -1.
+    """
+
+    def read(chunk: Sequence[str | Path]) -> list[tuple[int, int] | str]:
+        return [_size_or_reason(path, max_pixels) for path in chunk]
+
+    chunks = [paths[i : i + 64] for i in range(0, len(paths), 64)]
+    with ThreadPoolExecutor(num_threads) as pool:
+        found = list(chain.from_iterable(pool.map(read, chunks)))
+    reasons = {row: reason for row, reason in enumerate(found) if isinstance(reason, str)}
+    sizes = [(-1, -1) if isinstance(size, str) else size for size in found]
+    return np.array(sizes, np.int64).reshape(-1, 2), reasons
+
+
+def _size_or_reason(path: str | Path, max_pixels: int) -> tuple[int, int] | str:
+    """The (height, width) of a picture, or why it cannot be read."""
+    try:
+        return load_image_size(path, max_pixels)
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 def list_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -90,30 +142,60 @@ def _is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def _read_bytes(path: str | Path) -> bytes:
+def _open_file(path: str | Path) -> IO[bytes]:
+    """Open a file that is not empty."""
     try:
-        data = Path(path).read_bytes()
+        # To open a named pipe would wait for whoever writes to it.
+        if fault := _fault(os.stat(path)):
+            raise ValueError(fault)
+        return open(path, "rb")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such picture file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, where a picture file is expected") from None
     except OSError as error:
         raise ValueError(f"{path}: the file cannot be read ({error.strerror})") from None
-    if not data:
-        raise ValueError(f"{path}: the file is empty (0 bytes)")
-    return data
+    # A name may hold a zero byte or a lone surrogate.
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def _open(data: bytes, path: str | Path) -> Image.Image:
+def _fault(found: os.stat_result) -> str | None:
+    """Why a file cannot hold a picture, or None."""
+    if stat.S_ISDIR(found.st_mode):
+        return "a folder, where a picture file is expected"
+    if not stat.S_ISREG(found.st_mode):
+        return "a device or pipe, where a picture file is expected"
+    return None if found.st_size else "the file is empty (0 bytes)"
+
+
+def _open(file: IO[bytes], path: str | Path, max_pixels: int) -> Image.Image:
     """Read the picture's header by Pillow. No pixel is decoded."""
     try:
-        return Image.open(io.BytesIO(data))
+        with warnings.catch_warnings():
+            # Pillow warns at half of what it refuses. The limit here is `max_pixels`.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(file, formats=_FORMATS)
     except Image.UnidentifiedImageError:
-        raise ValueError(
-            f"{path}: not a picture in a format that Pillow reads (its {len(data)} bytes begin {data[:12]!r})"
-        ) from None
+        raise ValueError(f"{path}: {_no_picture(file)}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: the picture is too large ({_reason(error)})") from None
     except Exception as error:
         raise ValueError(f"{path}: the picture's header cannot be read ({_reason(error)})") from None
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{path}: the picture is too large ({width}x{height} pixels; data.max_pixels is {max_pixels})"
+        )
+    return picture
+
+
+def _no_picture(file: IO[bytes]) -> str:
+    """Say what a file holds in place of a picture."""
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        return "not the picture but a Git LFS pointer to it; `git lfs pull` fetches the picture"
+    return f"not a picture in an accepted format, {', '.join(_FORMATS)} (its {length} bytes begin {start[:12]!r})"
 
 
 def _reason(error: Exception) -> str:
@@ -121,7 +203,7 @@ def _reason(error: Exception) -> str:
 
 
 def _decode(picture: Image.Image, data: bytes) -> np.ndarray:
-    """Decode to (H, W, 3) uint8 RGB, in the stored orientation."""
+    """Decode to (H, W, 3) uint8 RGB in the stored orientation; grey of more than 8 bits to (H, W)."""
     if picture.format == "JPEG" and picture.mode in ("RGB", "L") and _ends_as_jpeg(data):
         # OpenCV is 5 to 20 % faster than Pillow. It may decode a file that is cut short to a half-grey picture.
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -129,7 +211,7 @@ def _decode(picture: Image.Image, data: bytes) -> np.ndarray:
             return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     picture.load()
     if picture.mode.startswith(("I", "F")):
-        return np.repeat(_high_bytes(picture)[:, :, None], 3, axis=2)
+        return np.asarray(picture)
     # A copy, because Pillow's memory is read-only.
     return np.array(_to_rgb(picture))
 
@@ -139,15 +221,15 @@ def _ends_as_jpeg(data: bytes) -> bool:
     return data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
 
 
-def _high_bytes(picture: Image.Image) -> np.ndarray:
-    """Scale a 16-bit grey picture to (H, W) uint8, as Pillow and libpng scale 16-bit colour.
+def _high_bytes(grey: np.ndarray, path: str | Path) -> np.ndarray:
+    """Scale 16-bit grey (H, W) to uint8, as Pillow and libpng scale 16-bit colour.
 
     Floats and values outside 16 bits are a ValueError.
     """
-    grey = np.asarray(picture)
     if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 0xFFFF:
         raise ValueError(
-            f"its values are {grey.min()} to {grey.max()}; 8-bit and 16-bit pictures are accepted"
+            f"{path}: its values are {grey.min()} to {grey.max()} in {8 * grey.itemsize} bits; "
+            "8-bit and 16-bit pictures are accepted"
         )
     return (grey >> 8).astype(np.uint8)
 
@@ -165,7 +247,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 def _orientation(picture: Image.Image) -> int:
     """The EXIF orientation; 1 (upright) if it is absent or unknown, or if the EXIF block is damaged."""
     try:
-        orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
+        # The method of PNGs decodes all pixels to find EXIF behind them.
+        orientation = Image.Image.getexif(picture).get(_EXIF_ORIENTATION, 1)
     # Only the EXIF block is damaged; the picture may be sound.
     except Exception:
         return 1

@@ -1,28 +1,45 @@
 """Batches for training and evaluation. Their content and order do not depend on the number of workers."""
 
+import re
 import signal
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .dataset import DetectionDataset
-from .transforms import EvalTransform
+from .transforms import EvalTransform, Key
 
 Batch = tuple[list[torch.Tensor], list[dict]]
+
+# So many pictures are tried in place of one that cannot be decoded.
+_TRIES = 20
+_FROM_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process .*\n(?:[\w.]+\.)?\1: (.*)", re.DOTALL)
 
 
 class TransformedDataset(Dataset):
     """A data set with a transform. The key of an item is (epoch, index).
 
     Workers live through all epochs, so they learn the epoch from the key.
+
+    unreadable: what becomes of a picture that cannot be decoded. "raise" raises its ValueError. "replace" gives another
+        picture, chosen by (seed, epoch, image id). "drop" gives an image without pixels. Both put the error's message into
+        `target["unreadable"]`.
     """
 
-    def __init__(self, dataset: DetectionDataset, transform: EvalTransform, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        transform: EvalTransform,
+        seed: int,
+        unreadable: Literal["raise", "replace", "drop"] = "raise",
+    ) -> None:
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
+        self.unreadable = unreadable
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -31,7 +48,28 @@ class TransformedDataset(Dataset):
         """The image (3, h, w) uint8 and the target that the transform gives."""
         epoch, index = key
         target = self.dataset.target(index)
-        return self.transform(self.dataset.image(index), target, (self.seed, epoch, target["image_id"]))
+        draw = (self.seed, epoch, target["image_id"])
+        mark = {}
+        try:
+            image = self.dataset.image(index)
+        except (ValueError, OSError) as error:
+            if self.unreadable == "raise":
+                raise
+            mark = {"unreadable": str(error)}
+            if self.unreadable == "drop":
+                return torch.empty(3, 0, 0, dtype=torch.uint8), target | mark
+            image, target = self._another(draw, error)
+        image, target = self.transform(image, target, draw)
+        return image, target | mark
+
+    def _another(self, draw: Key, error: Exception) -> tuple[np.ndarray, dict]:
+        """The first picture that decodes, with its target, in an order that `draw` seeds."""
+        for index in np.random.default_rng(draw).permutation(len(self))[:_TRIES]:
+            try:
+                return self.dataset.image(index), self.dataset.target(index)
+            except (ValueError, OSError):
+                continue
+        raise ValueError(f"{error}; nor can the {min(_TRIES, len(self))} tried in its place be read")
 
 
 class TrainBatches(Sampler):
@@ -102,11 +140,25 @@ def _set_up_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class _Loader(DataLoader):
+    """A loader whose workers' errors arrive as they were raised there."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except (ValueError, OSError) as error:
+            # torch puts the worker's traceback into the message.
+            found = _FROM_WORKER.match(str(error))
+            if found is None:
+                raise
+            raise type(error)(found[2].strip()) from None
+
+
 def build_loader(
     dataset: TransformedDataset, batches: Sampler, num_workers: int, pin_memory: bool
 ) -> DataLoader:
     """Read `batches` of `dataset` in `num_workers` processes that live as long as the loader."""
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,

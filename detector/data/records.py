@@ -1,19 +1,20 @@
 """Pictures and objects as read from annotation files of any format, and their conversion to a DetectionDataset."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from backbones.messages import nearest
 
 from .dataset import DetectionDataset, offsets_of
+from .file_index import picture_key
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture that annotations name; `size` is (height, width) in pixels."""
+    """A picture that annotations name; `size` is (height, width) in pixels, or 0, 0 if it is unknown."""
 
     path: str
     image_id: int
@@ -62,6 +63,7 @@ class Annotations:
         class_names: Sequence[str] | None = None,
         *,
         limit: int | None = None,
+        pictures: Collection[str] | None = None,
         strict: bool = False,
         use_difficult: bool = True,
     ) -> DetectionDataset:
@@ -69,18 +71,22 @@ class Annotations:
 
         class_names: the classes to keep, in the order of their labels; None: all of them.
         limit: keep only this many images, the first ones that have a box to learn; None: keep all images.
+        pictures: keep only these, as `picture_key` has their paths. Classes are still those of all pictures.
         strict: raise a ValueError if there is any problem. use_difficult: train on difficult objects too.
 
         Raises:
             ValueError: a class is unknown or named twice, there is none, or `strict` finds a problem.
         """
+        self._strip_names()
         names, notes = self._select_classes(class_names)
         label_of = {name: label for label, name in enumerate(names, start=1)}
-        objects = [o for o in self.objects if o.name in label_of or not o.name]
+        used = [pictures is None or picture_key(p.path) in pictures for p in self.pictures]
+        objects = [o for o in self.objects if used[o.picture] and (o.name in label_of or not o.name)]
         boxes = np.array([o.box for o in objects], np.float64).reshape(-1, 4)
         rows = np.array([o.picture for o in objects], np.int64)
         sizes = np.array([p.size for p in self.pictures], np.int64).reshape(-1, 2)
         faults = find_faulty_boxes(boxes, sizes[rows])
+        faults |= {row: "has no class name" for row, o in enumerate(objects) if not o.name}
         faults |= {row: o.fault for row, o in enumerate(objects) if o.fault}
         problems = self.problems + self._tell(objects, faults)
         if strict:
@@ -91,7 +97,7 @@ class Annotations:
         kept, boxes = [o for o, is_sound in zip(objects, sound, strict=True) if is_sound], boxes[sound]
         areas = np.array([np.nan if o.area is None else o.area for o in kept], np.float64)
         ids = self.category_ids or label_of
-        return DetectionDataset(
+        dataset = DetectionDataset(
             class_names=names,
             category_ids=[ids[name] for name in names],
             image_paths=[p.path for p in self.pictures],
@@ -106,7 +112,18 @@ class Annotations:
             use_difficult=use_difficult,
             problems=problems,
             notes=self.notes + notes,
-        ).first_annotated(limit)
+        )
+        return dataset.subset(np.array(used, bool)).first_annotated(limit)
+
+    def _strip_names(self) -> None:
+        """Drop the blanks around class names, with a note."""
+        names = {o.name for o in self.objects} | set(self.category_ids or ())
+        if padded := sorted(name for name in names if name != name.strip()):
+            self.objects = [replace(o, name=o.name.strip()) for o in self.objects]
+            if self.category_ids is not None:
+                self.category_ids = {name.strip(): id for name, id in self.category_ids.items()}
+            listed = ", ".join(map(repr, padded[:5]))
+            self.notes.append(f"{self.source}: blanks around class names are dropped: {listed}")
 
     def _select_classes(self, wanted: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
         """The class names in the order of their labels, and notes on classes left out or without objects."""
@@ -151,10 +168,10 @@ def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, s
     """Find the boxes that cannot be used: {row: reason}, in ascending order of rows.
 
     boxes: (M, 4) float xyxy pixels; image_sizes: (M, 2) height, width of each box's image.
-    A box that is partly inside its image can be used.
+    A box that is partly inside its image can be used. A size of 0 is unknown, and holds every box.
     """
     x1, y1, x2, y2 = boxes.T
-    height, width = image_sizes.T
+    height, width = np.where(image_sizes > 0, image_sizes, np.inf).T
     with np.errstate(invalid="ignore"):
         faults = {
             "lies outside the image": (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0),

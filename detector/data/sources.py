@@ -10,11 +10,16 @@ from pydantic import Field, field_validator
 
 from ..settings import Section
 from .coco import CocoSource
+from .csv import CsvSource
 from .dataset import DetectionDataset, concatenate
+from .headers import settle_sizes
+from .images import MAX_PIXELS
+from .labelme import LabelmeSource
 from .shapes import ShapesSource
 from .voc import VocSource
+from .yolo import YoloSource
 
-AnySource = CocoSource | VocSource | ShapesSource
+AnySource = CocoSource | VocSource | YoloSource | CsvSource | LabelmeSource | ShapesSource
 Source = Annotated[AnySource, Field(discriminator="format")]
 
 
@@ -29,7 +34,12 @@ class DataConfig(Section):
         None, description="foreground names; None: as the data have them"
     )
     difficult: bool = Field(True, description="train on objects that VOC marks difficult")
-    strict: bool = Field(False, description="refuse a data set with bad boxes instead of skipping them")
+    strict: bool = Field(
+        False, description="refuse bad boxes and pictures instead of skipping, mending or replacing them"
+    )
+    max_pixels: int = Field(
+        MAX_PIXELS, gt=0, le=MAX_PIXELS, description="pictures with more pixels are not decoded"
+    )
 
     @field_validator("train", "val", "test", mode="before")
     @classmethod
@@ -49,10 +59,10 @@ def build_dataset(
 
     class_names: foreground names in the order of their labels; None: those of the configuration. Pass the names of
         the first split read, so that all splits agree.
-    check_pictures: False does without the pictures of COCO data, if only annotations are used.
+    check_pictures: read the headers of all pictures, and settle their sizes; False if only annotations are used.
 
     Raises:
-        ValueError: the configuration has no such split, or a source cannot be read.
+        ValueError: the configuration has no such split, a source cannot be read, or `settle_sizes` refuses pictures.
         FileNotFoundError: a file of a source is missing.
     """
     sources = getattr(data, split)
@@ -62,6 +72,14 @@ def build_dataset(
         "class_names": class_names or data.class_names,
         "strict": data.strict,
         "use_difficult": data.difficult,
-        "check_pictures": check_pictures,
     }
-    return concatenate([source.load(data.root, **options) for source in sources])
+    dataset = concatenate([source.load(data.root, **options) for source in sources])
+    if not len(dataset):
+        told = (
+            "; ".join((*dataset.problems, *dataset.notes))
+            or "the annotations and lists of pictures have none in common"
+        )
+        raise ValueError(f"data.{split} has no picture: {told}")
+    if not check_pictures:
+        return dataset
+    return settle_sizes(dataset, strict=data.strict, max_pixels=data.max_pixels)

@@ -1,142 +1,196 @@
-"""Read Pascal VOC's folders and XML into a DetectionDataset."""
+"""Read Pascal VOC's XML, in VOC's folders or any others, into a DetectionDataset."""
 
-import math
+import contextlib
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from ..settings import Section
+from ..files import read_bytes, read_text
 from .dataset import DetectionDataset
-from .images import IMAGE_SUFFIXES, load_image_size
-from .records import Annotations, Object, Picture
+from .file_index import FileIndex
+from .file_source import MAX_BYTES, FileSource
+from .filed import Filed, gather, number, read_each, size_or_none
+from .records import Annotations, Object
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+Counting = bool | Literal["auto"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Filed:
-    """One <object> as filed. `corners` is (4,) xyxy, with NaN where the file has no number."""
-
-    name: str
-    corners: tuple[float, ...]
-    difficult: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    """One XML file. `size` is (height, width), or None if the file does not say."""
-
-    path: Path
-    filename: str
-    size: tuple[int, int] | None
-    objects: list[_Filed]
-
-
-class VocSource(Section):
-    """A folder with Annotations/, ImageSets/Main/ and JPEGImages/ at `directory` below data.root."""
+class VocSource(FileSource):
+    """XML files in `annotations` and pictures in `images`, both at `directory` below data.root."""
 
     format: Literal["voc"]
-    split: str
-    directory: str = "."
-    one_based: bool = Field(
-        True, description="pixels count from 1 and include the last, as in VOC; checked against the data"
+    split: str | None = Field(
+        None, description="a list in ImageSets/Main; None: every XML below `annotations`"
     )
-    limit: int | None = Field(None, gt=0)
+    directory: str = "."
+    annotations: str = "Annotations"
+    images: str = "JPEGImages"
+    one_based: Counting = Field(
+        True,
+        description="pixels count from 1 and include the last, as in VOC; checked against the data. auto: by the data",
+    )
 
-    def load(self, root: Path, **options: Any) -> DetectionDataset:
-        """The data set; options are those of `load_voc`."""
-        folder = root / self.directory
-        return load_voc(folder, self.split, one_based=self.one_based, limit=self.limit, **options)
+    def read(self, root: Path) -> Annotations:
+        """What the XML files say."""
+        options = self.model_dump(include={"split", "annotations", "images", "one_based", "max_bytes"})
+        return read_voc(root / self.directory, root, **options)
 
 
 def load_voc(
-    root: str | Path, split: str, *, one_based: bool = True, check_pictures: bool = True, **options: Any
+    root: str | Path,
+    split: str | None = None,
+    *,
+    one_based: Counting = True,
+    check_pictures: bool = True,
+    **options: Any,
 ) -> DetectionDataset:
     """Read one split of a VOC folder: `ImageSets/Main/{split}.txt`, `Annotations/*.xml`, `JPEGImages/*`.
 
     Image ids are the file names if all of them are different numbers, else 1..N in the split's order.
 
     Args:
+        split: None: every XML below `Annotations`.
         one_based: pixels are counted from 1 and the last one is included, as in VOC. A box is then
             (xmin - 1, ymin - 1, xmax, ymax). If False, coordinates are taken as filed. The data is checked for both.
-        check_pictures: refuse a set with absent pictures; False if only its annotations are used. An XML without a
-            size still needs its picture.
+            "auto": as the data look.
+        check_pictures: check that the folder of pictures exists. A picture that cannot be read has size 0 if its XML
+            does not say one.
         options: `class_names`, `limit`, `strict` and `use_difficult` of `Annotations.to_dataset`. Without
             `class_names`, the classes are the names found in the split, sorted.
 
     Raises:
-        FileNotFoundError: a folder, an annotation or a picture of the split is missing.
-        ValueError: the split is unknown, an XML malformed, or the coordinates contradict `one_based`.
+        FileNotFoundError: a folder or an annotation of the split is missing.
+        ValueError: the split is unknown, no XML can be read, or the coordinates contradict `one_based`.
     """
-    root = Path(root)
-    stems = _read_split(root, split)
-    files = [_parse(path) for path in _annotation_paths(root, stems)]
-    pictures = [
-        Picture(path, image_id, file.size or load_image_size(path))
-        for path, image_id, file in zip(
-            _find_pictures(root, stems, files, check_pictures), _image_ids(stems), files, strict=True
+    if check_pictures and not (images := Path(root, "JPEGImages")).is_dir():
+        raise FileNotFoundError(f"{images}: no such folder; {root} should be a VOC folder, which has one")
+    found = read_voc(Path(root), split=split, one_based=one_based)
+    return found.to_dataset(**options)
+
+
+def read_voc(
+    folder: Path,
+    root: Path | None = None,
+    *,
+    split: str | None = None,
+    annotations: str = "Annotations",
+    images: str = "JPEGImages",
+    one_based: Counting = True,
+    max_bytes: int = MAX_BYTES,
+) -> Annotations:
+    """What XML files below `folder` say of pictures that lie below it or below `root`."""
+    files = _annotation_paths(folder, folder / annotations, split)
+    parse = partial(_parse, folder, FileIndex(folder / images, root), max_bytes)
+    filed, problems = read_each(files, parse)
+    source = str(folder) if split is None else f"{folder}, split {split!r}"
+    found = gather(source, filed, "object[{}]", problems=problems)
+    return _count_from_zero(found, one_based)
+
+
+def counts_from_one(files: Iterable[Path]) -> bool:
+    """Whether the pixels of XML files look counted from 1, judged by all that can be read."""
+    filed, sizes = [], []
+    for file in files:
+        with contextlib.suppress(ValueError):
+            tree = parse_xml(file)
+            boxes = [_parse_object(0, element).box for element in tree.findall("object")]
+            filed += boxes
+            sizes += [_filed_size(tree) or (np.inf, np.inf)] * len(boxes)
+    return _looks_one_based(np.array(filed).reshape(-1, 4), np.array(sizes).reshape(-1, 2))
+
+
+def _count_from_zero(found: Annotations, one_based: Counting) -> Annotations:
+    """The same with boxes as xyxy pixels from 0, checked against what `one_based` claims."""
+    filed = np.array([o.box for o in found.objects], np.float64).reshape(-1, 4)
+    sizes = [found.pictures[o.picture].size for o in found.objects]
+    looks_one_based = _looks_one_based(filed, np.array(sizes).reshape(-1, 2))
+    if one_based == "auto":
+        one_based = looks_one_based
+        reason = (
+            "are whole, none is 0, and some reach" if one_based else "are fractions, hold 0, or never reach"
         )
-    ]
-
-    def describe(found: Object) -> tuple[str, str]:
-        corners = zip(_CORNERS, files[found.picture].objects[found.index].corners, strict=True)
-        place = f"{files[found.picture].path}: object[{found.index}] ({found.name})"
-        return place, ", ".join(f"{name} {value:g}" for name, value in corners)
-
-    objects = [
-        _object(filed, row, index, pictures[row].size, one_based)
-        for row, file in enumerate(files)
-        for index, filed in enumerate(file.objects)
-    ]
-    found = Annotations(f"{root}, split {split!r}", pictures, objects, describe)
-    filed = np.array([o.corners for file in files for o in file.objects]).reshape(-1, 4)
-    if one_based:
-        _refuse_zero_based(filed, objects, found)
-    elif _looks_one_based(filed, np.array([pictures[o.picture].size for o in objects]).reshape(-1, 2)):
+        found.notes.append(
+            f"{found.source}: one_based is {str(one_based).lower()}, as coordinates {reason} the image's width"
+        )
+    elif one_based:
+        _refuse_zero_based(filed, found)
+    elif looks_one_based:
         found.notes.append(
             "one_based is false, yet all coordinates are whole, none is 0, and some reach the image's width; "
             "they look counted from 1, as VOC's are, or clamped to 1 by their tool (as labelImg does)"
         )
-    return found.to_dataset(**options)
+    describe = found.describe
+    found.describe = lambda shown: describe(replace(shown, box=_shifted(shown.box, one_based)))
+    found.objects = [_object(o, size, one_based) for o, size in zip(found.objects, sizes, strict=True)]
+    return found
 
 
-def _object(filed: _Filed, row: int, index: int, size: tuple[int, int], one_based: bool) -> Object:
-    """An object of the picture at `row` with `size` (height, width), with its box as xyxy pixels from 0."""
-    xmin, ymin, xmax, ymax = filed.corners
+def _shifted(box: tuple[float, ...], pixels: int) -> tuple[float, ...]:
+    return box[0] + pixels, box[1] + pixels, box[2], box[3]
+
+
+def _object(filed: Object, size: tuple[int, int], one_based: bool) -> Object:
+    """An object of a picture with `size` (height, width), with its box as xyxy pixels from 0."""
+    xmin, ymin, xmax, ymax = filed.box
     fault = remark = None
-    if not filed.name:
-        fault = "has no class name"
-    elif xmax <= xmin or ymax <= ymin:
+    if xmax <= xmin or ymax <= ymin:
         # With both ends included, xmax = xmin is one pixel wide, but it comes from a slip of the mouse.
         fault = "has a box that has no area"
-    elif xmax > size[1] or ymax > size[0]:
+    elif any(size) and (xmax > size[1] or ymax > size[0]):
         remark = f"reaches past its image of {size[1]}x{size[0]} pixels, and is kept"
-    box = (xmin - one_based, ymin - one_based, xmax, ymax)
-    return Object(row, index, filed.name, box, difficult=filed.difficult, fault=fault, remark=remark)
+    return replace(filed, box=_shifted(filed.box, -one_based), fault=fault, remark=remark)
 
 
-def _read_split(root: Path, split: str) -> list[str]:
-    """The file stems of a split: the first word of each line."""
-    splits_dir = root / "ImageSets" / "Main"
+def _annotation_paths(folder: Path, annotations: Path, split: str | None) -> list[Path]:
+    """The XML files of a split, or all of them. A missing one is a FileNotFoundError."""
+    if not annotations.is_dir():
+        raise FileNotFoundError(
+            f"{annotations}: no such folder; {folder} should be a VOC folder, which has one"
+        )
+    files = FileIndex(annotations)
+    every = [file for file in files.files if file.lower().endswith(".xml")]
+    if split is None:
+        return [annotations / file for file in every]
+    stems = _read_split(folder, split, {os.path.splitext(file)[0] for file in every})
+    present = {stem: files.exact(f"{stem}.xml") for stem in stems}
+    if missing := [f"{stem}.xml" for stem, file in present.items() if file is None]:
+        raise FileNotFoundError(
+            f"{annotations}: {len(missing)} of the split's {len(stems)} annotations are missing: {_first_few(missing)}"
+        )
+    return [annotations / file for file in present.values()]
+
+
+def _read_split(folder: Path, split: str, known: set[str]) -> list[str]:
+    """The file stems of a split: each line, without the 1 or -1 that VOC may put behind a stem."""
+    splits_dir = folder / "ImageSets" / "Main"
     if not splits_dir.is_dir():
-        raise FileNotFoundError(f"{splits_dir}: no such folder; {root} should be a VOC folder, which has one")
+        raise FileNotFoundError(
+            f"{splits_dir}: no such folder; {folder} should be a VOC folder, which has one"
+        )
     path = splits_dir / f"{split}.txt"
     if not path.is_file():
         # VOC also has a file for each class and split, such as cat_train.txt. The message lists these last.
-        known = sorted((file.stem for file in splits_dir.glob("*.txt")), key=lambda stem: ("_" in stem, stem))
-        raise ValueError(f"{splits_dir}: has no split {split!r}; there are {', '.join(known[:10]) or 'none'}")
-    stems = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not stems:
+        splits = sorted(
+            (file.stem for file in splits_dir.glob("*.txt")), key=lambda stem: ("_" in stem, stem)
+        )
+        raise ValueError(
+            f"{splits_dir}: has no split {split!r}; there are {', '.join(splits[:10]) or 'none'}"
+        )
+    lines = [line.strip() for line in read_text(path, MAX_BYTES).splitlines() if line.strip()]
+    if not lines:
         raise ValueError(f"{path}: the split is empty")
-    repeated = [stem for stem, count in Counter(stems).items() if count > 1]
-    if repeated:
+    stems = [line if line in known else re.sub(r"\s+-?\d+$", "", line) for line in lines]
+    if repeated := [stem for stem, count in Counter(stems).items() if count > 1]:
         raise ValueError(f"{path}: lists {len(repeated)} image(s) more than once: {_first_few(repeated)}")
     return stems
 
@@ -145,97 +199,48 @@ def _first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _refuse_missing(folder: Path, what: str, missing: list[str], stems: list[str]) -> None:
-    """Raise a FileNotFoundError if any file of the split is missing."""
-    if missing:
-        raise FileNotFoundError(
-            f"{folder}: {len(missing)} of the split's {len(stems)} {what} are missing: {_first_few(missing)}"
-        )
-
-
-def _list_folder(folder: Path) -> set[str]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; a VOC folder has one")
-    return set(os.listdir(folder))
-
-
-def _annotation_paths(root: Path, stems: list[str]) -> list[Path]:
-    """The XML file of each stem. A missing one is a FileNotFoundError."""
-    folder = root / "Annotations"
-    present = _list_folder(folder)
-    missing = [f"{stem}.xml" for stem in stems if f"{stem}.xml" not in present]
-    _refuse_missing(folder, "annotations", missing, stems)
-    return [folder / f"{stem}.xml" for stem in stems]
-
-
-def _parse(path: Path) -> _File:
+def _parse(folder: Path, images: FileIndex, max_bytes: int, path: Path) -> Filed:
     """Read one XML file. Malformed XML is a ValueError."""
+    tree = parse_xml(path, max_bytes)
     try:
-        tree = ElementTree.fromstring(path.read_bytes())
-    except ElementTree.ParseError as error:
+        picture = images.picture_of(path.relative_to(folder), _text(tree.find("filename")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    objects = [_parse_object(index, element) for index, element in enumerate(tree.findall("object"))]
+    return Filed(path, picture, _filed_size(tree), objects)
+
+
+def _filed_size(tree: ElementTree.Element) -> tuple[int, int] | None:
+    """The (height, width) that an XML says, if that is a size."""
+    return size_or_none(*(number(_text(tree.find(f"size/{side}"))) for side in ("height", "width")))
+
+
+def parse_xml(path: Path, max_bytes: int = MAX_BYTES) -> ElementTree.Element:
+    """The XML of a file. ElementTree reads no external entity, and expat bounds the internal ones."""
+    data = read_bytes(path, max_bytes)
+    try:
+        return ElementTree.fromstring(data)
+    # An encoding that expat lacks is one of the last two.
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{path}: not valid XML ({error})") from None
-    height, width = (_number(tree.find(f"size/{side}")) for side in ("height", "width"))
-    return _File(
-        path=path,
-        filename=_text(tree.find("filename")),
-        size=(int(height), int(width)) if height >= 1 and width >= 1 else None,
-        objects=[_parse_object(element) for element in tree.findall("object")],
-    )
 
 
-def _parse_object(element: ElementTree.Element) -> _Filed:
-    box = element.find("bndbox")
-    return _Filed(
-        name=_text(element.find("name")),
-        corners=tuple(_number(None if box is None else box.find(corner)) for corner in _CORNERS),
-        difficult=_text(element.find("difficult")).lower() in ("1", "true"),
-    )
+def _parse_object(index: int, element: ElementTree.Element) -> Object:
+    """One <object>, with its box as filed: NaN where the file has no number."""
+    box = tuple(number(_text(element.find(f"bndbox/{corner}"))) for corner in _CORNERS)
+    difficult = _text(element.find("difficult")).lower() in ("1", "true")
+    return Object(-1, index, _text(element.find("name")), box, difficult=difficult)
 
 
 def _text(element: ElementTree.Element | None) -> str:
     return "" if element is None or element.text is None else element.text.strip()
 
 
-def _number(element: ElementTree.Element | None) -> float:
-    """The number in an element, or NaN."""
-    try:
-        return float(_text(element))
-    except ValueError:
-        return math.nan
-
-
-def _find_pictures(root: Path, stems: list[str], files: list[_File], check: bool) -> list[str]:
-    """The picture of each annotation: its <filename> if that exists, else the stem with a picture's suffix.
-
-    check: a missing picture is a FileNotFoundError; if False, it is named STEM.jpg.
-    """
-    folder = root / "JPEGImages"
-    present = _list_folder(folder) if check or folder.is_dir() else set()
-    by_stem = {
-        os.path.splitext(name)[0]: name
-        for name in sorted(present, reverse=True)
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-    }
-    names = [
-        file.filename if file.filename in present else by_stem.get(stem, None if check else f"{stem}.jpg")
-        for stem, file in zip(stems, files, strict=True)
-    ]
-    missing = [stem for stem, name in zip(stems, names, strict=True) if name is None]
-    _refuse_missing(folder, "images", missing, stems)
-    return [os.path.join(folder, name) for name in names]
-
-
-def _image_ids(stems: list[str]) -> list[int]:
-    """The stems as numbers if all are different numbers, else 1..N."""
-    ids = [int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) <= 18]
-    return ids if len(set(ids)) == len(stems) else list(range(1, len(stems) + 1))
-
-
-def _refuse_zero_based(filed: np.ndarray, objects: list[Object], found: Annotations) -> None:
+def _refuse_zero_based(filed: np.ndarray, found: Annotations) -> None:
     """Raise a ValueError if a coordinate of (M, 4) as filed is below 1: pixels counted from 1 have none."""
-    rows = np.flatnonzero((filed < 1).any(axis=1))
+    rows = np.flatnonzero(((filed < 1) & np.isfinite(filed)).any(axis=1))
     if len(rows):
-        place, _ = found.describe(objects[rows[0]])
+        place, _ = found.describe(found.objects[rows[0]])
         corner = int(np.argmax(filed[rows[0]] < 1))
         raise ValueError(
             f"{place} has {_CORNERS[corner]} {filed[rows[0], corner]:g}, below 1, as have "
@@ -245,7 +250,7 @@ def _refuse_zero_based(filed: np.ndarray, objects: list[Object], found: Annotati
 
 def _looks_one_based(filed: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether (M, 4) coordinates as filed look counted from 1. `sizes` is (M, 2) height, width of the images."""
-    sound = np.isfinite(filed).all(axis=1)
+    sound = np.isfinite(filed).all(axis=1) & (sizes[:, 1] > 0)
     filed, sizes = filed[sound], sizes[sound]
     whole = len(filed) > 0 and bool((filed == np.round(filed)).all())
-    return whole and filed.min() >= 1 and bool((filed[:, 2] >= sizes[:, 1]).any())
+    return whole and bool(filed.min() >= 1 and (filed[:, 2] >= sizes[:, 1]).any())

@@ -1,0 +1,108 @@
+"""Gather what many annotation files, or the rows of a table, say of one picture each."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .images import read_sizes
+from .records import Annotations, Object, Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Filed:
+    """What a file says of one picture. size: (height, width); None: as the picture has it."""
+
+    file: Path
+    path: str
+    size: tuple[int, int] | None
+    objects: list[Object]
+
+
+def gather(
+    source: str,
+    filed: Iterable[Filed],
+    entry: str,
+    *,
+    fractions: bool = False,
+    category_ids: dict[str, int] | None = None,
+    problems: Iterable[str] = (),
+) -> Annotations:
+    """Join what was filed, in its order. A picture that was filed before is left out, with a problem.
+
+    entry: how messages name an object, such as "line {}". fractions: boxes are fractions of the picture's sides.
+    """
+    kept, repeated = _first_of_each(filed)
+    problems = [*problems, *repeated]
+    paths = [each.path for each in kept]
+    sizes = sizes_of([(each.path, each.size) for each in kept])
+    pictures = [Picture(*row) for row in zip(paths, image_ids(paths), sizes, strict=True)]
+    objects = [
+        replace(found, picture=row, box=_scaled(found.box, sizes[row]) if fractions else found.box)
+        for row, each in enumerate(kept)
+        for found in each.objects
+    ]
+
+    def describe(found: Object) -> tuple[str, str]:
+        place = f"{kept[found.picture].file}: {entry.format(found.index)} ({found.name})"
+        corners = zip(("xmin", "ymin", "xmax", "ymax"), found.box, strict=True)
+        return place, ", ".join(f"{name} {value:g}" for name, value in corners)
+
+    return Annotations(source, pictures, objects, describe, category_ids, problems)
+
+
+def _first_of_each(filed: Iterable[Filed]) -> tuple[list[Filed], list[str]]:
+    """The first that is filed of each picture, and problems of the others."""
+    kept: dict[str, Filed] = {}
+    problems = []
+    for each in filed:
+        if (first := kept.setdefault(each.path, each)) is not each:
+            problems.append(f"{each.file}: is left out, because {first.file} has its picture {each.path}")
+    return list(kept.values()), problems
+
+
+def sizes_of(pictures: list[tuple[str, tuple[int, int] | None]]) -> list[tuple[int, int]]:
+    """The (height, width) of each path and size; None: that of the picture, or 0, 0 where it cannot be read."""
+    unknown = [path for path, size in pictures if size is None]
+    read = iter(read_sizes(unknown)[0].clip(0).tolist() if unknown else [])
+    return [size or tuple(next(read)) for _, size in pictures]
+
+
+def read_each(files: Iterable[Path], read: Callable[[Path], Filed]) -> tuple[list[Filed], list[str]]:
+    """read(file) of each file, and a sentence for each that cannot be read. ValueError: none can be."""
+    done, problems = [], []
+    for file in files:
+        try:
+            done.append(read(file))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems and not done:
+        raise ValueError(problems[0])
+    return done, [f"{problem}; the file is left out" for problem in problems]
+
+
+def image_ids(paths: list[str]) -> list[int]:
+    """The pictures' stems as numbers if all are different numbers, else 1..N."""
+    stems = [Path(path).stem for path in paths]
+    ids = [int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) <= 18]
+    return ids if len(set(ids)) == len(stems) else list(range(1, len(stems) + 1))
+
+
+def size_or_none(height: float, width: float) -> tuple[int, int] | None:
+    """(height, width) as whole pixels, or None where a file's numbers are no size."""
+    sides = (height, width)
+    return (int(height), int(width)) if all(1 <= side < 2**31 for side in sides) else None
+
+
+def number(text: str | None) -> float:
+    """The number that a text says, or NaN."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return math.nan
+
+
+def _scaled(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, ...]:
+    # The size of a picture that cannot be read is 0.
+    height, width = size if any(size) else (1, 1)
+    return box[0] * width, box[1] * height, box[2] * width, box[3] * height

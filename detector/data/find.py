@@ -1,0 +1,170 @@
+"""Find out which format the annotations below a folder have, where they are, and how they are split."""
+
+import contextlib
+import math
+import mmap
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from .csv import read_rows
+from .file_index import FileIndex
+from .file_source import MAX_BYTES
+from .filed import number
+from .layouts import Layout, Sources, coco_sources, csv_sources, labelme_sources, voc_sources, yolo_sources
+from .yolo import parse_box, read_yaml, swapped
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the annotations are.
+
+    root: becomes data.root. splits: "train", "val" and "test" -> sources, as in a recipe's section `data`; only "train"
+    where the data have no split. class_names: the format's own list of them. remarks: a sentence for each decision.
+    """
+
+    format: str
+    root: Path
+    splits: Sources
+    class_names: tuple[str, ...] | None
+    remarks: tuple[str, ...]
+
+
+def find_data(path: str | Path, format: str | None = None) -> Found:
+    """Find the annotations in a folder, or those of one file: a COCO JSON, a CSV, YOLO's data.yaml or obj.data.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: there are no annotations, or there are several formats and `format` names none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such folder or file")
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format is {format!r}; accepted: {', '.join(FORMATS)}")
+    index, names = _index(path)
+    asked = [format] if format else list(FORMATS)
+    found = {name: files for name in asked if (files := FORMATS[name][0](index, names))}
+    kinds = {name: f"{len(files)} {FORMATS[name][2]}" for name, files in found.items()}
+    if not found:
+        looked_for = ", ".join(FORMATS[name][2] for name in asked)
+        held = Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in names).most_common(6)
+        holds = ", ".join(f"{count} {suffix}" for suffix, count in held) or "no file"
+        raise ValueError(f"{path}: no annotations found; looked for {looked_for}; found {holds}")
+    if len(found) > 1:
+        listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise ValueError(f"{path}: annotations of several formats: {listed}; choose one with --format")
+    ((name, files),) = found.items()
+    remark = f"{path}: format {name}, {kinds[name]}, such as {files[0]}; {len(index.pictures)} pictures"
+    layout = Layout(index, files, [remark])
+    splits = FORMATS[name][1](layout)
+    layout.remarks.append(
+        "there is no split" if list(splits) == ["train"] else f"splits: {', '.join(splits)}"
+    )
+    return Found(name, index.folder, splits, layout.class_names, tuple(layout.remarks))
+
+
+def is_recipe(path: str | Path) -> bool:
+    """Whether a file is a recipe of this project: YAML, and not YOLO's data.yaml."""
+    path = Path(path)
+    return path.suffix.lower() in (".yaml", ".yml") and path.is_file() and not _is_yolo_yaml(path)
+
+
+def _index(path: Path) -> tuple[FileIndex, list[str]]:
+    """The files around a path, and those of them that may be annotations."""
+    if path.is_dir():
+        index = FileIndex(path)
+        return index, index.files
+    index = FileIndex(path.parent)
+    if not index.pictures:
+        # A JSON in `annotations` lies beside the folder of pictures.
+        index = FileIndex(path.absolute().parent.parent)
+    return index, [Path(os.path.relpath(path, index.folder)).as_posix()]
+
+
+def _ending(names: list[str], *suffixes: str) -> list[str]:
+    return [name for name in names if name.lower().endswith(suffixes)]
+
+
+def _voc_files(index: FileIndex, names: list[str]) -> list[str]:
+    return [name for name in _ending(names, ".xml") if _is_voc_xml(index.folder / name)]
+
+
+def _is_voc_xml(path: Path) -> bool:
+    # Without zeros, UTF-16 reads like ASCII.
+    return re.search(rb"<annotation[\s>]", _head(path).replace(b"\0", b"")) is not None
+
+
+def _coco_files(index: FileIndex, names: list[str]) -> list[str]:
+    wanted = [rb'"%s"\s*:\s*\[' % section for section in (b"images", b"annotations", b"categories")]
+    found = [name for name in _ending(names, ".json") if _holds(index.folder / name, *wanted)]
+    # COCO's own folder has files of keypoints and captions for the same pictures.
+    return [name for name in found if os.path.basename(name).startswith("instances")] or found
+
+
+def _labelme_files(index: FileIndex, names: list[str]) -> list[str]:
+    wanted = rb'"shapes"\s*:\s*\[', rb'"imagePath"\s*:'
+    return [name for name in _ending(names, ".json") if _holds(index.folder / name, *wanted)]
+
+
+def _csv_files(index: FileIndex, names: list[str]) -> list[str]:
+    found = []
+    for name in _ending(names, ".csv"):
+        with contextlib.suppress(ValueError):
+            found += [name for _ in [next(read_rows(index.folder / name), None)] if _]
+    return found
+
+
+def _yolo_files(index: FileIndex, names: list[str]) -> list[str]:
+    """The data.yaml or obj.data that is nearest to the top; without any, the text files of pictures."""
+    described = [name for name in _ending(names, ".yaml", ".yml") if _is_yolo_yaml(index.folder / name)]
+    described += [name for name in _ending(names, ".data") if _holds(index.folder / name, rb"train\s*=")]
+    if described:
+        return [min(described, key=lambda name: (name.count("/"), name))]
+    texts = [name for name in _ending(names, ".txt") if index.find(swapped(name[:-4], "labels", "images"))]
+    kinds = {name: _is_yolo_text(index.folder / name) for name in texts}
+    return [name for name, fits in kinds.items() if fits is not False] if True in kinds.values() else []
+
+
+def _is_yolo_yaml(path: Path) -> bool:
+    try:
+        values = read_yaml(path, MAX_BYTES)
+    except ValueError:
+        return False
+    return "names" in values and "model" not in values and isinstance(values.get("train", ""), str | list)
+
+
+def _is_yolo_text(path: Path) -> bool | None:
+    """Whether the first line of a text file is a YOLO object; None for an empty file."""
+    first = _head(path).decode("utf-8-sig", "replace").strip().partition("\n")[0]
+    values = [number(word) for word in first.split()]
+    return all(map(math.isfinite, values)) and parse_box(values[1:]) is not None if values else None
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
+    if not path.is_file():
+        return b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(4096)
+    return b""
+
+
+def _holds(path: Path, *patterns: bytes) -> bool:
+    """Whether a file holds all patterns. It is searched where it lies, because it may be larger than the memory."""
+    if not _head(path):
+        return False
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return all(re.search(pattern, data) for pattern in patterns)
+
+
+# The formats by name: what finds their files, what makes sources of those, what they are called.
+FORMATS = {
+    "voc": (_voc_files, voc_sources, "XML files"),
+    "coco": (_coco_files, coco_sources, "COCO JSON files"),
+    "yolo": (_yolo_files, yolo_sources, "YOLO files (data.yaml, obj.data or texts beside pictures)"),
+    "csv": (_csv_files, csv_sources, "CSV tables"),
+    "labelme": (_labelme_files, labelme_sources, "labelme JSON files"),
+}

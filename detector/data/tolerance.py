@@ -1,0 +1,26 @@
+"""How many pictures a data set may do without."""
+
+from collections.abc import Sequence
+
+MAX_LEFT_OUT = 0.05
+"""The share of pictures that may be left out."""
+MAX_TOLD = 10
+"""So many sentences are told before the others are only counted."""
+
+
+def refuse_many(reasons: Sequence[str], num_pictures: int, max_left_out: float = MAX_LEFT_OUT) -> None:
+    """Raise a ValueError that lists the first reasons, if more than a share of `num_pictures` have one."""
+    if len(reasons) > max_left_out * num_pictures:
+        lines = [
+            f"{len(reasons)} of {num_pictures} pictures cannot be used, and at most {max_left_out:.0%} may be left out:",
+            *first_few(reasons),
+        ]
+        raise ValueError("\n".join(lines))
+
+
+def first_few(sentences: Sequence[str], kind: str = "") -> list[str]:
+    """A line for each of the first sentences, and one with the number of the others. kind: a word before each."""
+    lines = [f"  {kind}: {sentence}" if kind else f"  {sentence}" for sentence in sentences[:MAX_TOLD]]
+    if len(sentences) > MAX_TOLD:
+        lines.append(f"  and {len(sentences) - MAX_TOLD} more {kind}".rstrip())
+    return lines

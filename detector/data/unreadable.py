@@ -1,0 +1,54 @@
+"""The count of pictures that fail on decoding while a run goes on."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from .loader import Batch
+from .tolerance import MAX_TOLD, refuse_many
+
+# So few failures never stop a run, and the share is not taken of fewer pictures than these.
+_FEW = 2
+_EARLIEST = 100
+
+
+class Unreadable:
+    """The pictures of a data set that failed on decoding: a sentence each, with the file's name.
+
+    A sample of such a picture has that sentence in `target["unreadable"]`: see `TransformedDataset`.
+
+    num_pictures: of the data set. fate: what becomes of such a picture, in what is printed of the first few.
+    """
+
+    def __init__(self, num_pictures: int, fate: str) -> None:
+        self.num_pictures = num_pictures
+        self.fate = fate
+        self.num_seen = 0
+        self.image_ids: dict[str, int] = {}  # by sentence
+
+    def watch(
+        self, batches: Iterable[Batch], on_new: Callable[[str], object] = lambda sentence: None
+    ) -> Iterator[Batch]:
+        """The same batches, counted, without samples that have no image. `on_new` is called with each new sentence.
+
+        ValueError: more pictures failed than `refuse_many` allows.
+        """
+        for images, targets in batches:
+            for target in targets:
+                if (sentence := target.get("unreadable", "")) and sentence not in self.image_ids:
+                    self.image_ids[sentence] = target["image_id"]
+                    self._print(sentence)
+                    on_new(sentence)
+            self.num_seen += len(targets)
+            self._judge()
+            kept = [row for row, image in enumerate(images) if image.numel()]
+            if kept:
+                yield [images[row] for row in kept], [targets[row] for row in kept]
+
+    def _print(self, sentence: str) -> None:
+        if len(self.image_ids) <= MAX_TOLD:
+            print(f"{self.fate}: {sentence}", flush=True)
+
+    def _judge(self) -> None:
+        if len(self.image_ids) > _FEW:
+            # Later epochs see the same pictures again.
+            judged = min(self.num_pictures, max(self.num_seen, _EARLIEST))
+            refuse_many(list(self.image_ids), judged)
