@@ -18,7 +18,8 @@ from detector.checkpoint import load_checkpoint, load_training_state
 from detector.config import load_config
 from detector.describe import describe
 from detector.engine import NonFiniteLossError
-from detector.run import Run, check_resumable
+from detector.resume import check_resumable
+from detector.run import Run
 from detector.run_log import read_log
 from detector.stop import Interrupted, StopSignal
 
@@ -36,11 +37,12 @@ def stop_after(monkeypatch, updates):
     """Press Ctrl-C in the `updates`-th update from now."""
     original, done = detector.engine.update, []
 
-    def update(training, clip_norm):
-        original(training, clip_norm)
+    def update(training, *arguments):
+        finite = original(training, *arguments)
         done.append(training.step)
         if len(done) == updates:
             signal.raise_signal(signal.SIGINT)
+        return finite
 
     monkeypatch.setattr(detector.engine, "update", update)
 
@@ -64,9 +66,9 @@ def finished(tiny_config, tmp_path_factory):
 
 def test_a_run_writes_its_files(finished):
     folder, _ = finished
-    names = {path.name for path in folder.iterdir()} - {"tensorboard"}
+    names = {path.name for path in folder.iterdir()} - {"tensorboard", ".lock"}
     wanted = "best.safetensors last.safetensors training_state.pt config.yaml metrics.jsonl first_batch.jpg curves.png"
-    assert names == {*wanted.split(), "best_metrics.json"}  # and no temporary file
+    assert names == {*wanted.split(), "best_metrics.json", "training_state.previous.pt"}  # and no temporary file
     assert all((folder / name).stat().st_size > 100 for name in names)
 
 

@@ -91,13 +91,15 @@ def collate(samples: list[tuple[torch.Tensor, dict]]) -> Batch:
 
 
 def _set_up_worker(worker: int) -> None:
-    """Give a worker one thread, and leave Ctrl-C to the main process."""
+    """Give a worker one thread, and leave Ctrl-C and a closed terminal to the main process."""
     import cv2
 
     # torch runs one thread in each worker. OpenCV would take every core in every worker.
     cv2.setNumThreads(0)
-    # Ctrl-C reaches every process of the group. The main process ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # They reach every process of the group. The main process ends the workers.
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def build_loader(
