@@ -191,8 +191,6 @@ def _check_state(state: dict[str, Any], path: Path) -> None:
     """Raise a ValueError where a training state lacks a part, or has one of another kind."""
     wrong = [key for key, kind in _STATE.items() if not isinstance(state.get(key), kind)]
     if wrong:
-        raise ValueError(
-            f"{path} is no training state: its {', '.join(wrong)} are missing or of another kind"
-        )
+        raise ValueError(f"{path} is no training state: {', '.join(wrong)} missing or of another kind")
     if state.get("version", 1) > VERSION:
         raise ValueError(f"{path} is of version {state['version']}; this program reads up to {VERSION}")

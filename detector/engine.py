@@ -131,13 +131,14 @@ class Training:
         return {**parts, **counters, "torch_rng": torch.get_rng_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self._parts:
+        parts = {name: getattr(self, name).load_state_dict for name in self._parts}
+        for name, load in {**parts, "torch_rng": torch.set_rng_state}.items():
             if name not in state:
                 raise ValueError(
                     f"the training state has no {name}: resume with the config it was saved with"
                 )
             try:
-                getattr(self, name).load_state_dict(state[name])
+                load(state[name])
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
                 raise ValueError(
                     f"the training state's {name} does not fit the config: resume with the config it was saved with"
@@ -145,7 +146,6 @@ class Training:
         for name in self._counters:
             # States of earlier versions lack the last two.
             setattr(self, name, state.get(name, getattr(self, name)))
-        torch.set_rng_state(state["torch_rng"])
 
     def remember(self) -> None:
         """Remember this point between two updates: all that a batch changes before the weights change."""

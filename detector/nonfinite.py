@@ -49,7 +49,7 @@ class NonFiniteGuard:
         details = f"{self._describe(error.cause, layer)}. {self._write(error.cause, layer)}"
         is_row = list(self._skipped) == list(range(training.step - _MOST_IN_A_ROW + 1, training.step + 1))
         if self.options.on_nonfinite == "stop" or is_row:
-            raise NonFiniteLossError(error.passes, details + advice(self.options, training.step))
+            raise NonFiniteLossError(error.passes, details + advice(self.options, training.step - 1))
         print(f"update {training.step} is skipped ({training.skipped} so far): {error} {details}", flush=True)
 
     def watch(self, losses: list[dict[str, float]]) -> None:
@@ -59,7 +59,8 @@ class NonFiniteGuard:
         if worst > _EXPLODED and step <= _EARLY and not self._has_warned:
             self._has_warned = True
             print(
-                f"warning: the loss is {worst:.4g} at update {step}. {advice(self.options, step)}", flush=True
+                f"warning: the loss is {worst:.4g} at update {step}. {advice(self.options, step - 1)}",
+                flush=True,
             )
 
     def _describe(self, cause: Pass, layer: str | None) -> str:
@@ -138,9 +139,9 @@ def check_weights(training: Training, options: TrainConfig) -> None:
                 )
 
 
-def advice(options: TrainConfig, step: int) -> str:
-    """What to change where losses explode at this update."""
-    if step <= 1:
+def advice(options: TrainConfig, num_updates: int) -> str:
+    """What to change where losses explode after so many updates."""
+    if num_updates == 0:
         return (
             "No update came before, so the rate is not the cause: look at the pictures and boxes, and at "
             "model.backbone: random weights (weights: null) do not fit a frozen norm or frozen stages"
@@ -150,7 +151,7 @@ def advice(options: TrainConfig, step: int) -> str:
         f"lower train.lr ({options.lr:g}), raise train.warmup_steps ({options.warmup_steps}), "
         f"or set train.clip_norm ({clip})"
     )
-    if step <= max(_EARLY, options.warmup_steps):
+    if num_updates <= max(_EARLY, options.warmup_steps):
         return f"It came in the first updates: {settings}"
     half = "; with train.amp=fp16, bf16 overflows less" if options.amp == "fp16" else ""
     return f"Usual causes are a picture or box, or the rate: {settings}{half}"

@@ -27,7 +27,7 @@ from .data.loader import TrainBatches, TransformedDataset, build_loader
 from .data.sources import build_dataset
 from .data.transforms import TrainTransform
 from .describe import describe
-from .engine import AMP_DTYPES, NonFiniteLossError, train_one_epoch
+from .engine import AMP_DTYPES, train_one_epoch
 from .evaluate import Evaluation
 from .evaluation.coco import evaluate_coco
 from .files import read_json, remove_temporaries, write_atomically, write_json
@@ -110,6 +110,7 @@ class Run:
         self.is_new = state is None
         if state is not None:
             self.training.load_state_dict(state)
+        self.saved_at, self.saved_step = time.monotonic(), self.training.step
         self.guard = NonFiniteGuard(self.training, self.folder / "nonfinite", self.train_set, options)
 
     def train(self) -> dict[str, Any]:
@@ -120,7 +121,6 @@ class Run:
         OSError: a file cannot be written. What was there stays.
         """
         training, options = self.training, self.config.train
-        self.saved_at, self.saved_step = time.monotonic(), training.step
         with FolderLock(self.folder):
             if self.is_new:
                 # Another process may have trained here since this run was made.
@@ -154,7 +154,7 @@ class Run:
             finished = self.epoch(log, stop)
             self.save()
             if stop.asked and not (finished and training.epoch == self.config.train.epochs):
-                raise Interrupted(f"stopped after update {training.step}; continue with --resume")
+                raise self._interrupted()
             self._evaluate(log, stop)
             plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
 
@@ -182,7 +182,23 @@ class Run:
         return due and self.evaluation is not None
 
     def epoch(self, log: RunLog, stop: StopSignal) -> bool:
-        """Train on the rest of an epoch, or until `stop` is asked for. Returns whether the epoch was finished."""
+        """Train on the rest of an epoch, or until `stop` is asked for. Returns whether the epoch was finished.
+
+        Before an error ends it, the state of the last whole update is saved.
+        """
+        try:
+            finished = self._train_epoch(log, stop)
+        # A picture that cannot be read, a worker that was killed, a second Ctrl-C.
+        except BaseException as error:
+            self._save_last_update(error)
+            if stop.asked and "DataLoader worker" in str(error):
+                # The signal reached the workers too.
+                raise self._interrupted() from None
+            raise
+        self.training.awaits_evaluation = finished and self.is_evaluation_due
+        return finished
+
+    def _train_epoch(self, log: RunLog, stop: StopSignal) -> bool:
         training, options = self.training, self.config.train
         self.batches.set_epoch(training.epoch, training.batch)
         num_left = max(1, len(self.train_set) - training.batch * options.batch_size)
@@ -200,31 +216,19 @@ class Run:
                     self.save()
                 return stop.asked
 
-            try:
-                finished = train_one_epoch(
-                    training,
-                    self.loader,
-                    self.device,
-                    num_batches=len(self.batches),
-                    seed=options.seed,
-                    amp_dtype=AMP_DTYPES[options.amp],
-                    accumulate=options.accumulate,
-                    clip_norm=options.clip_norm,
-                    read_every=options.log_every,
-                    on_step=on_step,
-                    on_nonfinite=self.guard,
-                )
-            # A picture that cannot be read, a worker that was killed, a second Ctrl-C.
-            except BaseException as error:
-                self._save_last_update(error)
-                if stop.asked and "DataLoader worker" in str(error):
-                    # The signal reached the workers too.
-                    raise Interrupted(
-                        f"stopped after update {training.step}; continue with --resume"
-                    ) from None
-                raise
-        training.awaits_evaluation = finished and self.is_evaluation_due
-        return finished
+            return train_one_epoch(
+                training,
+                self.loader,
+                self.device,
+                num_batches=len(self.batches),
+                seed=options.seed,
+                amp_dtype=AMP_DTYPES[options.amp],
+                accumulate=options.accumulate,
+                clip_norm=options.clip_norm,
+                read_every=options.log_every,
+                on_step=on_step,
+                on_nonfinite=self.guard,
+            )
 
     def validate(self, log: RunLog) -> dict[str, Any]:
         """Evaluate on the validation data: COCO's metrics, with "losses" and "epoch"."""
@@ -284,14 +288,17 @@ class Run:
     def _save_last_update(self, error: BaseException) -> None:
         """Save the state of the last whole update, before an error ends the run."""
         training = self.training
-        # Before a loss that is not finite, weights may already be far off. The state on the disk is from before that.
-        if isinstance(error, NonFiniteLossError) or not training.rewind() or training.step == self.saved_step:
+        # Where numbers overflow, weights were far off before. The state on the disk is older.
+        if isinstance(error, FloatingPointError) or not training.rewind() or training.step == self.saved_step:
             return
         try:
             self.save()
             print(f"\nsaved the state of update {training.step}; --resume goes on from there", flush=True)
         except Exception as failed:
             print(f"\nthe state of update {training.step} is not saved: {failed}", flush=True)
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"stopped after update {self.saved_step}; continue with --resume")
 
     def _checkpoint(self, metrics: dict[str, Any]) -> Checkpoint:
         model = self.training.evaluated_model
