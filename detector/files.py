@@ -38,11 +38,18 @@ def write_atomically(
             # Not every system opens a folder, or syncs one.
             with contextlib.suppress(OSError):
                 _sync(path.parent, os.O_RDONLY)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise OSError(f"{path} cannot be written: {reason}; what was there is unchanged") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {_reason(error)}; what was there is unchanged") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, for example that the disk is full. torch raises an error of its own after it."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__context__
+    return getattr(seen, "strerror", None) or first_line(error)
 
 
 def remove_temporaries(folder: Path) -> None:

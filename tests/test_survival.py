@@ -279,7 +279,10 @@ def test_a_state_that_cannot_be_written_says_why(tmp_path, monkeypatch):
 
     def fail(state, file):
         file.write(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 987200 vs 987088")
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="training_state.pt cannot be written: No space left on device; what"):
