@@ -1,7 +1,8 @@
 """The files of a run: weights with all that a detector needs, and the state that the run resumes from.
 
 `best.safetensors`, `last.safetensors`: weights. Their metadata holds config, class names, preprocessing and metrics.
-`training_state.pt`: raw weights, optimizer, schedule, averages and counters. Reading a file runs no code from it.
+`training_state.pt`: raw weights, optimizer, schedule, averages and counters; `training_state.previous.pt`: the one
+before it. Reading a file runs no code from it.
 """
 
 import dataclasses
@@ -10,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
 
 from backbones import IMAGENET, Preprocessing
 from backbones.messages import misfit
-from backbones.reading import load_with_metadata, read
+from backbones.reading import load_tensors, load_with_metadata, read
 
 from .build import build_model
 from .config import Config, parse_config
@@ -29,6 +31,15 @@ VERSION = 2
 
 # Settings that version 1 kept in the section `model`.
 _SPEED = ("shared_projection", "sparse_roi_align", "fold_norms", "activation_checkpointing")
+
+# What every training state holds. Parts that only some versions or recipes have are not listed.
+_STATE = {
+    **dict.fromkeys(("model", "optimizer", "schedule", "scaler", "config"), dict),
+    **dict.fromkeys(("epoch", "batch", "step", "evaluations_since_best"), int),
+    "best": (int, float),
+    "torch_rng": Tensor,
+    "class_names": (list, tuple),
+}
 
 
 @dataclass(frozen=True)
@@ -115,15 +126,71 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
+def previous_state(path: Path) -> Path:
+    """Where the training state is kept that was at `path` before."""
+    return path.with_suffix(".previous.pt")
+
+
 def save_training_state(path: str | Path, state: dict[str, Any]) -> None:
-    """Write `training_state.pt`, whole or not at all."""
-    state = {**state, "version": VERSION}
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    """Write a training state whole or not at all, on the disk when this returns, and keep the one before it."""
+
+    def write(temporary: Path) -> None:
+        # Given a path, torch hides what the system says, for example that the disk is full.
+        with open(temporary, "wb") as file:
+            torch.save({**state, "version": VERSION}, file)
+
+    write_atomically(path, write, durable=True, previous=previous_state(Path(path)))
 
 
 def load_training_state(path: str | Path) -> dict[str, Any]:
-    """Read `training_state.pt`. FileNotFoundError: there is none."""
+    """Read one training state. FileNotFoundError: there is none. ValueError: it is damaged, or something else."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is nothing to resume from: {path} does not exist")
-    return read(path)
+    state = read(path, _load_checked)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a training state")
+    return state
+
+
+def newest_training_state(path: str | Path) -> dict[str, Any]:
+    """Read the training state at `path`; where it is damaged or missing, the one before it, with a warning.
+
+    FileNotFoundError: there is none. ValueError: none is whole.
+    """
+    path, faults = Path(path), []
+    for candidate in (path, previous_state(path)):
+        try:
+            state = load_training_state(candidate)
+            _check_state(state, candidate)
+        except (FileNotFoundError, ValueError) as error:
+            faults.append(error)
+            continue
+        if faults:
+            print(f"warning: {faults[0]}; resuming from {candidate}, update {state['step']}", flush=True)
+        return state
+    if all(isinstance(fault, FileNotFoundError) for fault in faults):
+        raise faults[0]
+    damaged = "; ".join(str(fault) for fault in faults if isinstance(fault, ValueError))
+    raise ValueError(
+        f"{damaged}. A new run can start from the weights: --start-from {path.with_name('last.safetensors')}"
+    )
+
+
+def _load_checked(path: Path) -> Any:
+    """Load what torch.save wrote, after a check of the checksums that it gave to each part."""
+    if not is_zipfile(path):
+        raise ValueError("it is no archive of torch.save; it may hold code, which is never run")
+    with ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+    return load_tensors(path)
+
+
+def _check_state(state: dict[str, Any], path: Path) -> None:
+    """Raise a ValueError where a training state lacks a part, or has one of another kind."""
+    wrong = [key for key, kind in _STATE.items() if not isinstance(state.get(key), kind)]
+    if wrong:
+        raise ValueError(f"{path} is no training state: {', '.join(wrong)} missing or of another kind")
+    if state.get("version", 1) > VERSION:
+        raise ValueError(f"{path} is of version {state['version']}; this program reads up to {VERSION}")

@@ -104,6 +104,12 @@ class TrainConfig(Section):
     )
     best_metric: Literal["AP", "AP50", "AP75"] = "AP"
     log_every: int = Field(20, gt=0, description="updates between lines of metrics.jsonl")
+    save_every: float = Field(
+        10, ge=0, description="minutes between states that --resume continues from; 0: every update"
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="at an infinite or NaN loss: stop, or skip the update, at most ten in a row"
+    )
     seed: int = Field(0, ge=0)
 
 

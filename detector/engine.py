@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,33 @@ from .model.losses import LOSSES
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass
+class Pass:
+    """A batch that went through the model in training. `run()` computes its losses again, with the same samples."""
+
+    batch: Batch
+    losses: Tensor  # (4,) in the order of LOSSES
+    run: Callable[[], dict[str, Tensor]]
+
+
 class NonFiniteLossError(FloatingPointError):
-    """A loss became infinite or NaN; the message has the image ids and the four losses."""
+    """An update whose loss or gradients are infinite or NaN; the message has the image ids and the four losses.
+
+    cause: the first batch of the update with such a loss, or the first batch. details: more sentences.
+    """
+
+    def __init__(self, passes: list[Pass], details: str = "") -> None:
+        bad = [p for p in passes if not p.losses.isfinite().all()]
+        self.passes, self.cause = passes, (bad or passes)[0]
+        ids = [target["image_id"] for target in self.cause.batch[1]]
+        numbers = zip(LOSSES, self.cause.losses.tolist(), strict=True)
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in numbers)
+        what = "loss" if bad else "gradient"
+        super().__init__(f"a {what} is not finite at image ids {ids}: {losses}. {details}".rstrip())
+
+
+def stop_at_nonfinite(error: NonFiniteLossError) -> None:
+    raise error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, norm_decay: bool) -> list[dict[str, Any]]:
@@ -87,6 +113,9 @@ class Training:
     step: int = 0  # updates done
     best: float = -math.inf
     evaluations_since_best: int = 0
+    awaits_evaluation: bool = False  # of the last whole epoch
+    skipped: int = 0  # updates without a step, because a loss was not finite
+    point: Any = None  # what `rewind` goes back to; None in the middle of an update
 
     @property
     def lr(self) -> float:
@@ -105,20 +134,21 @@ class Training:
         return {**parts, **counters, **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self._parts:
+        parts = {name: getattr(self, name).load_state_dict for name in self._parts}
+        for name, load in {**parts, "torch_rng": torch.set_rng_state}.items():
             if name not in state:
                 raise ValueError(
                     f"the training state has no {name}: resume with the config it was saved with"
                 )
             try:
-                getattr(self, name).load_state_dict(state[name])
-            except (RuntimeError, ValueError) as error:
+                load(state[name])
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
                 raise ValueError(
                     f"the training state's {name} does not fit the config: resume with the config it was saved with"
                 ) from error
         for name in self._counters:
-            setattr(self, name, state[name])
-        torch.set_rng_state(state["torch_rng"])
+            # States of earlier versions lack the last two.
+            setattr(self, name, state.get(name, getattr(self, name)))
         if self._device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self._device)
 
@@ -126,11 +156,32 @@ class Training:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def remember(self) -> None:
+        """Remember this point between two updates: all that a batch changes before the weights change."""
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.point = (self.epoch, self.batch, torch.get_rng_state(), buffers)
+
+    @torch.no_grad()
+    def rewind(self) -> bool:
+        """Go back to the last whole update. Returns False, and does nothing, in the middle of an update."""
+        if self.point is None:
+            return False
+        self.epoch, self.batch, rng, buffers = self.point
+        torch.set_rng_state(rng)
+        self._restore(buffers)
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    @torch.no_grad()
+    def _restore(self, buffers: list[Tensor]) -> None:
+        for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+
     @property
     def _parts(self) -> list[str]:
         return ["model", "optimizer", "schedule", "scaler"] + (["ema"] if self.ema is not None else [])
 
-    _counters = ("epoch", "batch", "step", "best", "evaluations_since_best")
+    _counters = ("epoch", "batch", "step", "best", "evaluations_since_best", "awaits_evaluation", "skipped")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -160,28 +211,33 @@ class LossMonitor:
 
     def __init__(self, device: torch.device, interval: int) -> None:
         self.interval = 1 if device.type == "cpu" else interval
-        self.pending: list[tuple[list[int], Tensor]] = []
+        self.pending: list[Tensor] = []
 
-    def add(self, losses: dict[str, Tensor], image_ids: list[int]) -> list[dict[str, float]]:
-        """Add a step. Returns the losses of the steps that are read now, or [] if it is not yet time to read."""
-        self.pending.append((image_ids, torch.stack([losses[name].detach().float() for name in LOSSES])))
+    def add(self, losses: Tensor) -> list[dict[str, float]]:
+        """Add a step's (4,) losses. Returns the steps that are read now, or [] if it is not yet time to read."""
+        self.pending.append(losses)
         return self.read() if len(self.pending) >= self.interval else []
 
     def read(self) -> list[dict[str, float]]:
-        """The losses of the steps not yet read, one dict a step. NonFiniteLossError: one is infinite or NaN."""
+        """The losses of the steps not yet read, one dict a step, without those that are infinite or NaN."""
         if not self.pending:
             return []
-        values = torch.stack([v for _, v in self.pending]).tolist()
-        ids, self.pending = [i for i, _ in self.pending], []
-        steps = [dict(zip(LOSSES, row, strict=True)) for row in values]
-        for image_ids, losses in zip(ids, steps, strict=True):
-            if not all(map(math.isfinite, losses.values())):
-                numbers = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-                raise NonFiniteLossError(
-                    f"a loss is not finite at image ids {image_ids}: {numbers}. Usual causes: a learning rate too "
-                    "high, a missing warm-up, no clipping (train.clip_norm), fp16 where the device has bf16."
-                )
-        return steps
+        values, self.pending = torch.stack(self.pending).tolist(), []
+        return [dict(zip(LOSSES, row, strict=True)) for row in values if all(map(math.isfinite, row))]
+
+
+def forward(
+    model: C4FasterRCNN,
+    batch: Batch,
+    device: torch.device,
+    key: tuple[int, int],
+    amp_dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """The losses of a batch in training. Anchors and regions are sampled by (*key, image id)."""
+    images, targets = to_device(batch, device)
+    model.seed_sampling([(*key, target["image_id"]) for target in targets])
+    with autocast(device, amp_dtype):
+        return model(images, targets)
 
 
 def train_one_epoch(
@@ -196,52 +252,73 @@ def train_one_epoch(
     clip_norm: float | None = None,
     read_every: int = 20,
     on_step: Callable[[list[dict[str, float]], int], bool | None] = lambda losses, num_images: None,
+    on_nonfinite: Callable[[NonFiniteLossError], None] = stop_at_nonfinite,
 ) -> bool:
     """Train on the rest of an epoch: the batches that `loader` still has of the epoch's `num_batches`.
 
     The loss is the sum of torchvision's four. Each update has the gradients of `accumulate` batches; the epoch's
     last update may have fewer. `on_step(losses, num_images)` is called after each batch, with the losses that were
     read after it. When it returns True, training stops after the current update. Returns whether the epoch was
-    finished. NonFiniteLossError: a loss is infinite or NaN.
+    finished.
+
+    An update whose loss or gradients are infinite or NaN changes no weight. `on_nonfinite` is called with the error,
+    and training goes on where it returns. Whatever is raised here, `training.rewind()` gives the last whole update.
     """
     model, monitor, stop = training.model, LossMonitor(device, read_every), False
     model.train()
+    training.remember()
+    passes: list[Pass] = []
     for batch in loader:
-        images, targets = to_device(batch, device)
-        image_ids = [target["image_id"] for target in targets]
-        model.seed_sampling([(seed, training.epoch, image_id) for image_id in image_ids])
-        with autocast(device, amp_dtype):
-            losses = model(images, targets)
+        run = partial(forward, model, batch, device, (seed, training.epoch), amp_dtype)
+        losses = run()
+        passes.append(Pass(batch, torch.stack([losses[name].detach().float() for name in LOSSES]), run))
         training.scaler.scale(sum(losses.values()) / accumulate).backward()
         training.batch += 1
         whole = training.batch % accumulate == 0 or training.batch == num_batches
-        read = monitor.add(losses, image_ids)
+        read = monitor.add(passes[-1].losses)
         if training.batch == num_batches:
             read += monitor.read()
         if whole:
-            update(training, clip_norm)
-        stop = bool(on_step(read, len(images))) or stop
+            if not update(training, clip_norm, torch.stack([p.losses for p in passes]).sum()):
+                on_nonfinite(NonFiniteLossError(passes))
+            passes = []
+        stop = bool(on_step(read, len(batch[0]))) or stop
         if stop and whole and training.batch < num_batches:
-            monitor.read()
             return False
-    monitor.read()
     training.epoch, training.batch = training.epoch + 1, 0
     return True
 
 
-def update(training: Training, clip_norm: float | None) -> None:
-    """Clip the gradients, step the optimizer, the schedule and the averages, and clear the gradients."""
-    if clip_norm is not None:
-        training.scaler.unscale_(training.optimizer)
-        parameters = (p for group in training.optimizer.param_groups for p in group["params"])
-        nn.utils.clip_grad_norm_(parameters, clip_norm)
-    training.scaler.step(training.optimizer)
+def update(training: Training, clip_norm: float | None, loss: Tensor) -> bool:
+    """Clip the gradients, step the optimizer, the schedule and the averages, and clear the gradients.
+
+    Returns False where `loss` or the gradients' norm is not finite: then no weight, buffer or average changes.
+    """
+    training.scaler.unscale_(training.optimizer)
+    norm = clip_gradients(training.optimizer, clip_norm)
+    # With fp16, gradients overflow now and then, and the scaler skips those steps itself.
+    finite = bool(torch.isfinite(loss if training.scaler.is_enabled() else loss + norm))
+    (*_, buffers), training.point = training.point, None
+    if finite:
+        training.scaler.step(training.optimizer)
+    else:
+        training._restore(buffers)
     training.scaler.update()
     training.optimizer.zero_grad(set_to_none=True)
     training.schedule.step()
     training.step += 1
-    if training.ema is not None:
+    if finite and training.ema is not None:
         training.ema.update_parameters(training.model)
+    training.remember()
+    return finite
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float | None) -> Tensor:
+    """Scale all gradients down to a norm of `clip_norm`, if one is given. Returns the norm before."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if clip_norm is not None:
+        return nn.utils.clip_grad_norm_(parameters, clip_norm)
+    return nn.utils.get_total_norm([p.grad for p in parameters])
 
 
 @torch.inference_mode()

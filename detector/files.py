@@ -1,26 +1,71 @@
 """Write files whole or not at all, and read JSON and text."""
 
 import codecs
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from backbones.messages import first_line
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: `write(temporary_path)` makes it, then it is renamed to `path`."""
+
+def write_atomically(
+    path: str | Path, write: Callable[[Path], object], *, durable: bool = False, previous: Path | None = None
+) -> None:
+    """Write a file whole or not at all: `write(temporary_path)` makes it, then it is renamed to `path`.
+
+    durable: return only when the file is on the disk, so that a power failure leaves it whole too.
+    previous: where the file that was there before goes.
+
+    OSError: the file cannot be written, for example because the disk is full.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
+        if durable:
+            _sync(temporary, os.O_RDWR)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        if durable:
+            # Not every system opens a folder, or syncs one.
+            with contextlib.suppress(OSError):
+                _sync(path.parent, os.O_RDONLY)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {_reason(error)}; what was there is unchanged") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, for example that the disk is full. torch raises an error of its own after it."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__context__
+    return getattr(seen, "strerror", None) or first_line(error)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a folder. No other process may write there."""
+    for path in folder.glob(".*.[0-9]*.tmp*"):
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path, flags: int) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
@@ -30,9 +75,9 @@ def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a .safetensors file, whole or not at all."""
+    """Write a .safetensors file, whole or not at all, on the disk when this returns."""
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(on_cpu, temporary, metadata=metadata))
+    write_atomically(path, lambda temporary: save_file(on_cpu, temporary, metadata=metadata), durable=True)
 
 
 def read_json(path: str | Path) -> Any:

@@ -1,5 +1,6 @@
 """A run: one training with its data, its state and its files in one folder."""
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +15,9 @@ from .build import build_model, build_training
 from .checkpoint import (
     Checkpoint,
     load_checkpoint,
-    load_training_state,
+    newest_training_state,
     parse_stored_config,
+    previous_state,
     save_checkpoint,
     save_training_state,
 )
@@ -29,33 +31,35 @@ from .describe import describe, write_problems
 from .engine import AMP_DTYPES, train_one_epoch
 from .evaluate import Evaluation
 from .evaluation.coco import evaluate_coco
-from .files import read_json, write_atomically, write_json
+from .files import read_json, remove_temporaries, write_atomically, write_json
 from .first_batch import save_first_batch
+from .lock import FolderLock
 from .model.speed import apply_speed
+from .nonfinite import NonFiniteGuard, check_weights
 from .progress import Progress
+from .resume import check_resumable, check_same_data, fingerprint
 from .run_log import RunLog, StepLog
 from .stop import Interrupted, StopSignal
-from .tables import format_duration
+from .tables import format_cell, format_duration
 from .transfer import start_from
 
 STATE = "training_state.pt"
 BEST_METRICS = "best_metrics.json"
-# Settings of `train` that may change when a run resumes. The others, and those of `model`, may not.
-_FREE = ("eval_every", "patience", "log_every")
 
 
 class Run:
     """A training that a configuration describes, new or resumed: `metrics = Run(config, folder, device).train()`.
 
-    The folder receives best.safetensors, best_metrics.json, last.safetensors, training_state.pt, config.yaml,
-    metrics.jsonl, first_batch.jpg, curves.png, problems.txt if the data have any, and tensorboard/ if TensorBoard is
-    installed.
+    The folder receives best.safetensors, best_metrics.json, last.safetensors, training_state.pt and the one before it,
+    config.yaml, metrics.jsonl, first_batch.jpg, curves.png, problems.txt if the data have any, tensorboard/ if
+    TensorBoard is installed, and nonfinite/ if a loss is infinite or NaN. It is locked while the run trains.
 
     Args:
         resume: continue from training_state.pt where the run stopped.
         start_from_path: a checkpoint whose weights a new run starts from, as far as they fit. Not used by `resume`.
 
-    ValueError: the folder holds a run already, the settings changed since it stopped, or there are no boxes to learn.
+    ValueError: the folder holds a run already, the settings or the data changed since it stopped, or there are no
+        boxes to learn.
     FileNotFoundError: there is nothing to resume from.
     """
 
@@ -69,7 +73,7 @@ class Run:
         start_from_path: str | Path | None = None,
     ) -> None:
         self.config, self.folder, self.device = config, Path(folder), device
-        state = load_training_state(self.folder / STATE) if resume else self._refuse_old_run()
+        state = newest_training_state(self.folder / STATE) if resume else self._refuse_old_run()
         start = None if start_from_path is None or resume else load_checkpoint(start_from_path)
         if device.type == "cpu":
             # Activations and moments that fade out become denormal numbers, which would slow down every product.
@@ -78,6 +82,11 @@ class Run:
         self._check_classes(state)
         names = self.train_set.class_names
         self.val_set = build_dataset(config.data, "val", names) if config.data.val else None
+        self.fingerprints = {"train": fingerprint(self.train_set), "val": fingerprint(self.val_set)}
+        if state is not None:
+            version = state.get("version", 1)
+            check_resumable(parse_stored_config(state["config"], version, "the saved run's config"), config)
+            check_same_data(state.get("data", {}), self.fingerprints)
 
         torch.manual_seed(config.train.seed)
         fresh = state is None and start is None
@@ -103,37 +112,65 @@ class Run:
         self.training = build_training(config, model, num_batches=len(self.batches), device=device)
         self.is_new = state is None
         if state is not None:
-            version = state.get("version", 1)
-            check_resumable(parse_stored_config(state["config"], version, "the saved run's config"), config)
             self.training.load_state_dict(state)
+        self.saved_at, self.saved_step = time.monotonic(), self.training.step
+        self.guard = NonFiniteGuard(self.training, self.folder / "nonfinite", self.train_set, options)
 
     def train(self) -> dict[str, Any]:
         """Train the epochs that are left. Returns the best evaluation's metrics, or {} without validation data.
 
-        Interrupted: the run was asked to stop, and has saved its state.
+        Interrupted: the run was asked to stop, and has saved its state. ValueError: another process trains in the folder.
+        FloatingPointError: losses, gradients or weights became infinite or NaN. The last good state stays.
+        OSError: a file cannot be written. What was there stays.
         """
         training, options = self.training, self.config.train
-        print(describe(self.config, training.model, self.train_set, self.val_set, self.device), flush=True)
-        self._write_config()
-        write_problems(self.folder / "problems.txt", {"train": self.train_set, "val": self.val_set})
-        with RunLog(self.folder, after_step=training.step) as log, StopSignal() as stop:
+        with FolderLock(self.folder):
             if self.is_new:
-                names = self.train_set.class_names
-                save_first_batch(self.folder / "first_batch.jpg", self.augmented, self.batches, names)
-            while not self.is_done:
-                finished = self.epoch(log, stop)
-                if finished and self.is_evaluation_due:
-                    self.keep_best(self.validate(log))
-                self.save()
-                if finished:
-                    plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
-                if stop.asked and not (finished and self.is_done):
-                    raise Interrupted(f"stopped after update {training.step}; continue with --resume")
+                # Another process may have trained here since this run was made.
+                self._refuse_old_run()
+            remove_temporaries(self.folder)
+            print(
+                describe(self.config, training.model, self.train_set, self.val_set, self.device), flush=True
+            )
+            self._write_config()
+            write_problems(self.folder / "problems.txt", {"train": self.train_set, "val": self.val_set})
+            owed = training.awaits_evaluation
+            with (
+                RunLog(self.folder, after_step=training.step, awaits_evaluation=owed) as log,
+                StopSignal() as stop,
+            ):
+                if self.is_new:
+                    names = self.train_set.class_names
+                    save_first_batch(self.folder / "first_batch.jpg", self.augmented, self.batches, names)
+                    self._save_state()
+                self._train(log, stop)
         if training.epoch < options.epochs:
             unimproved = f"no better {options.best_metric} in {options.patience} evaluations"
             print(f"{unimproved}: stopping early", flush=True)
         best = self.folder / BEST_METRICS
         return read_json(best) if best.exists() else {}
+
+    def _train(self, log: RunLog, stop: StopSignal) -> None:
+        training = self.training
+        # A run that stopped before or during an evaluation owes it.
+        self._evaluate(log, stop)
+        while not self.is_done:
+            finished = self.epoch(log, stop)
+            self.save()
+            if stop.asked and not (finished and training.epoch == self.config.train.epochs):
+                raise self._interrupted()
+            self._evaluate(log, stop)
+            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+
+    def _evaluate(self, log: RunLog, stop: StopSignal) -> None:
+        """Evaluate if the last epoch awaits it, and keep the weights if they are the best."""
+        if not self.training.awaits_evaluation:
+            return
+        with stop.at_once():
+            metrics = self.validate(log)
+        self.keep_best(metrics)
+        self.training.awaits_evaluation = False
+        self._save_state()
 
     @property
     def is_done(self) -> bool:
@@ -149,7 +186,23 @@ class Run:
         return due and self.evaluation is not None
 
     def epoch(self, log: RunLog, stop: StopSignal) -> bool:
-        """Train on the rest of an epoch, or until `stop` is asked for. Returns whether the epoch was finished."""
+        """Train on the rest of an epoch, or until `stop` is asked for. Returns whether the epoch was finished.
+
+        Before an error ends it, the state of the last whole update is saved.
+        """
+        try:
+            finished = self._train_epoch(log, stop)
+        # A picture that cannot be read, a worker that was killed, a second Ctrl-C.
+        except BaseException as error:
+            self._save_last_update(error)
+            if stop.asked and "DataLoader worker" in str(error):
+                # The signal reached the workers too.
+                raise self._interrupted() from None
+            raise
+        self.training.awaits_evaluation = finished and self.is_evaluation_due
+        return finished
+
+    def _train_epoch(self, log: RunLog, stop: StopSignal) -> bool:
         training, options = self.training, self.config.train
         self.batches.set_epoch(training.epoch, training.batch)
         num_left = max(1, len(self.train_set) - training.batch * options.batch_size)
@@ -165,6 +218,10 @@ class Run:
             def on_step(losses: list[dict[str, float]], num_images: int) -> bool:
                 # The last batch writes a line, so that an epoch shorter than log_every has one too.
                 steps.add(losses, num_images, last=stop.asked or training.batch == len(self.batches))
+                self.guard.watch(losses)
+                is_update = training.batch % options.accumulate == 0
+                if is_update and time.monotonic() - self.saved_at >= options.save_every * 60:
+                    self.save()
                 return stop.asked
 
             return train_one_epoch(
@@ -178,6 +235,7 @@ class Run:
                 clip_norm=options.clip_norm,
                 read_every=options.log_every,
                 on_step=on_step,
+                on_nonfinite=self.guard,
             )
 
     def validate(self, log: RunLog) -> dict[str, Any]:
@@ -190,32 +248,68 @@ class Run:
         numbers = {name: value for name, value in metrics.items() if name != "per_class"}
         counted = {"left_out": len(readable.left_out)} if readable.left_out else {}
         log.write("val", epoch=training.epoch, step=training.step, **numbers, **losses, **counted)
-        shown = ", ".join(f"{name} {metrics[name] or 0:.3f}" for name in ("AP", "AP50", "AP75"))
+        shown = ", ".join(f"{name} {format_cell(metrics[name])}" for name in ("AP", "AP50", "AP75"))
         left_out = f", {len(readable.left_out)} unreadable left out" if readable.left_out else ""
         taken = f"{len(readable)} images{left_out}, {format_duration(time.perf_counter() - started)}"
         print(f"{title}: {shown}, loss {losses['loss']:.3f} ({taken})", flush=True)
         return metrics | {"losses": losses, "epoch": training.epoch}
 
     def keep_best(self, metrics: dict[str, Any]) -> None:
-        """Save the weights as best.safetensors if `best_metric` is better than before."""
-        training, value = self.training, metrics[self.config.train.best_metric]
-        if value is not None and value > training.best:
-            training.best, training.evaluations_since_best = value, 0
+        """Save the weights as best.safetensors if `best_metric` is better than before.
+
+        Without a box to measure by, the newest are the best. Weights whose validation loss is not finite are never.
+        """
+        training, metric = self.training, self.config.train.best_metric
+        value, is_finite = metrics[metric], math.isfinite(metrics["losses"]["loss"])
+        if value is None:
+            print(
+                f"{metric} is -: no box to measure it by. best.safetensors holds the newest weights",
+                flush=True,
+            )
+        if not is_finite:
+            print("the validation loss is not finite: best.safetensors stays as it is", flush=True)
+        if is_finite and (value is None or value > training.best):
+            training.best = training.best if value is None else value
+            training.evaluations_since_best = 0
             save_checkpoint(self.folder / "best.safetensors", self._checkpoint(metrics))
             write_json(self.folder / BEST_METRICS, metrics, indent=2)
         else:
             training.evaluations_since_best += 1
 
     def save(self) -> None:
-        """Write the newest weights, and the state that the run resumes from."""
+        """Write the newest weights, and the state that the run resumes from.
+
+        FloatingPointError: a weight is infinite, NaN or about to overflow, and nothing is written.
+        """
+        check_weights(self.training, self.config.train)
         save_checkpoint(self.folder / "last.safetensors", self._checkpoint({}))
+        self._save_state()
+
+    def _save_state(self) -> None:
         state = {
             **self.training.state_dict(),
             "class_names": list(self.train_set.class_names),
             "preprocessing": asdict(self.training.model.transform.preprocessing),
             "config": self.config.model_dump(mode="json"),
+            "data": self.fingerprints,
         }
         save_training_state(self.folder / STATE, state)
+        self.saved_at, self.saved_step = time.monotonic(), self.training.step
+
+    def _save_last_update(self, error: BaseException) -> None:
+        """Save the state of the last whole update, before an error ends the run."""
+        training = self.training
+        # Where numbers overflow, weights were far off before. The state on the disk is older.
+        if isinstance(error, FloatingPointError) or not training.rewind() or training.step == self.saved_step:
+            return
+        try:
+            self.save()
+            print(f"\nsaved the state of update {training.step}; --resume goes on from there", flush=True)
+        except Exception as failed:
+            print(f"\nthe state of update {training.step} is not saved: {failed}", flush=True)
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"stopped after update {self.saved_step}; continue with --resume")
 
     def _checkpoint(self, metrics: dict[str, Any]) -> Checkpoint:
         model = self.training.evaluated_model
@@ -223,7 +317,9 @@ class Run:
         return Checkpoint(model.state_dict(), self.config, names, preprocessing, metrics)
 
     def _refuse_old_run(self) -> None:
-        if (self.folder / STATE).exists():
+        path = self.folder / STATE
+        # A run that failed before its first update may be started again, with other settings too.
+        if (path.exists() or previous_state(path).exists()) and newest_training_state(path)["step"]:
             raise ValueError(
                 f"{self.folder} holds a run already: continue it with --resume, or give another --output folder"
             )
@@ -240,19 +336,3 @@ class Run:
     def _write_config(self) -> None:
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_atomically(self.folder / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def check_resumable(saved: Config, config: Config) -> None:
-    """Check that a run resumes with the model and the optimisation that it was saved with.
-
-    ValueError: a setting changed. The saved schedule and moments would not fit it.
-    """
-    before, now = saved.model_dump(mode="json"), config.model_dump(mode="json")
-    changed = [
-        f"{section}.{key} was {before[section].get(key)!r}, now {value!r}"
-        for section in ("model", "train")
-        for key, value in now[section].items()
-        if key not in _FREE and before[section].get(key) != value
-    ]
-    if changed:
-        raise ValueError(f"--resume continues a run with its own settings; {'; '.join(changed)}")

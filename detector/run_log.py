@@ -24,17 +24,25 @@ class RunLog(AbstractContextManager):
     the incomplete last line that a killed run may leave.
 
     after_step: drop the lines of later steps, because a run that resumes there writes them again; None drops none.
+    awaits_evaluation: drop that step's evaluation too.
     """
 
     def __init__(
-        self, run_dir: str | Path, *, after_step: int | None = None, tensorboard: bool = True
+        self,
+        run_dir: str | Path,
+        *,
+        after_step: int | None = None,
+        awaits_evaluation: bool = False,
+        tensorboard: bool = True,
     ) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         before = read_log(self.path) if self.path.exists() else []
-        kept = [line for line in before if after_step is None or line["step"] <= after_step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if after_step is not None:
+            ends = {"train": after_step, "val": after_step - awaits_evaluation}
+            before = [line for line in before if line["step"] <= ends.get(line["kind"], after_step)]
+        text = "".join(json.dumps(line) + "\n" for line in before)
         write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         purged_from = None if after_step is None else after_step + 1
         self._writer = _open_tensorboard(run_dir, purged_from) if tensorboard else None

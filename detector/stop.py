@@ -1,7 +1,12 @@
-"""Ctrl-C and SIGTERM, as a flag that long work looks at."""
+"""Ctrl-C, SIGTERM and SIGHUP, as a flag that long work looks at."""
 
+import contextlib
+import os
 import signal
+from collections.abc import Iterator
 from types import FrameType
+
+_HEARD = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupted(Exception):
@@ -9,16 +14,18 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """A context whose `asked` becomes True at Ctrl-C or SIGTERM. A second signal raises KeyboardInterrupt.
+    """A context whose `asked` becomes True at Ctrl-C, SIGTERM or SIGHUP.
 
-    A signal that was ignored before, as in a background job, stays ignored.
+    A second Ctrl-C or SIGTERM raises KeyboardInterrupt. A closing terminal may send SIGHUP twice, so a second one does
+    nothing. A signal that was ignored before, as in a background job or under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._raises = False
 
     def __enter__(self) -> "StopSignal":
-        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        heard = [n for n in _HEARD if signal.getsignal(n) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
@@ -26,8 +33,35 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that may be lost: a first signal during it raises Interrupted."""
+        self._raises = not self.asked
+        try:
+            yield
+        finally:
+            self._raises = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            if number != getattr(signal, "SIGHUP", None):
+                raise KeyboardInterrupt
+            return
         self.asked = True
-        print("\nstopping after this update; once more to stop at once", flush=True)
+        if self._raises:
+            raise Interrupted("stopped during the validation; continue with --resume, which repeats it")
+        _tell("\nstopping after this update; once more to stop at once")
+
+
+def _tell(text: str) -> None:
+    """Print from a signal's handler."""
+    try:
+        print(text, flush=True)
+    except RuntimeError:  # the signal came in the middle of another print
+        return
+    except OSError:
+        # The terminal is gone. Each later line would fail.
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        os.close(silent)

@@ -10,7 +10,7 @@ def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str] | None = N
 
     ValueError: rows of different length.
     """
-    cells = [[_format_cell(value) for value in row] for row in rows]
+    cells = [[format_cell(value) for value in row] for row in rows]
     everything = ([list(header)] if header is not None else []) + cells
     if not everything:
         return ""
@@ -29,7 +29,8 @@ def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str] | None = N
     )
 
 
-def _format_cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
+    """A value as text: a float with three digits, None as "-"."""
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -11,18 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from runs import CPU, VARIED, lines, same_tensors, stop_after
 
-import detector.engine
 import detector.run
 from detector.checkpoint import load_checkpoint, load_training_state
 from detector.config import load_config
 from detector.describe import describe
 from detector.engine import NonFiniteLossError
-from detector.run import Run, check_resumable
-from detector.run_log import read_log
+from detector.resume import check_resumable
+from detector.run import Run
 from detector.stop import Interrupted, StopSignal
 
-CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,27 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def no_curves(monkeypatch):
     """Curves take longer than the epochs here."""
     monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
-
-
-def stop_after(monkeypatch, updates):
-    """Press Ctrl-C in the `updates`-th update from now."""
-    original, done = detector.engine.update, []
-
-    def update(training, clip_norm):
-        original(training, clip_norm)
-        done.append(training.step)
-        if len(done) == updates:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(detector.engine, "update", update)
-
-
-def lines(folder, kind):
-    return [line for line in read_log(folder / "metrics.jsonl") if line["kind"] == kind]
-
-
-def same_tensors(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 # Files
@@ -64,9 +42,13 @@ def finished(tiny_config, tmp_path_factory):
 
 def test_a_run_writes_its_files(finished):
     folder, _ = finished
-    names = {path.name for path in folder.iterdir()} - {"tensorboard"}
+    names = {path.name for path in folder.iterdir()} - {"tensorboard", ".lock"}
     wanted = "best.safetensors last.safetensors training_state.pt config.yaml metrics.jsonl first_batch.jpg curves.png"
-    assert names == {*wanted.split(), "best_metrics.json"}  # and no temporary file
+    assert names == {
+        *wanted.split(),
+        "best_metrics.json",
+        "training_state.previous.pt",
+    }  # and no temporary file
     assert all((folder / name).stat().st_size > 100 for name in names)
 
 
@@ -121,23 +103,12 @@ def test_what_it_is_about_to_do_is_told(tiny_config):
     assert "multiply-accumulates: trunk 2.84 M an image of 64x64, head 6.42 M a region" in told
 
 
-# Resuming. 8 pictures in batches of 3 are 3 batches, with accumulate=2 two updates an epoch (the second of one batch).
+# Resuming
 
 
 @pytest.fixture(scope="module")
 def varied(tiny_config):
-    return tiny_config(
-        "train.epochs=3",
-        "train.batch_size=3",
-        "train.accumulate=2",
-        "train.optimizer=adamw",
-        "train.schedule=cosine",
-        "train.ema=0.8",
-        "train.clip_norm=5",
-        "augment.scale=[0.8, 1.2]",
-        "augment.crop=0.5",
-        "augment.brightness=0.3",
-    )
+    return tiny_config(*VARIED)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from detector.config import load_config
 from detector.inference import choose_device
 from detector.run import Run
 from detector.stop import Interrupted
+from detector.tables import format_cell
 
 
 def main() -> int:
@@ -39,9 +40,14 @@ def train(args: argparse.Namespace) -> int:
     except Interrupted as stop:
         print(stop)
         return 130
+    except KeyboardInterrupt:
+        print("stopped at once; continue with --resume")
+        return 130
     if metrics:
         name = config.train.best_metric
-        print(f"best {name} {metrics[name]:.3f} (AP50 {metrics['AP50']:.3f}) after epoch {metrics['epoch']}")
+        print(
+            f"best {name} {format_cell(metrics[name])} (AP50 {format_cell(metrics['AP50'])}) after epoch {metrics['epoch']}"
+        )
     print(f"weights, curves and pictures are in {args.output}")
     return 0
 

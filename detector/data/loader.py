@@ -134,10 +134,11 @@ def _set_up_worker(worker: int) -> None:
 
     # torch runs one thread in each worker. OpenCV would take every core in every worker.
     cv2.setNumThreads(0)
-    # Ctrl-C reaches every process of the group, and so does the SIGTERM of `timeout` or torchrun. The main process
-    # ends the workers.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # They reach every process of the group: Ctrl-C, a closed terminal, the SIGTERM of `timeout` or torchrun. The main
+    # process ends the workers.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Loader(DataLoader):

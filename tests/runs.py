@@ -1,0 +1,56 @@
+"""Runs for tests: their numbers, and Ctrl-C in a chosen update."""
+
+import signal
+
+import torch
+
+import detector.engine
+from detector.run_log import read_log
+
+CPU = torch.device("cpu")
+
+# 8 pictures in batches of 3 are 3 batches, with accumulate=2 two updates an epoch (the second of one batch).
+VARIED = (
+    "train.epochs=3",
+    "train.batch_size=3",
+    "train.accumulate=2",
+    "train.optimizer=adamw",
+    "train.schedule=cosine",
+    "train.ema=0.8",
+    "train.clip_norm=5",
+    "augment.scale=[0.8, 1.2]",
+    "augment.crop=0.5",
+    "augment.brightness=0.3",
+)
+
+
+def after_update(monkeypatch, updates, act):
+    """Call `act` within the `updates`-th update from now."""
+    original, done = detector.engine.update, []
+
+    def update(training, *arguments):
+        finite = original(training, *arguments)
+        done.append(training.step)
+        if len(done) == updates:
+            act()
+        return finite
+
+    monkeypatch.setattr(detector.engine, "update", update)
+
+
+def stop_after(monkeypatch, updates, *numbers):
+    """Press Ctrl-C in the `updates`-th update from now, or send other signals."""
+
+    def act():
+        for number in numbers or (signal.SIGINT,):
+            signal.raise_signal(number)
+
+    after_update(monkeypatch, updates, act)
+
+
+def lines(folder, kind):
+    return [line for line in read_log(folder / "metrics.jsonl") if line["kind"] == kind]
+
+
+def same_tensors(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

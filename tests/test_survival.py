@@ -1,0 +1,456 @@
+"""A run that survives: errors, signals, full disks, damaged states, two runs in one folder, and changed data."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import CPU, VARIED, after_update, lines, same_tensors, stop_after
+
+import detector.run
+from detector.checkpoint import load_checkpoint, load_training_state, newest_training_state
+from detector.files import remove_temporaries, write_atomically
+from detector.lock import FolderLock
+from detector.resume import check_resumable
+from detector.run import Run
+from detector.stop import Interrupted, StopSignal, _tell
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Curves take longer than the epochs here."""
+    monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
+
+
+@pytest.fixture(scope="module")
+def varied(tiny_config):
+    return tiny_config(*VARIED)
+
+
+@pytest.fixture(scope="module")
+def unbroken(varied, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    Run(varied, folder, CPU).train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped_once(varied, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            Run(varied, folder, CPU).train()
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A folder with a run that was stopped after 3 updates, in its second epoch."""
+    return shutil.copytree(stopped_once, tmp_path / "stopped")
+
+
+def state_of(folder):
+    return load_training_state(folder / "training_state.pt")
+
+
+def assert_resumes_as_unbroken(config, folder, unbroken):
+    torch.manual_seed(99)  # a new process has another state
+    metrics = Run(config, folder, CPU, resume=True).train()
+    one, two = state_of(folder), state_of(unbroken)
+    assert same_tensors(one["model"], two["model"]) and same_tensors(one["ema"], two["ema"])
+    assert one["schedule"] == two["schedule"] and one["best"] == two["best"]
+    assert lines(folder, "val") == lines(unbroken, "val")
+    assert metrics == json.loads((unbroken / "best_metrics.json").read_text())
+    best = [load_checkpoint(each / "best.safetensors").state_dict for each in (folder, unbroken)]
+    assert same_tensors(*best)
+
+
+# When a state is written
+
+
+@pytest.mark.parametrize(
+    ("save_every", "places"),
+    [
+        (0, [(0, 0), (0, 2), (1, 0), (1, 0)]),
+        (10, [(0, 0), (1, 0), (1, 0)]),
+    ],
+    ids=["every update", "every ten minutes"],
+)
+def test_states_are_written_between_updates_and_on_both_sides_of_an_evaluation(
+    tiny_config, tmp_path, monkeypatch, save_every, places
+):
+    seen, save = [], detector.run.save_training_state
+
+    def note(path, state):
+        seen.append((state["epoch"], state["batch"]))
+        assert state["awaits_evaluation"] == (len(seen) == len(places) - 1)
+        save(path, state)
+
+    monkeypatch.setattr(detector.run, "save_training_state", note)
+    config = tiny_config(*VARIED, "train.epochs=1", f"train.save_every={save_every}")
+    Run(config, tmp_path, CPU).train()
+    # Of three batches, the second and the third end an update, and the third the epoch.
+    assert seen == places
+
+
+def test_before_an_error_ends_a_run_the_last_whole_update_is_saved(
+    varied, unbroken, tmp_path, monkeypatch, capsys
+):
+    run = Run(varied, tmp_path, CPU)
+    forward, calls = detector.engine.forward, []
+
+    def fail(*arguments):
+        calls.append(forward(*arguments))  # which changes the statistics of batch norms
+        if len(calls) == 5:  # the second batch of the second epoch's first update
+            raise ValueError("picture.jpg cannot be read")
+        return calls[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detector.engine, "forward", fail)
+        with pytest.raises(ValueError, match="picture.jpg cannot be read"):
+            run.train()
+    assert "saved the state of update 2" not in capsys.readouterr().out  # it was saved at the epoch's end
+    assert (state_of(tmp_path)["epoch"], state_of(tmp_path)["batch"], state_of(tmp_path)["step"]) == (1, 0, 2)
+    assert_resumes_as_unbroken(varied, tmp_path, unbroken)
+
+
+def test_an_error_between_updates_of_an_epoch_loses_no_update(
+    varied, unbroken, tmp_path, monkeypatch, capsys
+):
+    run = Run(varied, tmp_path, CPU)
+    forward, calls = detector.engine.forward, []
+
+    def fail(*arguments):
+        calls.append(forward(*arguments))
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory")
+        return calls[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detector.engine, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run.train()
+    assert "saved the state of update 1; --resume goes on from there" in capsys.readouterr().out
+    assert (state_of(tmp_path)["batch"], state_of(tmp_path)["step"]) == (2, 1)
+    assert_resumes_as_unbroken(varied, tmp_path, unbroken)
+
+
+def test_a_run_that_failed_before_its_first_update_starts_again_with_other_settings(
+    tiny_config, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(detector.engine, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
+        with pytest.raises(RuntimeError, match="no memory"):
+            Run(tiny_config(), tmp_path, CPU).train()
+    assert state_of(tmp_path)["step"] == 0
+    Run(tiny_config("train.epochs=1", "train.batch_size=1"), tmp_path, CPU).train()
+    assert state_of(tmp_path)["step"] == 8
+
+
+# Signals
+
+
+def test_a_second_signal_stops_at_once_and_the_run_resumes(varied, unbroken, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, signal.SIGINT, signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            Run(varied, tmp_path, CPU).train()
+    assert state_of(tmp_path)["step"] == 3
+    assert_resumes_as_unbroken(varied, tmp_path, unbroken)
+
+
+def test_a_closed_terminal_stops_a_run_after_its_update(varied, unbroken, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, signal.SIGHUP, signal.SIGHUP)  # from the shell and from the kernel
+        with pytest.raises(Interrupted, match="stopped after update 1"):
+            Run(varied, tmp_path, CPU).train()
+    assert_resumes_as_unbroken(varied, tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_ignored_signal_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(number)
+            assert not stop.asked
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_during_the_validation_stops_at_once_and_resuming_repeats_it(
+    varied, unbroken, tmp_path, monkeypatch
+):
+    def stop(ground_truth, results):
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detector.run, "evaluate_coco", stop)
+        with pytest.raises(Interrupted, match="stopped during the validation"):
+            Run(varied, tmp_path, CPU).train()
+    assert state_of(tmp_path)["awaits_evaluation"] and lines(tmp_path, "val") == []
+    assert_resumes_as_unbroken(varied, tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("call", ["save_checkpoint", "write_json", "save_training_state"])
+def test_a_run_killed_between_an_evaluations_files_evaluates_again(
+    varied, unbroken, tmp_path, monkeypatch, call
+):
+    original, evaluated = getattr(detector.run, call), []
+
+    def kill(path, *arguments, **options):
+        if evaluated:
+            raise KeyboardInterrupt
+        original(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detector.run, call, kill)
+        run = Run(varied, tmp_path, CPU)
+        validate = run.validate
+        patch.setattr(run, "validate", lambda log: (evaluated.append(True), validate(log))[1])
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+    assert len(lines(tmp_path, "val")) == 1
+    assert_resumes_as_unbroken(varied, tmp_path, unbroken)
+
+
+def test_a_signal_that_also_killed_a_worker_is_a_stop(tiny_config, tmp_path, monkeypatch):
+    def kill_worker():
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    after_update(monkeypatch, 3, kill_worker)
+    with pytest.raises(Interrupted, match="stopped after update 3"):
+        Run(tiny_config(), tmp_path, CPU).train()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_output_after_a_terminal_has_gone_is_lost_in_silence():
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.dup2(writer, 1)
+        for descriptor in (reader, writer):
+            os.close(descriptor)
+        sys.stdout = os.fdopen(1, "w")
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        try:
+            _tell("stopping")
+            print("the next line", flush=True)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    os.close(reader)
+    os.close(writer)
+    assert os.waitpid(process, 0)[1] == 0
+
+
+# Files
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_what_was_there_stays(varied, unbroken, tmp_path, monkeypatch):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+
+    try:
+        after_update(monkeypatch, 3, fill)
+        with pytest.raises(OSError, match="last.safetensors cannot be written: .*File too large.*unchanged"):
+            Run(varied, tmp_path, CPU).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.undo()
+    monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
+    assert state_of(tmp_path)["step"] == 2 and not list(tmp_path.glob(".*tmp*"))
+    assert_resumes_as_unbroken(varied, tmp_path, unbroken)
+
+
+def test_a_state_that_cannot_be_written_says_why(tmp_path, monkeypatch):
+    detector.run.save_training_state(tmp_path / "training_state.pt", {"step": 1})
+
+    def fail(state, file):
+        file.write(b"half")
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 987200 vs 987088")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="training_state.pt cannot be written: No space left on device; what"):
+        detector.run.save_training_state(tmp_path / "training_state.pt", {"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["training_state.pt"] and state_of(tmp_path) == {
+        "step": 1,
+        "version": 2,
+    }
+
+
+def test_temporary_files_of_a_killed_process_go_when_its_run_resumes(tmp_path):
+    def killed(temporary):
+        temporary.write_bytes(b"half")
+        os.link(temporary, kept := tmp_path / "kept")  # as if the process had no time to remove it
+        left.append((temporary, kept))
+
+    left = []
+    write_atomically(tmp_path / "training_state.pt", killed)
+    (temporary, kept), user_file = left[0], tmp_path / ".notes.tmp"
+    kept.rename(temporary)
+    user_file.touch()
+    remove_temporaries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"training_state.pt", ".notes.tmp"}
+
+
+# Damaged states
+
+
+def damage(path, kind):
+    whole = path.read_bytes()
+    content = {
+        "no bytes": b"",
+        "text": b"some text\n",
+        "cut short": whole[:-1000],
+        "a flipped byte": whole[: len(whole) // 2]
+        + bytes([whole[len(whole) // 2] ^ 1])
+        + whole[len(whole) // 2 + 1 :],
+    }
+    if kind in content:
+        return path.write_bytes(content[kind])
+    state = torch.load(path, weights_only=True)
+    without = {key: value for key, value in state.items() if key != "optimizer"}
+    other = {
+        "a list": [1, 2],
+        "a tensor": torch.zeros(3),
+        "without a key": without,
+        "a wrong kind": {**state, "step": "3"},
+    }
+    torch.save(other[kind], path)
+    return None
+
+
+DAMAGES = {
+    "no bytes": "training_state.pt is damaged, cut short, or no file of tensors: it is no archive of torch.save",
+    "text": "training_state.pt is damaged, cut short, or no file of tensors: it is no archive of torch.save",
+    "cut short": "training_state.pt is damaged, cut short, or no file of tensors",
+    "a flipped byte": "training_state.pt is damaged, .*the checksum of .* is wrong",
+    "a list": "training_state.pt holds a list, not a training state",
+    "a tensor": "training_state.pt holds a Tensor, not a training state",
+    "without a key": "training_state.pt is no training state: optimizer missing or of another kind",
+    "a wrong kind": "training_state.pt is no training state: step missing or of another kind",
+}
+
+
+@pytest.mark.parametrize(("kind", "message"), DAMAGES.items(), ids=DAMAGES)
+def test_a_damaged_state_gives_way_to_the_one_before_it_with_a_warning(stopped, capsys, kind, message):
+    path = stopped / "training_state.pt"
+    damage(path, kind)
+    state = newest_training_state(path)
+    told = capsys.readouterr().out
+    assert (state["step"], state["epoch"]) == (2, 1)
+    assert told.startswith("warning: ") and "resuming from" in told and "previous.pt, update 2" in told
+    # With both damaged, the way out is named.
+    damage(stopped / "training_state.previous.pt", "no bytes")
+    with pytest.raises(
+        ValueError, match=f"{message}.*previous.pt is damaged.*--start-from .*last.safetensors"
+    ):
+        newest_training_state(path)
+
+
+@pytest.mark.parametrize("kind", ["a flipped byte", "missing"])
+def test_a_run_that_resumes_from_the_state_before_the_newest_ends_the_same(stopped, varied, unbroken, kind):
+    path = stopped / "training_state.pt"
+    path.unlink() if kind == "missing" else damage(path, kind)
+    assert_resumes_as_unbroken(varied, stopped, unbroken)
+
+
+def test_every_flipped_byte_of_a_state_is_noticed_or_harmless(tmp_path):
+    path, wanted = tmp_path / "training_state.pt", torch.arange(20.0)
+    detector.run.save_training_state(path, {"weights": wanted})
+    whole, noticed = path.read_bytes(), 0
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            assert torch.equal(load_training_state(path)["weights"], wanted)
+        except ValueError:
+            noticed += 1
+    assert noticed > len(whole) // 7 // 2
+
+
+@pytest.mark.parametrize("part", ["optimizer", "schedule", "torch_rng"])
+def test_a_state_whose_parts_hold_something_else_is_refused_in_a_sentence(stopped, varied, part):
+    state = state_of(stopped)
+    state[part] = torch.zeros(3) if part == "torch_rng" else {"state": 1, "param_groups": [3]}
+    torch.save(state, stopped / "training_state.pt")
+    with pytest.raises(ValueError, match=f"the training state's {part} does not fit the config"):
+        Run(varied, stopped, CPU, resume=True)
+
+
+# Two runs in one folder
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("process 7 on elsewhere")
+file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_processes_and_a_dead_one_does_not_hinder(tiny_config, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(
+            ValueError, match="is in use by process 7 on elsewhere: wait for its end, or give"
+        ):
+            Run(tiny_config(), tmp_path, CPU).train()
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    with FolderLock(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+# What may change when a run resumes
+
+
+def test_states_may_be_written_more_often_and_losses_skipped_when_a_run_resumes(tiny_config):
+    check_resumable(tiny_config(), tiny_config("train.save_every=3", "train.on_nonfinite=skip"))
+
+
+def test_resuming_with_other_augmentation_is_refused(stopped, tiny_config):
+    with pytest.raises(ValueError, match="its own settings; augment.crop was 0.5, now 0.25"):
+        Run(tiny_config(*VARIED, "augment.crop=0.25"), stopped, CPU, resume=True)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_resuming_with_other_data_is_refused(stopped, tiny_config, tmp_path, split):
+    other = tiny_config(*VARIED, f"data.{split}.seed=5", f"data.root={tmp_path / 'other'}")
+    with pytest.raises(
+        ValueError, match=rf"its own data; data.{split} was \d images, .*, now \d images, \d+ boxes, "
+    ):
+        Run(other, stopped, CPU, resume=True)
+
+
+def test_data_may_move_and_states_from_before_fingerprints_resume(
+    stopped, tiny_config, tiny_shapes, tmp_path
+):
+    moved = tmp_path / "moved"
+    moved.symlink_to(tiny_shapes)
+    Run(tiny_config(*VARIED, f"data.root={moved}"), stopped, CPU, resume=True)
+    state = state_of(stopped)
+    for key in ("data", "awaits_evaluation", "skipped"):
+        del state[key]
+    torch.save(state, stopped / "training_state.pt")
+    assert Run(tiny_config(*VARIED), stopped, CPU, resume=True).training.step == 3
