@@ -16,6 +16,8 @@ from .regions import Regions
 
 NUM_TRUNK_STAGES = 4
 NUM_STAGES = 5
+# The most channels of a stem: four times those of the published networks.
+MAX_WIDTH = 256
 # Bins along each axis of a region that enters the head.
 CROP = 14
 # The most regions whose activations are held at once when the head recomputes them. Each part projects the map again:

@@ -128,7 +128,7 @@ def test_an_unknown_key_at_any_level_is_refused_with_a_suggestion(recipe, overri
         ("model.box_nms_thresh=1.5", r"model\.box_nms_thresh is 1\.5: .*less than or equal to 1"),
         ("model.roi_pool=mean", r"model\.roi_pool is 'mean'; .*accepted: align, max"),
         ("model=null", r"model is None: .*ModelConfig"),
-        ("augment.scale=[2, 1]", r"augment\.scale: scale is \(2\.0, 1\.0\); accepted: two positive numbers"),
+        ("augment.scale=[2, 1]", r"augment\.scale is \(2\.0, 1\.0\); accepted: two numbers from 0\.1 to 10"),
         ("augment.scale=[1, 1, 1]", r"augment\.scale"),
     ],
 )
@@ -190,7 +190,7 @@ def test_a_missing_file_is_answered_with_its_neighbours(recipe):
 def test_a_file_that_is_not_yaml_is_refused_by_name(tmp_path, content):
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"broken\.yaml is not YAML"):
+    with pytest.raises(ValueError, match=r"broken\.yaml is not a valid config"):
         load_config(path)
 
 
