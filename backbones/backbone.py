@@ -3,6 +3,7 @@
 Letters: N images of H x W pixels, R regions, C4 and C5 channels of conv4_x and conv5_x.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,9 @@ class Preprocessing:
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_choice("channel_order", self.channel_order, ("rgb", "bgr"))
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0 or self.scale <= 0:
+        numbers = (*self.mean, *self.std, self.scale)
+        known = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+        if not known or len(self.mean) != 3 or len(self.std) != 3 or min(*self.std, self.scale) <= 0:
             raise ValueError(f"mean and std are three numbers, std and scale positive; got {self}")
 
 

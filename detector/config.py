@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticSerializationError
 
 from backbones import backbone_options
 from backbones.messages import shown
@@ -182,7 +183,12 @@ def parse_config(values: Any, overrides: list[str] | tuple[str, ...] = (), sourc
     for override in overrides:
         values = _override(values, override)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
+        # A checkpoint holds the config as JSON.
+        config.model_dump_json()
+        return config
+    except PydanticSerializationError:
+        raise ValueError(f"{source} is not a valid config: a name in it is not UTF-8 text") from None
     except ValidationError as error:
         lines = "\n  ".join(sentences(error))
         raise ValueError(f"{source} is not a valid config:\n  {lines}") from None

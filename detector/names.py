@@ -1,21 +1,27 @@
 """Names of the files and lines that are written for each picture."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+# File systems take names of 255 bytes. The rest is for a number, a suffix, and the name of a file that is being written.
+_MAX_BYTES = 200
+
 
 def file_names(images: Sequence[Path]) -> dict[Path, str]:
     """A different name for each picture: its file name without suffix.
 
-    Pictures of the same name get their folder's name in front, and then a number if they still agree.
+    Pictures of the same name get their folder's name in front, and then a number if they still agree. A name is cut
+    after 200 bytes.
     """
     stems = Counter(image.stem for image in images)
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for image in images:
         base = image.stem if stems[image.stem] == 1 else f"{image.resolve().parent.name}_{image.stem}"
+        base = _cut(base)
         name, number = base, 1
         while name in taken:
             number += 1
@@ -23,6 +29,11 @@ def file_names(images: Sequence[Path]) -> dict[Path, str]:
         names[image] = name
         taken.add(name)
     return names
+
+
+def _cut(name: str) -> str:
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _MAX_BYTES else encoded[:_MAX_BYTES].decode("utf-8", "ignore")
 
 
 def image_ids(images: Sequence[Path]) -> dict[Path, str]:
