@@ -57,7 +57,7 @@ def read(path: str | Path, load: Callable[[Path], Any] = load_tensors) -> Any:
         asked = re.search(r"(?:GLOBAL|asks for) (\S+)", str(error))
         if asked and isinstance(error, pickle.UnpicklingError):
             raise ValueError(
-                f"{path} asks for {asked[1]}, which is never run or loaded: accepted are arrays, tensors and plain "
+                f"{path} asks for {asked[1][:80]}, which is never run or loaded: accepted are arrays, tensors and plain "
                 "containers (of a training checkpoint, save the weights alone)"
             ) from None
         raise ValueError(
@@ -76,4 +76,4 @@ def _reason(path: Path, error: Exception) -> str:
     # torch's own message explains how to run the code in such a file, so it is not repeated.
     if "weights_only" in str(error):
         return "it may hold code, which is never run"
-    return first_line(error).split(". ")[0].rstrip(".")
+    return first_line(error).split(". ")[0].rstrip(".")[:300]

@@ -56,5 +56,5 @@ def exit_status(call: Callable[[argparse.Namespace], int | None], args: argparse
 def report_skipped(messages: list[str]) -> int:
     """Print what could not be read to standard error. Returns the exit status: 1 if there was any, else 0."""
     for message in messages:
-        print(f"skipped: {message}", file=sys.stderr)
+        print("skipped:", message.replace("\n", "\\n"), file=sys.stderr)
     return 1 if messages else 0

@@ -39,13 +39,18 @@ def _cut(name: str) -> str:
 def image_ids(images: Sequence[Path]) -> dict[Path, str]:
     """An id for each picture: the number at the end of its file name, as in COCO.
 
-    If a name has no number, or two numbers agree, all ids are those of `file_names`.
+    If a name has no number, or two numbers agree, all ids are those of `file_names`, with tabs, line ends and bytes that
+    are not UTF-8 as escapes.
     """
     numbers = [re.search(r"(\d+)$", image.stem) for image in images]
     ids = [str(int(number[1])) for number in numbers if number]
     if len(ids) == len(images) and len(set(ids)) == len(ids):
         return dict(zip(images, ids, strict=True))
-    return file_names(images)
+    escapes = {ord(character): repr(character)[1:-1] for character in "\t\n\r"}
+    return {
+        image: name.translate(escapes).encode("utf-8", "backslashreplace").decode()
+        for image, name in file_names(images).items()
+    }
 
 
 def drawing_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:

@@ -32,7 +32,7 @@ def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str] | None = N
 def _format_cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value).replace("\n", "\\n")
 
 
 def _is_number(cell: str) -> bool:
