@@ -35,7 +35,7 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
     ],
-    extras_require={**EXTRAS, "dev": [*EXTRAS["test"], "ruff==0.17.6"]},
+    extras_require={**EXTRAS, "dev": [*EXTRAS["test"], "ruff==0.17.6", "hypothesis>=6"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -3,6 +3,7 @@
 Letters: N images of H x W pixels, R regions, C4 and C5 channels of conv4_x and conv5_x.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from .regions import Regions
 
 NUM_TRUNK_STAGES = 4
 NUM_STAGES = 5
+# The most channels of a stem: four times those of the published networks.
+MAX_WIDTH = 256
 # Bins along each axis of a region that enters the head.
 CROP = 14
 # The most regions whose activations are held at once when the head recomputes them. Each part projects the map again:
@@ -42,7 +45,9 @@ class Preprocessing:
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_choice("channel_order", self.channel_order, ("rgb", "bgr"))
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0 or self.scale <= 0:
+        numbers = (*self.mean, *self.std, self.scale)
+        known = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+        if not known or len(self.mean) != 3 or len(self.std) != 3 or min(*self.std, self.scale) <= 0:
             raise ValueError(f"mean and std are three numbers, std and scale positive; got {self}")
 
 

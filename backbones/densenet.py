@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone, RoIHead, Trunk
+from .backbone import MAX_WIDTH, Backbone, RoIHead, Trunk
 from .layers import conv, init_weights, norm_layer
+from .messages import check_count
 from .registry import register_variants
 from .weights import is_published, load_weights
 
@@ -139,7 +140,8 @@ def densenet(
     frozen_stages: stages 1..frozen_stages take no gradient and keep their statistics.
     """
     step = FULL_WIDTH // math.gcd(growth, FULL_WIDTH)
-    if not isinstance(width, int) or width < 1 or width % step:
+    check_count("width", width, MAX_WIDTH)
+    if width % step:
         raise ValueError(f"width is {width!r}; accepted by {name}: a positive multiple of {step}")
     if is_published(weights) and width != FULL_WIDTH:
         raise ValueError(f"weights {weights!r} were trained with width {FULL_WIDTH}; got width {width}")

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone, Preprocessing, RoIHead, Trunk
+from .backbone import MAX_WIDTH, Backbone, Preprocessing, RoIHead, Trunk
 from .branch_ends import squeeze_excitation
 from .layers import CaffePool, init_weights, norm_layer
+from .messages import check_count
 from .registry import register_variants
 from .weights import DEFERRED, is_published, load_weights, read_state_dict
 
@@ -157,7 +158,8 @@ def inception(
         later `load_state_dict`.
     frozen_stages: stages 1..frozen_stages take no gradient and keep their statistics.
     """
-    if not isinstance(width, int) or width < 2 or width % 2:
+    check_count("width", width, MAX_WIDTH)
+    if width % 2:
         raise ValueError(f"width is {width!r}; accepted by {name}: a positive even number of channels")
     build = Builder(norm_layer(norm, weights), width, bias, squeeze)
     stem, conv2 = build.scaled(64), build.scaled(192)

@@ -1,9 +1,18 @@
 """Parts of error messages: the nearest name, another error's first line, the misfit between two state dicts."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """repr(value), shortened where it is long."""
+    return _REPR.repr(value)
 
 
 def did_you_mean(name: object, accepted: Iterable[object]) -> str:
@@ -22,6 +31,12 @@ def check_choice(name: str, value: object, accepted: Iterable[object]) -> None:
     """Raise a ValueError where the value of `name` is not an accepted one."""
     if value not in (accepted := list(accepted)):
         raise ValueError(f"{name} is {value!r}; {nearest(value, accepted)}")
+
+
+def check_count(name: str, value: object, most: int) -> None:
+    """Raise a ValueError where the value of `name` is not a whole number from 1 to `most`."""
+    if not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}; accepted: a positive whole number up to {most}")
 
 
 def first_line(error: Exception) -> str:

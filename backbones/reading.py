@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .messages import first_line
+
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def load_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -44,16 +48,32 @@ def read(path: str | Path, load: Callable[[Path], Any] = load_tensors) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        return load(path)
+        with warnings.catch_warnings():
+            # torch warns of what its own reader does with odd pickles.
+            warnings.simplefilter("ignore")
+            return load(path)
+    # torch and safetensors raise nearly any exception on damaged data.
     except Exception as error:
         asked = re.search(r"(?:GLOBAL|asks for) (\S+)", str(error))
         if asked and isinstance(error, pickle.UnpicklingError):
             raise ValueError(
-                f"{path} asks for {asked[1]}, which is never run or loaded: accepted are arrays, tensors and plain "
+                f"{path} asks for {asked[1][:80]}, which is never run or loaded: accepted are arrays, tensors and plain "
                 "containers (of a training checkpoint, save the weights alone)"
             ) from None
-        # torch's own message explains how to run the code in such a file, so it is not repeated.
-        reason = "it may hold code, which is never run" if "weights_only" in str(error) else first_line(error)
         raise ValueError(
-            f"{path} is damaged, cut short, or no file of tensors: {reason.rstrip('.')}"
+            f"{path} is damaged, cut short, or no file of tensors: {_reason(path, error)}"
         ) from None
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file cannot be read: by its first bytes if these are another file's, else by the error."""
+    with open(path, "rb") as file:
+        head = file.read(len(_LFS_POINTER))
+    if head == _LFS_POINTER:
+        return "it is a Git LFS pointer; get the file that it points to with: git lfs pull"
+    if path.suffix not in (".safetensors", ".pkl") and not head.startswith((ZIP, PICKLE)):
+        return f"neither a torch file nor a pickle nor .safetensors; it begins with {head[:12]!r}"
+    # torch's own message explains how to run the code in such a file, so it is not repeated.
+    if "weights_only" in str(error):
+        return "it may hold code, which is never run"
+    return first_line(error).split(". ")[0].rstrip(".")[:300]

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .backbone import MAX_WIDTH
 from .branch_ends import BRANCH_ENDS, stochastic_depth
 from .folding import FoldingSequential, has_hooks
 from .layers import NORMS, conv
-from .messages import check_choice
+from .messages import check_choice, check_count
 from .shortcuts import GATED, SCALE, SHORTCUTS, Scale, gate, shortcut
 
 ORIGINAL = "original"
@@ -105,9 +106,7 @@ class BlockOptions:
         ):
             check_choice(option, getattr(self, option), accepted)
         for option in ("groups", "width_per_group"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{option} is {value!r}; accepted: a positive whole number")
+            check_count(option, getattr(self, option), MAX_WIDTH)
         if self.convs is basic and (self.groups, self.width_per_group) != (1, 64):
             raise ValueError(
                 f"groups={self.groups} and width_per_group={self.width_per_group} are options of bottlenecks; "

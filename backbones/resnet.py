@@ -6,10 +6,10 @@ from functools import partial
 
 from torch import nn
 
-from .backbone import Backbone, RoIHead, Trunk
+from .backbone import MAX_WIDTH, Backbone, RoIHead, Trunk
 from .branch_ends import linear_rule
 from .layers import CaffePool, init_weights, norm_layer
-from .messages import check_choice
+from .messages import check_choice, check_count
 from .registry import backbone_options, register_variants
 from .residual import FULL_PREACTIVATION, ORIGINAL, BlockOptions, basic, bottleneck, opening, residual_stage
 from .weights import NameTable, is_published, load_weights
@@ -121,8 +121,7 @@ def resnet(
     options = BlockOptions(
         convs, norm, stride_in, shortcut, order, branch_end, groups, width_per_group, gate_bias
     )
-    if not isinstance(width, int) or width < 1:
-        raise ValueError(f"width is {width!r}; accepted: a positive whole number of channels")
+    check_count("width", width, MAX_WIDTH)
     check_choice("stem_pool", stem_pool, STEM_POOLS)
     if is_published(weights):
         given = {"width": width, "stem_pool": stem_pool, **options.definition()}

@@ -45,7 +45,11 @@ def stored_preprocessing(path: str | Path) -> Preprocessing | None:
     """The preprocessing that tools/convert_weights.py stored in the file's metadata, or None."""
     if Path(path).suffix != ".safetensors":
         return None
-    text = read(path, load_metadata).get("preprocessing")
+    return read(path, _load_preprocessing)
+
+
+def _load_preprocessing(path: Path) -> Preprocessing | None:
+    text = load_metadata(path).get("preprocessing")
     return None if text is None else Preprocessing(**json.loads(text))
 
 

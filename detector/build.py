@@ -28,8 +28,16 @@ def build_model(config: ModelConfig, num_classes: int, *, load_weights: bool = T
 
 
 def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device: torch.device) -> Training:
-    """Build the optimizer, schedule, gradient scaler and weight averages of a model. num_batches: of an epoch."""
+    """Build the optimizer, schedule, gradient scaler and weight averages of a model. num_batches: of an epoch.
+
+    ValueError: the schedule is a cosine, and milestones are given.
+    """
     options = config.train
+    if options.schedule == "cosine" and options.milestones:
+        raise ValueError(
+            f"train.milestones is {list(options.milestones)}, and train.schedule is 'cosine', which has none; "
+            "set train.milestones=[]"
+        )
     groups = parameter_groups(model, options.weight_decay, options.norm_decay)
     fused = device.type in ("cpu", "cuda")
     if options.optimizer == "sgd":

@@ -14,6 +14,7 @@ from typing import Any
 from zipfile import ZipFile, is_zipfile
 
 import torch
+from pydantic import BaseModel, Json, ValidationError
 from torch import Tensor
 
 from backbones import IMAGENET, Preprocessing
@@ -25,6 +26,7 @@ from .config import Config, parse_config
 from .files import save_tensors, write_atomically
 from .model.conventions import Conventions
 from .model.faster_rcnn import C4FasterRCNN
+from .settings import sentences
 
 FORMAT = "fasterrcnn-c4"
 VERSION = 2
@@ -75,13 +77,26 @@ class Checkpoint:
         return model.eval()
 
 
+class _Metadata(BaseModel):
+    """What `save_checkpoint` writes beside the tensors."""
+
+    version: int
+    config: Json[dict[str, Any]]
+    class_names: Json[tuple[str, ...]]
+    preprocessing: Json[Preprocessing]
+    metrics: Json[dict[str, Any]]
+
+
 def parse_stored_config(values: dict[str, Any], version: int, source: str) -> Config:
     """The configuration that a file of this version holds.
 
     In version 1, the settings of speed and conventions were in `model`, and None meant the default.
     """
     if version < 2:
-        model = {key: value for key, value in values["model"].items() if value is not None}
+        model = values.get("model")
+        if not isinstance(model, dict):
+            raise ValueError(f"{source} has no section model")
+        model = {key: value for key, value in model.items() if value is not None}
         speed = {key: model.pop(key) for key in _SPEED if key in model}
         conventions = {key: model.pop(key) for key in Conventions.model_fields if key in model}
         values = {**values, "model": {**model, "conventions": conventions}, "speed": speed}
@@ -113,17 +128,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     tensors, metadata = read(path, load_with_metadata)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds tensors but no detector: a checkpoint of tools/train.py is needed")
-    if int(metadata["version"]) > VERSION:
-        raise ValueError(f"{path} is of version {metadata['version']}; this program reads up to {VERSION}")
-    return Checkpoint(
-        tensors,
-        parse_stored_config(
-            json.loads(metadata["config"]), int(metadata["version"]), f"the config in {path}"
-        ),
-        tuple(json.loads(metadata["class_names"])),
-        Preprocessing(**json.loads(metadata["preprocessing"])),
-        json.loads(metadata["metrics"]),
-    )
+    try:
+        stored = _Metadata.model_validate(metadata)
+    except ValidationError as error:
+        raise ValueError(f"{path} has damaged metadata: {'; '.join(sentences(error))}") from None
+    if stored.version > VERSION:
+        raise ValueError(f"{path} is of version {stored.version}; this program reads up to {VERSION}")
+    config = parse_stored_config(stored.config, stored.version, f"the config in {path}")
+    return Checkpoint(tensors, config, stored.class_names, stored.preprocessing, stored.metrics)
 
 
 def previous_state(path: Path) -> Path:

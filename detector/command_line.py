@@ -1,11 +1,36 @@
 """Shared by the command-line tools: the parser, and errors as one sentence on standard error."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from typing import IO, Any
 
 DEVICE_HELP = "cpu, cuda, cuda:1 (default: the GPU if there is one)"
 PATHS_HELP = "pictures, folders or patterns such as 'a/*.jpg'; key=value overrides a setting of the recipe"
+
+# Control characters and those that turn the direction of writing. Kept: tab, line feed, a leading return (of a bar).
+_UNSAFE = re.compile("(?!\\A\r)[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class SafeStream:
+    """A text stream that shows what could move the cursor or cannot be encoded as escapes, such as \\x1b.
+
+    Names of files and classes come from strangers, and reach the terminal in many sentences and tables.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        safe = _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(safe.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -20,15 +45,16 @@ def exit_status(call: Callable[[argparse.Namespace], int | None], args: argparse
 
     An error that the user can mend is printed as one sentence; any other exception passes through.
     """
-    try:
-        return call(args) or 0
-    except (ValueError, OSError, TypeError, ImportError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with redirect_stdout(SafeStream(sys.stdout)), redirect_stderr(SafeStream(sys.stderr)):
+        try:
+            return call(args) or 0
+        except (ValueError, OSError, TypeError, ImportError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
 
 
 def report_skipped(messages: list[str]) -> int:
     """Print what could not be read to standard error. Returns the exit status: 1 if there was any, else 0."""
     for message in messages:
-        print(f"skipped: {message}", file=sys.stderr)
+        print("skipped:", message.replace("\n", "\\n"), file=sys.stderr)
     return 1 if messages else 0

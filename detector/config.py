@@ -7,15 +7,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticSerializationError
 
 from backbones import backbone_options
+from backbones.messages import shown
 
 from .data.sources import DataConfig
 from .model.faster_rcnn import build_faster_rcnn
 from .model.speed import Speed
-from .settings import Section, parse, section_of, sentence
+from .settings import Count, Positive, Section, parse, section_of, sentences
+from .yaml_text import MAX_DEPTH, parse_yaml
+
+_MAX_BYTES = 2**20
+_SCALES = (0.1, 10.0)
 
 
 class ModelConfig(build_faster_rcnn.settings):
@@ -43,8 +48,8 @@ class ModelConfig(build_faster_rcnn.settings):
     @classmethod
     def _check_backbone(cls, value: dict[str, Any]) -> dict[str, Any]:
         """Check the options against the arguments that the named backbone's builder declares."""
-        if "name" not in value:
-            raise ValueError(f"backbone needs a name; got {value}")
+        if not isinstance(value.get("name"), str):
+            raise ValueError(f"backbone needs a name; got {shown(value)}")
         options = section_of(value["name"], backbone_options(value["name"]).values())
         given = {key: option for key, option in value.items() if key != "name"}
         return {"name": value["name"], **parse(options, given).model_dump(exclude_unset=True)}
@@ -70,54 +75,55 @@ class AugmentConfig(Section):
     @field_validator("scale")
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError(f"scale is {value}; accepted: two positive numbers, the smaller first")
+        least, most = _SCALES
+        if not least <= value[0] <= value[1] <= most:
+            raise ValueError(f"is {value}; accepted: two numbers from {least} to {most:g}, the smaller first")
         return value
 
 
 class TrainConfig(Section):
     """Optimisation, and when a run evaluates, logs and stops."""
 
-    epochs: int = Field(12, gt=0)
-    batch_size: int = Field(2, gt=0, description="images per batch")
-    accumulate: int = Field(1, gt=0, description="batches whose gradients are added up for one update")
+    epochs: Count = 12
+    batch_size: Count = Field(2, description="images per batch")
+    accumulate: Count = Field(1, description="batches whose gradients are added up for one update")
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.0025, gt=0, description="after warm-up, for batch_size x accumulate images an update")
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     norm_decay: bool = Field(False, description="decay norms and biases too")
     schedule: Literal["multistep", "cosine"] = "multistep"
-    milestones: tuple[float, ...] = Field(
+    milestones: tuple[Positive, ...] = Field(
         (), description="multistep: epochs after which lr is multiplied by gamma"
     )
     gamma: float = Field(0.1, gt=0, le=1)
-    warmup_steps: int = Field(100, ge=0, description="updates of linear warm-up")
+    warmup_steps: int = Field(100, ge=0, le=10**9, description="updates of linear warm-up")
     warmup_factor: float = Field(0.001, gt=0, le=1, description="factor on lr at the first update")
     clip_norm: float | None = Field(None, gt=0, description="largest norm of all gradients together")
     amp: Literal["none", "bf16", "fp16"] = "none"
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the averaged weights, which are evaluated and saved"
     )
-    eval_every: int = Field(1, gt=0, description="epochs between evaluations")
-    patience: int | None = Field(
-        None, gt=0, description="stop after this many evaluations without a better best_metric"
+    eval_every: Count = Field(1, description="epochs between evaluations")
+    patience: Count | None = Field(
+        None, description="stop after this many evaluations without a better best_metric"
     )
     best_metric: Literal["AP", "AP50", "AP75"] = "AP"
-    log_every: int = Field(20, gt=0, description="updates between lines of metrics.jsonl")
+    log_every: Count = Field(20, description="updates between lines of metrics.jsonl")
     save_every: float = Field(
         10, ge=0, description="minutes between states that --resume continues from; 0: every update"
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="at an infinite or NaN loss: stop, or skip the update, at most ten in a row"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class LoaderConfig(Section):
     """How batches are made."""
 
-    num_workers: int = Field(2, ge=0)
-    eval_batch_size: int = Field(4, gt=0)
+    num_workers: int = Field(2, ge=0, le=256)
+    eval_batch_size: Count = 4
     group_by_aspect_ratio: bool = True
 
 
@@ -162,10 +168,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise FileNotFoundError(
             f"there is no config {path}" + (f"; beside it: {', '.join(near)}" if near else "")
         )
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a config has at most {_MAX_BYTES:,}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a valid config: {error}") from None
     return parse_config(values, overrides, source=str(path))
 
 
@@ -181,10 +189,15 @@ def parse_config(values: Any, overrides: list[str] | tuple[str, ...] = (), sourc
     for override in overrides:
         values = _override(values, override)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
+        # A checkpoint holds the config as JSON.
+        config.model_dump_json()
+        return config
+    except PydanticSerializationError:
+        raise ValueError(f"{source} is not a valid config: a name in it is not UTF-8 text") from None
     except ValidationError as error:
-        lines = "\n".join(f"  {sentence(e)}" for e in error.errors())
-        raise ValueError(f"{source} is not a valid config:\n{lines}") from None
+        lines = "\n  ".join(sentences(error))
+        raise ValueError(f"{source} is not a valid config:\n  {lines}") from None
 
 
 def _override(values: Any, override: str) -> Any:
@@ -192,10 +205,12 @@ def _override(values: Any, override: str) -> Any:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"override {override!r}; accepted: key=value, for example train.lr=0.01")
+    if key.count(".") > MAX_DEPTH:
+        raise ValueError(f"override {shown(override)}: its key is more than {MAX_DEPTH} deep")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: {text!r} is not a YAML value: {error}") from error
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"override {shown(override)}: {shown(text)} is not a YAML value: {error}") from None
 
     def put(node: Any, parts: list[str]) -> Any:
         if not parts:

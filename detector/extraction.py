@@ -73,7 +73,7 @@ def _load(images: Sequence[Path], device: torch.device, unreadable: list[str]) -
     for image in images:
         try:
             tensors[image] = to_tensor(load_image(image)).to(device)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             unreadable.append(str(error))
     return tensors
 

@@ -70,8 +70,10 @@ def _sync(path: Path, flags: int) -> None:
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
     """Write `value` as a JSON file, whole or not at all. ValueError: it holds NaN or an infinity."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    # A file name may hold bytes that are not UTF-8. They are written as JSON's \udcXX, and read back as the same name.
+    content = text.encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -1,21 +1,27 @@
 """Names of the files and lines that are written for each picture."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+# File systems take names of 255 bytes. The rest is for a number, a suffix, and the name of a file that is being written.
+_MAX_BYTES = 200
+
 
 def file_names(images: Sequence[Path]) -> dict[Path, str]:
     """A different name for each picture: its file name without suffix.
 
-    Pictures of the same name get their folder's name in front, and then a number if they still agree.
+    Pictures of the same name get their folder's name in front, and then a number if they still agree. A name is cut
+    after 200 bytes.
     """
     stems = Counter(image.stem for image in images)
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for image in images:
         base = image.stem if stems[image.stem] == 1 else f"{image.resolve().parent.name}_{image.stem}"
+        base = _cut(base)
         name, number = base, 1
         while name in taken:
             number += 1
@@ -25,16 +31,26 @@ def file_names(images: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
+def _cut(name: str) -> str:
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _MAX_BYTES else encoded[:_MAX_BYTES].decode("utf-8", "ignore")
+
+
 def image_ids(images: Sequence[Path]) -> dict[Path, str]:
     """An id for each picture: the number at the end of its file name, as in COCO.
 
-    If a name has no number, or two numbers agree, all ids are those of `file_names`.
+    If a name has no number, or two numbers agree, all ids are those of `file_names`, with tabs, line ends and bytes that
+    are not UTF-8 as escapes.
     """
     numbers = [re.search(r"(\d+)$", image.stem) for image in images]
     ids = [str(int(number[1])) for number in numbers if number]
     if len(ids) == len(images) and len(set(ids)) == len(ids):
         return dict(zip(images, ids, strict=True))
-    return file_names(images)
+    escapes = {ord(character): repr(character)[1:-1] for character in "\t\n\r"}
+    return {
+        image: name.translate(escapes).encode("utf-8", "backslashreplace").decode()
+        for image, name in file_names(images).items()
+    }
 
 
 def drawing_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:

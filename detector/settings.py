@@ -8,17 +8,18 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from backbones.messages import nearest
+from backbones.messages import nearest, shown
 
 P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S", bound="Section")
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=10**9)]
+Pixels = Annotated[int, Field(gt=0, le=2**15)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -31,13 +32,28 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _know_every_key(cls, value: Any) -> Any:
-        for key in value if isinstance(value, dict) else ():
+    def _check_keys(cls, value: Any) -> Any:
+        """Refuse unknown keys, for which pydantic's own error does not say what is accepted, and truth for numbers."""
+        for key, given in value.items() if isinstance(value, dict) else ():
             if key not in cls.model_fields:
-                # Pydantic's own error does not say what is accepted.
-                hint = {"key": str(key), "hint": nearest(key, cls.model_fields)}
-                raise PydanticCustomError("unknown_key", "unknown key {key}; {hint}", hint)
+                raise _fault_of(key, "unknown key ", f"; {nearest(key, cls.model_fields)}")
+            is_truth = any(
+                isinstance(v, bool) for v in (given if isinstance(given, (list, tuple)) else [given])
+            )
+            if is_truth and not _takes_truth(cls.model_fields[key].annotation):
+                raise _fault_of(key, "", f" is {shown(given)}; true and false are not accepted here")
         return value
+
+
+def _fault_of(key: object, before: str, after: str) -> PydanticCustomError:
+    """An error of one key, whose sentence has the key's whole path between `before` and `after`."""
+    context = {"key": str(key)[:80], "before": before, "after": after}
+    return PydanticCustomError("of_key", "{before}{key}{after}", context)
+
+
+def _takes_truth(annotation: Any) -> bool:
+    """Whether true and false are values of this type. Pydantic alone takes them as the numbers 1 and 0."""
+    return annotation in (bool, Any) or any(map(_takes_truth, get_args(annotation)))
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
@@ -73,25 +89,30 @@ def section_of(name: str, parameters: Iterable[inspect.Parameter]) -> type[Secti
 def parse(section: type[S], values: dict[str, Any]) -> S:
     """Make a section of these values. ValueError: a sentence for each wrong one."""
     try:
-        return section(**values)
+        return section.model_validate(values)
     except ValidationError as error:
-        raise ValueError("; ".join(sentence(e) for e in error.errors())) from None
+        raise ValueError("; ".join(sentences(error))) from None
+
+
+def sentences(error: ValidationError) -> list[str]:
+    """A sentence for each fault, of the first twenty."""
+    faults = [sentence(fault)[:1000] for fault in error.errors()[:20]]
+    return faults + ([f"and {error.error_count() - 20} more"] if error.error_count() > 20 else [])
 
 
 def sentence(error: dict[str, Any]) -> str:
     """One of pydantic's errors as a sentence: where, what was got, what is accepted."""
-    if error["type"] == "unknown_key":
-        return (
-            f"unknown key {'.'.join(map(str, [*error['loc'], error['ctx']['key']]))}; {error['ctx']['hint']}"
-        )
+    if error["type"] == "of_key":
+        context = error["ctx"]
+        return f"{context['before']}{'.'.join(map(str, [*error['loc'], context['key']]))}{context['after']}"
     where = ".".join(map(str, error["loc"])) or "config"
     if error["type"] == "missing":
         return f"{where} is missing"
     if error["type"] == "literal_error":
         accepted = re.findall("'([^']*)'", error["ctx"]["expected"])
-        return f"{where} is {error['input']!r}; {nearest(error['input'], accepted)}"
+        return f"{where} is {shown(error['input'])}; {nearest(error['input'], accepted)}"
     message = error["msg"].removeprefix("Value error, ")
     if message.startswith("is "):
         return f"{where} {message}"
-    shown = "" if error["type"] == "value_error" else f" is {error['input']!r}"
-    return f"{where}{shown}: {message}"
+    value = "" if error["type"] == "value_error" else f" is {shown(error['input'])}"
+    return f"{where}{value}: {message}"

@@ -33,7 +33,7 @@ def format_cell(value: Any) -> str:
     """A value as text: a float with three digits, None as "-"."""
     if value is None:
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value).replace("\n", "\\n")
 
 
 def _is_number(cell: str) -> bool:

@@ -256,6 +256,7 @@ def test_an_unknown_option_is_refused_with_the_nearest(options, message):
     [
         ({"norm": "btach"}, "norm is 'btach'; did you mean 'batch'.*batch, frozen, group"),
         ({"stride_in": "3x1"}, "stride_in is '3x1'; did you mean .*accepted: 3x3, 1x1"),
+        ({"width": 1_000_000}, "width is 1000000; accepted: a positive whole number up to 256"),
         ({"width": 0}, "width is 0; accepted: a positive whole number"),
         ({"width": 8.0}, r"width is 8\.0; accepted: a positive whole number"),
     ],

@@ -130,8 +130,39 @@ def test_an_unknown_key_at_any_level_is_refused_with_a_suggestion(recipe, overri
         ("model.backbone={width: 8}", r"model\.backbone: backbone needs a name; got \{'width': 8\}"),
         ("model.box_nms_thresh=1.5", r"model\.box_nms_thresh is 1\.5: .*less than or equal to 1"),
         ("model.roi_pool=mean", r"model\.roi_pool is 'mean'; .*accepted: align, max"),
+        ("model.backbone.name=[a]", r"model\.backbone: backbone needs a name; got \{'name': \['a'\]"),
+        (
+            "model.backbone.width=true",
+            r"model\.backbone: width is True; true and false are not accepted here",
+        ),
+        (
+            "augment.horizontal_flip=true",
+            r"augment\.horizontal_flip is True; true and false are not accepted",
+        ),
+        ("train.lr=true", r"train\.lr is True; true and false are not accepted here"),
+        ("train.milestones=[1, true]", r"train\.milestones is \[1, True\]; true and false are not accepted"),
+        ("train.milestones=[-3]", r"train\.milestones\.0 is -3: .*greater than 0"),
+        ("train.epochs=9999999999", r"train\.epochs is 9999999999: .*less than or equal to"),
+        ("loader.num_workers=100000", r"loader\.num_workers is 100000: .*less than or equal to 256"),
+        ("augment.scale=[1000, 1000]", r"augment\.scale is \(1000\.0, 1000\.0\); accepted: two numbers"),
+        ("augment.scale=[1e-4, 1e-4]", r"augment\.scale is \(0\.0001, 0\.0001\); accepted: two numbers"),
+        ("model.bbox_reg_weights=[0, 0, 0, 0]", r"model\.bbox_reg_weights\.0 is 0: .*greater than 0"),
+        ("model.max_size=50000", r"model\.max_size is 50000: .*less than or equal to 32768"),
+        ("model.anchor_sizes=[1.0e+300]", r"model\.anchor_sizes is \[1e\+300\]; accepted: positive numbers"),
+        ("model.conventions=[detectron2]", r"model\.conventions is \['detectron2'\]"),
+        ("model.conventions={name: [a]}", r"there are no conventions \['a'\]; .*accepted: torchvision"),
+        ("model.conventions.rpn_min_size=1e9", r"rpn_min_size is '1e9': .*less than or equal to 1000"),
+        (
+            "model.conventions.size_divisible=100000",
+            r"size_divisible is 100000: .*less than or equal to 1024",
+        ),
+        (
+            "model.conventions.roi_align_sampling_ratio=10000",
+            r"sampling_ratio is 10000: .*less than or equal",
+        ),
+        ("data.train.image_size=1000000", r"image_size is 1000000: .*less than or equal to 4096"),
         ("model=null", r"model is None: .*ModelConfig"),
-        ("augment.scale=[2, 1]", r"augment\.scale: scale is \(2\.0, 1\.0\); accepted: two positive numbers"),
+        ("augment.scale=[2, 1]", r"augment\.scale is \(2\.0, 1\.0\); accepted: two numbers from 0\.1 to 10"),
         ("augment.scale=[1, 1, 1]", r"augment\.scale"),
     ],
 )
@@ -193,8 +224,62 @@ def test_a_missing_file_is_answered_with_its_neighbours(recipe):
 def test_a_file_that_is_not_yaml_is_refused_by_name(tmp_path, content):
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"broken\.yaml is not YAML"):
+    with pytest.raises(ValueError, match=r"broken\.yaml is not a valid config"):
         load_config(path)
+
+
+LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train: {lr: 1}\nmodel: x\ntrain: {epochs: 2}\n", "line 3: 'train' is given twice, first in line 1"),
+        ("train: {lr: 1, lr: 2}\n", "line 1: 'lr' is given twice, first in line 1"),
+        (LAUGHS, "line 1: &anchors, \\*aliases and !tags are not accepted"),
+        ("train: *a\n", "line 1: &anchors, \\*aliases and !tags are not accepted"),
+        ("train: !!python/object/apply:os.system [ls]\n", "line 1: &anchors, \\*aliases and !tags"),
+        ("<<: {train: {lr: 1}}\n", "unknown key <<"),
+        ("[" * 20_000, "line 1: it is nested more than 20 deep"),
+        ("train: " + "{a: " * 20_000, "line 1: it is nested more than 20 deep"),
+        ("- " * 20_000, "line 1: it is nested more than 20 deep"),
+        ("train: {epochs: " + "9" * 5000 + "}", "Exceeds the limit"),
+        ("train: {epochs: \x01}", "special characters are not allowed"),
+        ("a: 1\n---\nb: 2\n", "another document"),
+        ("x" * 2**20 + "x", "has 1,048,577 bytes; a config has at most 1,048,576"),
+    ],
+)
+def test_a_strangers_yaml_is_refused_in_a_short_sentence(tmp_path, content, message):
+    path = tmp_path / "strange.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"(?s)strange\.yaml .*{message}") as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_date_is_text():
+    assert parse_config({**VALUES, "data": {"root": "p"}}, ["data.root=2020-01-01"]).data.root == Path(
+        "2020-01-01"
+    )
+
+
+def test_a_long_value_and_many_faults_are_told_in_short(recipe):
+    wrong = [
+        f"train.milestones=[{', '.join(['-1'] * 500)}]",
+        f"train.lr={'x' * 5000}",
+        f"train.{'y' * 5000}=1",
+    ]
+    for override in wrong:
+        with pytest.raises(ValueError) as caught:
+            load_config(recipe, [override])
+        assert len(str(caught.value)) < 3000
+    with pytest.raises(ValueError, match=r"milestones\.19 is -1: .*\n  and 480 more"):
+        load_config(recipe, wrong[:1])
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_a_checkpoint_needs_it():
+    with pytest.raises(ValueError, match="a name in it is not UTF-8 text"):
+        parse_config({**VALUES, "data": {"root": "caf\udce9"}})
 
 
 @pytest.mark.parametrize(("content", "kind"), [("", "NoneType"), ("- 1\n- 2\n", "list"), ("words", "str")])

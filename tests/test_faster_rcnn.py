@@ -610,6 +610,8 @@ def test_an_unknown_argument_is_refused_with_the_nearest(tiny_backbone, options,
         ),
         (3, {"aspect_ratios": ((0.5, 1.0),)}, r"aspect_ratios is .*give one flat tuple"),
         (3, {"anchor_sizes": ()}, r"anchor_sizes is \(\); accepted: positive numbers, at least one"),
+        (3, {"rpn_fg_iou_thresh": 0.1}, "rpn_fg_iou_thresh is 0.1 and rpn_bg_iou_thresh is 0.3; accepted"),
+        (3, {"box_fg_iou_thresh": 0.1}, "box_fg_iou_thresh is 0.1 and box_bg_iou_thresh is 0.5; accepted"),
         (3, {"anchor_sizes": (32, -1)}, "accepted: positive numbers"),
         (3, {"anchor_sizes": "32"}, "accepted: positive numbers"),
         (

@@ -216,6 +216,17 @@ def test_ids_are_the_numbers_that_end_the_names_where_all_have_one():
     assert list(image_ids([Path("a_1.jpg"), Path("b_1.jpg")]).values()) == ["a_1", "b_1"]
 
 
+def test_a_long_name_is_cut_and_stays_apart_from_its_neighbours():
+    images = [Path(f"{'ü' * 124}{end}.jpg") for end in ("a", "b")]
+    assert [len(name.encode()) for name in file_names(images).values()] == [200, 202]
+    assert len(set(file_names(images).values())) == 2
+
+
+def test_an_id_is_one_field_of_one_line():
+    images = [Path("a\tb\nc\rd.jpg"), Path("caf\udce9.jpg")]
+    assert list(image_ids(images).values()) == [r"a\tb\nc\rd", r"caf\udce9"]
+
+
 # tools/extract_features.py
 
 

@@ -1,6 +1,7 @@
 """Pictures of every kind arrive as upright 8-bit RGB, or as an error that names the file."""
 
 import io
+import shutil
 
 import cv2
 import numpy as np
@@ -215,6 +216,19 @@ def test_files_and_patterns_keep_their_order_and_appear_once(folder):
 
 def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(folder):
     assert names_of(list_images(folder / "[1].jpg"), folder) == ["[1].jpg"]
+
+
+def test_links_to_folders_are_followed_once_and_links_to_nothing_are_told(folder, tmp_path_factory):
+    listed = list_images(folder)
+    (folder / "loop").symlink_to(folder)
+    assert list_images(folder) == listed
+    outside = tmp_path_factory.mktemp("outside")
+    shutil.copy(listed[0], outside / "z.jpg")
+    (folder / "linked").symlink_to(outside)
+    (folder / "gone.png").symlink_to(outside / "gone.png")
+    unreadable = []
+    assert set(list_images(folder, unreadable)) == {*listed, folder / "linked" / "z.jpg"}
+    assert unreadable == [f"{folder / 'gone.png'}: a link to nothing"]
 
 
 def test_a_path_that_names_nothing_is_an_error(folder):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -353,3 +354,140 @@ def test_infer_takes_settings_of_the_recipe_beside_the_pictures(run_tool, weight
         "infer", "--weights", weights, pictures, "model.box_nms_tresh=0.4", "--output", tmp_path / "wrong"
     )
     assert status == 1 and "did you mean 'box_nms_thresh'?" in error
+
+
+def detections_of(output):
+    return json.loads((output / "detections.json").read_text(encoding="utf-8"))["images"]
+
+
+def test_names_of_any_bytes_and_of_any_length_are_drawn_and_written(run_tool, weights, tmp_path):
+    folder, output = tmp_path / "pictures", tmp_path / "out"
+    folder.mkdir()
+    names = [
+        b"caf\xe9.jpg",
+        "ü".encode() * 125 + b".jpg",
+        b"x" * 250 + b".jpg",
+        b"x" * 250 + b".png",
+        b"a\n\x1b[2J.jpg",
+    ]
+    for name in names:
+        Image.new("RGB", (20, 10)).save(os.path.join(os.fsencode(folder), name), "png")
+    status, out, error = run_tool("infer", "--weights", weights, folder, "--output", output)
+    assert status == 0 and "in 5 of 5 pictures" in out and error == ""
+    entries = detections_of(output)
+    assert {os.fsencode(Path(entry["path"]).name) for entry in entries} == set(names)
+    drawings = {entry["drawing"] for entry in entries}
+    assert len(drawings) == 5 and all(Path(drawing).exists() for drawing in drawings)
+
+
+def test_a_signal_ends_infer_with_the_pictures_that_are_done(
+    run_tool, weights, pictures, tmp_path, monkeypatch
+):
+    save = Image.Image.save
+
+    def save_and_interrupt(*arguments, **options):
+        save(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Image.Image, "save", save_and_interrupt)
+    status, out, _ = run_tool("infer", "--weights", weights, pictures, "--output", tmp_path / "out")
+    assert status == 130 and "in 1 of 4 pictures" in out
+    assert [Path(entry["path"]).name for entry in detections_of(tmp_path / "out")] == ["a.jpg"]
+
+
+def test_a_full_disk_ends_infer_with_the_pictures_that_are_done(
+    run_tool, weights, pictures, tmp_path, monkeypatch
+):
+    save = Image.Image.save
+
+    def save_one(image, path, **options):
+        if any(Path(path).parent.glob("*.jpg")):
+            raise OSError(28, "No space left on device")
+        save(image, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", save_one)
+    status, _, error = run_tool("infer", "--weights", weights, pictures, "--output", tmp_path / "out")
+    assert status == 1 and one_line(error) and "No space left" in error
+    assert len(detections_of(tmp_path / "out")) == 1
+
+
+def test_links_to_nothing_and_unlistable_folders_are_told_and_counted(
+    run_tool, weights, pictures, tmp_path, monkeypatch
+):
+    (pictures / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (pictures / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    # The tests may run as root, whom no folder refuses.
+    monkeypatch.setattr(os, "scandir", refuse)
+    status, out, error = run_tool("infer", "--weights", weights, pictures, "--output", tmp_path / "out")
+    assert status == 1 and "in 4 of 4 pictures, 2 skipped" in out
+    assert sorted(error.splitlines()) == [
+        f"skipped: {pictures / 'gone.jpg'}: a link to nothing",
+        f"skipped: {pictures / 'locked'}: the folder cannot be listed (Permission denied)",
+    ]
+
+
+def test_a_picture_that_vanishes_is_skipped(run_tool, weights, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "detector.data.images.list_images",
+        lambda paths, unreadable: [pictures / "gone.jpg", pictures / "a.jpg"],
+    )
+    status, out, error = run_tool("infer", "--weights", weights, pictures, "--output", tmp_path / "out")
+    assert status == 1 and "in 1 of 2 pictures, 1 skipped" in out and "gone.jpg: no such picture" in error
+
+
+def test_what_a_stranger_named_reaches_the_terminal_as_escapes(run_tool, tiny_config, tmp_path, tiny_shapes):
+    names = ("\x1b[2J\x9b31m", "\u202ecat", "line\nfeed", "back\rhome")
+    config = tiny_config()
+    path = tmp_path / "best.safetensors"
+    save_checkpoint(path, Checkpoint(build_model(config.model, 5).state_dict(), config, names))
+    truth = json.loads((tiny_shapes / "annotations" / "val.json").read_text())
+    for category, name in zip(truth["categories"], names, strict=True):
+        category["name"] = name
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    data = f"{{format: coco, images: {tiny_shapes}/val, annotations: {tmp_path}/val.json}}"
+    status, out, _ = run_tool("evaluate", "--weights", path, f"data.val={data}", "--output", tmp_path / "out")
+    assert status == 0 and not set("\x1b\x9b\u202e\r") & set(out)
+    assert all(name in out for name in (r"\x1b[2J\x9b31m", r"\u202ecat", r"line\nfeed", r"back\rhome"))
+
+
+def test_evaluate_with_another_recipes_data_hears_overrides_of_the_model(run_tool, weights, recipe, tmp_path):
+    for limit in (1, 3):
+        setting = f"model.box_detections_per_img={limit}"
+        arguments = ["--weights", weights, "--config", recipe, "model.box_score_thresh=0", setting]
+        status, _, _ = run_tool("evaluate", *arguments, "--output", tmp_path / str(limit))
+        found = json.loads((tmp_path / str(limit) / "detections.json").read_text())
+        assert status == 0 and len(found) == 4 * limit
+
+
+def test_an_lfs_pointer_and_weights_of_another_program_are_answered_with_the_way_on(
+    run_tool, pictures, tmp_path
+):
+    for name, content, way in (
+        ("best.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("model.pth", b"PK\x03\x04", "tools/convert_weights.py"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        status, _, error = run_tool(
+            "infer", "--weights", tmp_path / name, pictures, "--output", tmp_path / "out"
+        )
+        assert status == 1 and one_line(error) and name in error and way in error
+
+
+def test_train_refuses_milestones_of_a_cosine(run_tool, recipe, tmp_path):
+    arguments = [
+        "train.schedule=cosine",
+        "train.milestones=[1]",
+        "--output",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    ]
+    status, _, error = run_tool("train", recipe, *arguments)
+    assert status == 1 and one_line(error) and "'cosine', which has none; set train.milestones=[]" in error

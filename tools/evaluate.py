@@ -44,12 +44,15 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.detections is not None and args.config is None:
         raise ValueError("--detections needs --config, which says what data to score against")
     checkpoint = None if args.weights is None else load_checkpoint(args.weights)
-    if args.config is not None:
-        config = load_config(args.config, args.overrides)
-    else:
-        # Overrides of model.* hold too, such as model.box_score_thresh.
-        checkpoint = checkpoint.with_overrides(args.overrides)
+    # The model is the checkpoint's, and so are the overrides of model.*, such as model.box_score_thresh.
+    overrides = args.overrides
+    if args.config is None:
+        checkpoint = checkpoint.with_overrides(overrides)
         config = checkpoint.config
+    else:
+        of_model = [o for o in overrides if checkpoint is not None and o.startswith(("model.", "model="))]
+        checkpoint = checkpoint.with_overrides(of_model) if of_model else checkpoint
+        config = load_config(args.config, [o for o in overrides if o not in of_model])
     names = None if checkpoint is None else checkpoint.class_names
     dataset = build_dataset(config.data, args.split, names, check_pictures=checkpoint is not None)
     print(f"{args.split}: {len(dataset)} images, {sum(dataset.box_counts().values())} boxes")

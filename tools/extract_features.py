@@ -50,9 +50,10 @@ def extract(args: argparse.Namespace) -> int:
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; accepted: 1 or more")
     overrides, pictures = split_overrides(args.paths)
+    unlisted: list[str] = []
     unreadable = extract_features(
         args.weights,
-        list_images(pictures),
+        list_images(pictures, unlisted),
         args.output,
         overrides=overrides,
         regions=args.regions,
@@ -61,7 +62,7 @@ def extract(args: argparse.Namespace) -> int:
         batch_size=args.batch,
         device=args.device,
     )
-    return report_skipped(unreadable)
+    return report_skipped(unlisted + unreadable)
 
 
 if __name__ == "__main__":

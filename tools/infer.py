@@ -8,6 +8,7 @@ python tools/infer.py --weights best.safetensors street.jpg model.box_nms_thresh
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,7 @@ from detector.files import write_atomically, write_json
 from detector.inference import choose_device
 from detector.names import drawing_paths
 from detector.progress import Progress
+from detector.stop import StopSignal
 from detector.visualize import draw_boxes
 
 
@@ -37,42 +39,53 @@ def main() -> int:
 
 
 def infer(args: argparse.Namespace) -> int:
-    """Process every readable picture. Unreadable ones are named at the end, with exit status 1."""
+    """Process every readable picture. Unreadable ones are named at the end, with exit status 1.
+
+    detections.json is written in any case, with the pictures that are done.
+    """
     overrides, pictures = split_overrides(args.paths)
-    paths = list_images(pictures)
+    unreadable: list[str] = []
+    paths = list_images(pictures, unreadable)
     checkpoint = load_checkpoint(args.weights).with_overrides(overrides)
     detector = Detector.load(checkpoint, choose_device(args.device))
     drawings = drawing_paths(paths, Path(args.output))
-    found, unreadable = [], []
-    with Progress(len(paths), "infer") as progress:
-        for path in paths:
-            try:
-                image = load_image(path)
-            except ValueError as error:
-                unreadable.append(str(error))
-            else:
-                detections = detector(image, score_thresh=args.score_thresh)
-                save_drawing(image, detections, drawings[path])
-                found.append(
-                    {
-                        "path": str(path),
-                        "drawing": str(drawings[path]),
-                        "height": image.shape[0],
-                        "width": image.shape[1],
-                        "detections": detections.to_dicts(),
-                    }
-                )
-            progress.update(1)
-    write_json(
-        Path(args.output) / "detections.json",
-        {"weights": args.weights, "class_names": detector.class_names, "images": found},
-        indent=1,
-    )
+    found: list[dict[str, Any]] = []
+    with Progress(len(paths), "infer") as progress, StopSignal() as stop:
+        try:
+            for path in paths:
+                if stop.asked:
+                    break
+                try:
+                    image = load_image(path)
+                except (ValueError, OSError) as error:
+                    unreadable.append(str(error))
+                else:
+                    detections = detector(image, score_thresh=args.score_thresh)
+                    save_drawing(image, detections, drawings[path])
+                    found.append(as_entry(path, drawings[path], image, detections))
+                progress.update(1)
+        finally:
+            content = {"weights": args.weights, "class_names": detector.class_names, "images": found}
+            write_json(Path(args.output) / "detections.json", content, indent=1)
     count = sum(len(entry["detections"]) for entry in found)
+    skipped = f", {len(unreadable)} skipped" if unreadable else ""
     print(
-        f"{count} objects in {len(found)} of {len(paths)} pictures; drawings and detections.json are in {args.output}"
+        f"{count} objects in {len(found)} of {len(paths)} pictures{skipped}; "
+        f"drawings and detections.json are in {args.output}"
     )
-    return report_skipped(unreadable)
+    status = report_skipped(unreadable)
+    return 130 if stop.asked else status
+
+
+def as_entry(path: Path, drawing: Path, image: np.ndarray, found: Detections) -> dict[str, Any]:
+    """A picture's entry in detections.json. image: (H, W, 3)."""
+    return {
+        "path": str(path),
+        "drawing": str(drawing),
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "detections": found.to_dicts(),
+    }
 
 
 def save_drawing(image: np.ndarray, found: Detections, path: Path) -> None:

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.reading import load_tensors, read
+from backbones.reading import PICKLE, ZIP, load_tensors, read
 
 from .unpickler import load_plain
 
-ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a torch file from before torch 1.6
 # The keys under which files hold the network: of Detectron2 and jwyang, of MMDetection, of Caffe2.
 _NETWORKS = ("model", "state_dict", "blobs")
@@ -52,7 +51,7 @@ def _load(path: Path) -> Any:
     if head.startswith(PICKLE) or path.suffix in (".pkl", ".pickle"):
         first = load_plain(path)
         return load_tensors(path) if first == _TORCH_MAGIC else first
-    raise ValueError(f"neither a torch file nor a pickle nor .safetensors; it begins with {head!r}")
+    raise ValueError("neither a torch file nor a pickle nor .safetensors")
 
 
 def _tensors(network: dict) -> dict[str, Tensor]:

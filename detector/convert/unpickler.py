@@ -102,8 +102,11 @@ for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
     _STANDS_FOR[f"{_core}.numeric", "_frombuffer"] = _frombuffer
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, text, containers and numpy arrays; a pickle that names anything else is refused."""
+class PlainUnpickler(pickle._Unpickler):
+    """Reads numbers, text, containers and numpy arrays; a pickle that names anything else is refused.
+
+    The base is pickle's unpickler in Python. A few bytes of a pickle make the one in C take gigabytes for its memo.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="latin1")

@@ -5,7 +5,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -105,37 +105,57 @@ def _size_or_reason(path: str | Path, max_pixels: int) -> tuple[int, int] | str:
         return str(error)
 
 
-def list_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+def list_images(paths: str | Path | Iterable[str | Path], unreadable: list[str] | None = None) -> list[Path]:
     """List the pictures that files, folders and glob patterns name, in the given order and without repeats.
 
-    A file is taken whatever its suffix. Folders are searched recursively. Folders and patterns give the files
-    with a picture's suffix, in sorted order and without hidden files.
+    A file is taken whatever its suffix. Folders are searched recursively, links to folders too. Folders and patterns
+    give the files with a picture's suffix, in sorted order and without hidden files.
+
+    unreadable: gets a sentence for each folder that cannot be listed and each link that leads nowhere.
 
     Raises:
         FileNotFoundError: a path without wildcards names no file or folder.
         ValueError: a folder or a pattern holds no picture, or no path was given.
     """
+    unreadable = [] if unreadable is None else unreadable
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not paths:
         raise ValueError("no path was given: name picture files, folders or glob patterns")
-    return list(dict.fromkeys(image for path in paths for image in _expand(path)))
+    return list(dict.fromkeys(image for path in paths for image in _expand(path, unreadable)))
 
 
-def _expand(path: str | Path) -> list[Path]:
+def _expand(path: str | Path, unreadable: list[str]) -> list[Path]:
     """The pictures that one file, folder or glob pattern names."""
     if Path(path).is_file():
         return [Path(path)]
     if Path(path).is_dir():
-        found = Path(path).rglob("*")
+        found = _walk(path, unreadable)
     elif glob.has_magic(str(path)):
         found = map(Path, glob.glob(str(path), recursive=True))
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
-    images = sorted(file for file in found if _is_image_name(file) and file.is_file())
+    named = sorted(file for file in found if _is_image_name(file))
+    images = [file for file in named if file.is_file()]
+    unreadable += [f"{file}: a link to nothing" for file in named if file.is_symlink() and not file.exists()]
     if not images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{path}: no picture found (looked for {suffixes})")
+        raise ValueError("; ".join([f"{path}: no picture found (looked for {suffixes})", *unreadable]))
     return images
+
+
+def _walk(folder: str | Path, unreadable: list[str]) -> Iterator[Path]:
+    """All files below a folder, through links too, each folder once."""
+
+    def note(error: OSError) -> None:
+        unreadable.append(f"{error.filename}: the folder cannot be listed ({error.strerror})")
+
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(parent, name) for name in names)
 
 
 def _is_image_name(path: Path) -> bool:

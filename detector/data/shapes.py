@@ -37,7 +37,7 @@ def generate_shapes(
     *,
     num_train: Count = 400,
     num_val: Count = 100,
-    image_size: Annotated[int, Field(ge=64)] = 160,
+    image_size: Annotated[int, Field(ge=64, le=4096)] = 160,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> None:
     """Write the data set into `root`, unless it is there already with the same settings.

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from backbones.messages import shown
+
 from ..files import read_json
 from ..tables import format_table
 
@@ -141,16 +143,16 @@ def _fault(result: Any, accepted: Mapping[str, dict]) -> str | None:
         return f"is a {type(result).__name__}; accepted is a dict with the keys {', '.join(RESULT_KEYS)}"
     missing = [key for key in RESULT_KEYS if key not in result]
     if missing:
-        return f"has no {', '.join(missing)}; it has {', '.join(map(str, result)) or 'no keys'}"
+        return f"has no {', '.join(missing)}; it has {', '.join(map(str, result))[:200] or 'no keys'}"
     for key, ids in accepted.items():
         if not isinstance(result[key], Hashable) or result[key] not in ids:
             some = ", ".join(map(repr, list(ids)[:5])) + ", ..." * (len(ids) > 5)
-            return f"unknown {key} {result[key]!r}; the ground truth has {len(ids)}: {some}"
+            return f"unknown {key} {shown(result[key])}; the ground truth has {len(ids)}: {some}"
     if not _is_finite(result["score"]):
-        return f"score is {result['score']!r}; accepted is a finite number"
+        return f"score is {shown(result['score'])}; accepted is a finite number"
     bbox = result["bbox"]
     if not (isinstance(bbox, (list, tuple)) and len(bbox) == 4 and all(map(_is_finite, bbox))):
-        return f"bbox is {bbox!r}; accepted are four finite numbers [x, y, width, height]"
+        return f"bbox is {shown(bbox)}; accepted are four finite numbers [x, y, width, height]"
     return None
 
 

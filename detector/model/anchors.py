@@ -11,6 +11,8 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+from backbones.messages import shown
+
 from ..settings import Positive
 from .conventions import Conventions
 
@@ -97,10 +99,10 @@ def _flat_numbers(values: object) -> object:
     flat = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
     if any(isinstance(v, (tuple, list)) for v in flat):
         raise ValueError(
-            f"is {values!r}, one tuple a level; a C4 detector has one feature map, so give one flat tuple"
+            f"is {shown(values)}, one tuple a level; a C4 detector has one feature map, so give one flat tuple"
         )
-    if not flat or not all(isinstance(v, (int, float)) and v > 0 for v in flat):
-        raise ValueError(f"is {values!r}; accepted: positive numbers, at least one")
+    if not flat or not all(isinstance(v, (int, float)) and 0.01 <= v <= 1e5 for v in flat):
+        raise ValueError(f"is {shown(values)}; accepted: positive numbers, at least one, from 0.01 to 100000")
     return flat
 
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from backbones.messages import nearest
+from backbones.messages import nearest, shown
 
 from ..settings import NotNegative, Section
 
@@ -55,18 +55,18 @@ class Conventions(Section):
     """
 
     roi_align_aligned: bool = False
-    roi_align_sampling_ratio: int = Field(2, ge=0)
+    roi_align_sampling_ratio: int = Field(2, ge=0, le=16)
     anchor_stride: Literal["grid", "fixed"] = "grid"
     anchor_rounding: bool = True
     anchor_order: Literal["ratio_major", "size_major"] = "ratio_major"
-    size_divisible: int = Field(32, ge=1)
+    size_divisible: int = Field(32, ge=1, le=1024)
     resize: Literal["torch", "pil"] = "torch"
     resize_rounding: Literal["floor", "nearest"] = "floor"
     rpn_smooth_l1_beta: NotNegative = STOCK_BETA
     box_smooth_l1_beta: NotNegative = STOCK_BETA
     rpn_loss_normalizer: Literal["sampled", "batch_size"] = "sampled"
-    rpn_min_size: NotNegative = 1e-3
-    box_min_size: NotNegative = 1e-2
+    rpn_min_size: float = Field(1e-3, ge=0, le=1000)
+    box_min_size: float = Field(1e-2, ge=0, le=1000)
     rpn_rank_on: Literal["sigmoid", "logits"] = "sigmoid"
 
     @model_validator(mode="before")
@@ -78,8 +78,8 @@ class Conventions(Section):
         if not isinstance(value, dict) or "name" not in value:
             return value
         name = value["name"]
-        if name not in PRESETS:
-            raise ValueError(f"there are no conventions {name!r}; {nearest(name, list(PRESETS))}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"there are no conventions {shown(name)}; {nearest(name, list(PRESETS))}")
         return {**PRESETS[name], **{k: v for k, v in value.items() if k != "name"}}
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from torchvision.models.detection.image_list import ImageList
 from backbones import Backbone, Preprocessing
 from backbones.regions import RegionPool
 
-from ..settings import Count, Positive, Probability, checked
+from ..settings import Count, Pixels, Positive, Probability, checked
 from .anchors import STRIDE, MapAnchors, Numbers, check_anchor_sizes
 from .boxes import check_boxes
 from .conventions import TORCHVISION, Conventions
@@ -200,8 +200,8 @@ def build_faster_rcnn(
     roi_pool: Literal["align", "max"] = "align",
     anchor_sizes: Numbers = (32, 64, 128, 256, 512),
     aspect_ratios: Numbers = (0.5, 1.0, 2.0),
-    min_size: Count = 800,
-    max_size: Count = 1333,
+    min_size: Pixels = 800,
+    max_size: Pixels = 1333,
     rpn_pre_nms_top_n_train: Count = 2000,
     rpn_pre_nms_top_n_test: Count = 1000,
     rpn_post_nms_top_n_train: Count = 2000,
@@ -243,6 +243,8 @@ def build_faster_rcnn(
             "(one class of objects makes num_classes=2)"
         )
     check_anchor_sizes(anchor_sizes, min_size, max_size)
+    _check_thresholds("rpn", rpn_fg_iou_thresh, rpn_bg_iou_thresh)
+    _check_thresholds("box", box_fg_iou_thresh, box_bg_iou_thresh)
     trunk, roi_head = backbone.trunk, backbone.roi_head
     return C4FasterRCNN(
         NetworkTransform(min_size, max_size, preprocessing or backbone.preprocessing, conventions),
@@ -282,3 +284,12 @@ def build_faster_rcnn(
             class_agnostic_nms=class_agnostic_nms,
         ),
     )
+
+
+def _check_thresholds(part: str, foreground: float, background: float) -> None:
+    """Raise a ValueError if a box could be foreground and background at once."""
+    if foreground < background:
+        raise ValueError(
+            f"{part}_fg_iou_thresh is {foreground} and {part}_bg_iou_thresh is {background}; "
+            "accepted: a foreground's threshold that is not below the background's"
+        )
