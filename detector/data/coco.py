@@ -97,6 +97,7 @@ def load_coco(
     images = sorted(content["images"], key=lambda image: image["id"])
     names = {category["id"]: category["name"] for category in content["categories"]}
     objects, problems = _match(content["annotations"], images, names, path)
+    unknown = sorted({entry["category_id"] for entry in content["annotations"]} - set(names))
 
     def describe(found: Object) -> tuple[str, str]:
         place = f"{path}: annotations[{found.index}] ({images[found.picture]['file_name']})"
@@ -106,7 +107,7 @@ def load_coco(
         Picture(os.path.join(images_dir, i["file_name"]), i["id"], (i["height"], i["width"])) for i in images
     ]
     ids = {name: id for id, name in names.items()}
-    found = Annotations(str(path), pictures, objects, describe, ids, problems)
+    found = Annotations(str(path), pictures, objects, describe, ids, problems, unknown_ids=unknown)
     dataset = found.to_dataset(class_names, **options)
     if check_pictures:
         _check_pictures_exist(dataset.image_paths.tolist(), images_dir, path)

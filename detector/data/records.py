@@ -56,6 +56,7 @@ class Annotations:
     category_ids: dict[str, int] | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unknown_ids: list[int] = field(default_factory=list)
 
     def to_dataset(
         self,
@@ -64,16 +65,20 @@ class Annotations:
         limit: int | None = None,
         strict: bool = False,
         use_difficult: bool = True,
+        inspect: Callable[["Annotations"], object] | None = None,
     ) -> DetectionDataset:
         """Make the data set. Objects that cannot be used are left out, with a sentence each in `problems`.
 
         class_names: the classes to keep, in the order of their labels; None: all of them.
         limit: keep only this many images, the first ones that have a box to learn; None: keep all images.
         strict: raise a ValueError if there is any problem. use_difficult: train on difficult objects too.
+        inspect: is called with these annotations first, while nothing is left out.
 
         Raises:
             ValueError: a class is unknown or named twice, there is none, or `strict` finds a problem.
         """
+        if inspect is not None:
+            inspect(self)
         names, notes = self._select_classes(class_names)
         label_of = {name: label for label, name in enumerate(names, start=1)}
         objects = [o for o in self.objects if o.name in label_of or not o.name]
