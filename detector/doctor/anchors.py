@@ -22,7 +22,9 @@ IOU = 0.5
 _SMALL = STRIDE / 2
 _LOW_RECALL = 0.9
 _MIN_GAIN = 0.02
-_LARGER = "Raise model.min_size and model.max_size, give anchors of these sizes, or cut the pictures into parts."
+_LARGER = (
+    "Raise model.min_size and model.max_size, give anchors of these sizes, or cut the pictures into parts."
+)
 _SIZE_GROUPS = (0, 8, 16, 32, 64, 128, 256, np.inf)
 
 

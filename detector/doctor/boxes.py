@@ -96,12 +96,21 @@ def _other_faults(part: Part, told: np.ndarray) -> list[Finding]:
         for row, o in enumerate(part.objects)
         if o.fault and not told[row]
     ]
+    findings += [
+        part.find(row, "note", "odd object", o.remark, "Check that this is meant.")
+        for row, o in enumerate(part.objects)
+        if o.remark and not (o.fault or told[row])
+    ]
     skipped = "The list of pictures or of classes is not complete. Complete it, or remove the entry."
     findings += [
         Finding("error", "entry that cannot be used", part.source, None, problem, skipped)
         for problem in part.problems
     ]
+    notes = [f"{part.split}: {note}" for note in part.notes]
+    if crowds := int(part.crowd.sum()):
+        notes.append(
+            f"{part.split}: {crowds} boxes are crowds: training leaves them out, evaluation ignores them"
+        )
     return findings + [
-        Finding("note", "remark of the reader", part.source, None, f"{part.split}: {note}", "Check it.")
-        for note in part.notes
+        Finding("note", "remark", part.source, None, note, "Check that this is meant.") for note in notes
     ]

@@ -1,6 +1,6 @@
 """The whole examination of a recipe's data, and a short form for the start of a training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..config import Config
@@ -30,12 +30,10 @@ def examine(
     config: Config,
     *,
     pictures: str = "decode",
-    on_opened: Callable[[int], object] = lambda number: None,
 ) -> Examination:
     """Check the data of a recipe.
 
     pictures: "decode" reads all pixels, "headers" only the sizes, "none" not even whether the files exist.
-    on_opened: called after each picture.
     """
     parts, findings = read_parts(config.data)
     anchors = fit(parts, config.model)
@@ -45,9 +43,10 @@ def examine(
         folders = list_folders(parts)
         findings += check_files(parts, folders)
         paths = dict.fromkeys(path for part in parts for path in part.paths[present(part.paths, folders)])
-        opened = open_pictures(list(paths), decode=pictures == "decode", on_opened=on_opened)
+        opened = open_pictures(list(paths), decode=pictures == "decode")
         findings += check_opened(parts, opened) + check_duplicates(parts, opened)
-    return Examination(parts, sort_findings(findings), opened, anchors)
+    # Two splits may read one file, and then they find the same.
+    return Examination(parts, sort_findings(dict.fromkeys(findings)), opened, anchors)
 
 
 def check_annotations(parts: Sequence[Part], anchors: AnchorFit | None) -> list[Finding]:

@@ -25,7 +25,7 @@ def check_classes(parts: Sequence[Part]) -> list[Finding]:
     source_of = {part.split: part.source for part in reversed(parts)}
     names = list(dict.fromkeys(name for of_split in counts.values() for name in of_split))
     source = parts[0].source if parts else ""
-    findings = [finding for part in parts for finding in _off_by_one(part)]
+    findings = [finding for part in parts for finding in [*_off_by_one(part), *_gaps(part)]]
     findings += [_alike(group, counts, source) for group in _groups_of_alike(names)]
     findings += [
         Finding(
@@ -65,6 +65,16 @@ def _off_by_one(part: Part) -> list[Finding]:
     what = f"{part.source}: class id {unknown} is used but not listed, and {unused!r} has no object: all ids look {shift}"
     advice = "Shift the ids of the objects or those of the list by one."
     return [Finding("error", "labels off by one", part.source, None, what, advice)]
+
+
+def _gaps(part: Part) -> list[Finding]:
+    """A note if the class ids are not consecutive, as COCO's own are not."""
+    ids = sorted(part.class_ids.values())
+    if not ids or ids[-1] - ids[0] == len(ids) - 1:
+        return []
+    what = f"{part.source}: the {len(ids)} class ids have gaps between {ids[0]} and {ids[-1]}"
+    advice = "Nothing: labels are counted without gaps, and results carry the file's ids."
+    return [Finding("note", "gaps in class ids", part.source, None, what, advice)]
 
 
 def _groups_of_alike(names: Sequence[str]) -> list[list[str]]:

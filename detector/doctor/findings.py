@@ -52,7 +52,7 @@ def format_findings(findings: Sequence[Finding], shown: int = 3) -> str:
     lines = [", ".join(f"{_count(findings, severity)} {severity}s" for severity in SEVERITIES)]
     for (severity, kind), members in groups.items():
         lines.append(f"\n{severity}: {kind} ({len(members)})")
-        lines += [f"  {_printable(member.what)}" for member in members[:shown]]
+        lines += [f"  {printable(member.what)}" for member in members[:shown]]
         if len(members) > shown:
             lines.append(f"  and {len(members) - shown} more")
         lines.append(f"  -> {members[0].advice}")
@@ -63,6 +63,6 @@ def _count(findings: Sequence[Finding], severity: Severity) -> int:
     return sum(finding.severity == severity for finding in findings)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text without control characters: names of files and classes may hold a terminal's commands."""
     return "".join(c if c.isprintable() else "?" for c in text)

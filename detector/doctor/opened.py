@@ -1,6 +1,6 @@
 """Open pictures in threads, and keep what the checks need of each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.images import load_image, load_image_size
+from ..progress import Progress
 
 # Decoders release Python's lock. More threads than this wait for the disk together.
 _THREADS = 4
@@ -32,15 +33,14 @@ class Opened:
     thumbnail: np.ndarray | None = None
 
 
-def open_pictures(
-    paths: Sequence[str], *, decode: bool, on_opened: Callable[[int], object] = lambda number: None
-) -> dict[str, Opened]:
-    """Open each picture once. decode: read all pixels, not only the headers. on_opened: called after each picture."""
+def open_pictures(paths: Sequence[str], *, decode: bool) -> dict[str, Opened]:
+    """Open each picture once, and show the progress. decode: read all pixels, not only the headers."""
     opened: dict[str, Opened] = {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for path, result in zip(paths, pool.map(_decode if decode else _read_header, paths), strict=True):
+    read = _decode if decode else _read_header
+    with ThreadPoolExecutor(_THREADS) as pool, Progress(len(paths), "open pictures") as progress:
+        for path, result in zip(paths, pool.map(read, paths), strict=True):
             opened[path] = result
-            on_opened(1)
+            progress.update(1)
     return opened
 
 

@@ -10,8 +10,8 @@ from .findings import Finding
 from .opened import Opened
 from .part import Part
 
-# Sizes that differ by fewer pixels, or whose ratios of width to height differ by less, are of the same picture.
-_FEW_PIXELS = 4
+# Sizes that differ by at most so many pixels, or whose ratios of width to height differ by less, are of one picture.
+_FEW_PIXELS = 3
 _SAME_RATIO = 0.01
 
 
@@ -78,14 +78,28 @@ def check_opened(parts: Sequence[Part], opened: Mapping[str, Opened]) -> list[Fi
             picture = opened.get(path)
             if picture is not None and picture.size is not None:
                 findings += [*_size(path, tuple(size), picture), *_turned(path, picture)]
-    return findings
+    return findings + _grey(opened)
 
 
-def same_picture(filed: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether two (height, width) differ by a few pixels or by a scale only."""
-    few = max(abs(a - b) for a, b in zip(filed, size, strict=True)) < _FEW_PIXELS
-    ratio = filed[1] * size[0] / (filed[0] * size[1])
-    return few or abs(ratio - 1) < _SAME_RATIO
+def _grey(opened: Mapping[str, Opened]) -> list[Finding]:
+    """Notes on grey pictures, if most are in colour."""
+    seen = {path: picture.thumbnail for path, picture in opened.items() if picture.thumbnail is not None}
+    grey = [path for path, pixels in seen.items() if (pixels == pixels[:, :, :1]).all()]
+    if len(grey) > len(seen) / 2:
+        return []
+    advice = "Nothing, if grey pictures are to be expected later too. They are read as RGB."
+    return [Finding("note", "grey picture", path, None, f"{path} has no colour", advice) for path in grey]
+
+
+def scale_of(filed: tuple[int, int], size: tuple[int, int]) -> tuple[float, float] | None:
+    """The factors on y and x from the annotated (height, width) to the picture's; None: it is another picture.
+
+    A picture that differs by a few pixels was cut, and has factors of 1.
+    """
+    if max(abs(a - b) for a, b in zip(filed, size, strict=True)) <= _FEW_PIXELS:
+        return 1.0, 1.0
+    factors = size[0] / filed[0], size[1] / filed[1]
+    return factors if abs(factors[0] / factors[1] - 1) < _SAME_RATIO else None
 
 
 def _size(path: str, filed: tuple[int, int], picture: Opened) -> list[Finding]:
@@ -95,7 +109,7 @@ def _size(path: str, filed: tuple[int, int], picture: Opened) -> list[Finding]:
     if filed == picture.size[::-1]:
         advice = "Width and height are swapped. Annotate the picture upright, or save it again without its EXIF orientation."
         return [Finding("error", "picture of another size", path, None, what, advice)]
-    if same_picture(filed, picture.size):
+    if scale_of(filed, picture.size) is not None:
         advice = "Correct the size in the annotations; if the picture was scaled, scale its boxes too."
         return [Finding("warning", "picture of nearly the annotated size", path, None, what, advice)]
     advice = "The annotations are probably those of another picture. Correct them, or remove the picture."
