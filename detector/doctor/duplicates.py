@@ -47,7 +47,8 @@ def check_duplicates(parts: Sequence[Part], opened: Mapping[str, Opened]) -> lis
     ]
     same = equal_pictures(opened)
     pairs = [(path, first, "the same") for path, first in same.items() if path != first]
-    pairs += [(b, a, "nearly the same") for a, b in near_pictures(opened) if same.get(a, a) != same.get(b, b)]
+    firsts = {path: picture for path, picture in opened.items() if same.get(path, path) == path}
+    pairs += [(second, first, "nearly the same") for first, second in near_pictures(firsts)]
     told: set[tuple[str, str]] = set()
     for path, other, likeness in pairs:
         kind = f"{likeness}, in two splits" if splits[path] != splits[other] else f"{likeness}, in one split"
