@@ -241,6 +241,48 @@ def test_exif_orientations_grey_and_empty_pictures_are_found(data):
         assert named(found, kind) == [("train4.png", None)]
 
 
+def test_an_exif_orientation_is_only_a_note_where_the_size_shows_that_it_was_seen(data):
+    path = data.root / "images/train4.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).resize((HEIGHT, WIDTH)).save(path, exif=exif)
+    found = [f.severity for f in data.findings("headers") if "EXIF" in f.kind]
+    assert found == ["note"]
+
+
+def test_a_picture_that_is_listed_twice_is_found(data):
+    data.add("train", "train3.png")
+    assert named(data.findings("headers"), "picture that is listed twice") == [("train3.png", None)]
+
+
+def test_only_the_pictures_and_classes_that_a_recipe_uses_are_checked(data):
+    kept = data.box("train", 1, [60, 10, 0, 20])
+    data.box("train", 12, [60, 10, 0, 20])
+    data.box("train", 1, [60, 10, 0, 20], 2)
+    values = data.values()
+    values["data"]["train"]["limit"] = 3
+    values["data"]["class_names"] = ["cat"]
+    part = examine(parse_config(values), pictures="none")
+    assert len(part.parts[0].paths) == 3
+    assert [f.index for f in part.findings if f.kind == "box without area"] == [kept]
+
+
+def test_a_fault_that_only_the_reader_knows_is_a_finding(tmp_path):
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a\n")
+    corners = "<xmin>5</xmin><ymin>5</ymin><xmax>{}</xmax><ymax>9</ymax>"
+    objects = "".join(
+        f"<object><name>cat</name><bndbox>{corners.format(x)}</bndbox></object>" for x in (9, 5)
+    )
+    size = "<size><width>20</width><height>20</height></size>"
+    (tmp_path / "Annotations/a.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    data = {"root": str(tmp_path), "train": {"format": "voc", "split": "train"}}
+    found = examine(parse_config({"model": {"backbone": "resnet18"}, "data": data}), pictures="none").findings
+    (fault,) = [f for f in found if f.severity == "error"]
+    assert fault.index == 1 and "object[1] (cat) has a box that has no area" in fault.what
+
+
 def test_the_same_picture_in_two_splits_is_found_by_its_bytes_and_by_its_pixels(data):
     source = data.root / "images/train0.png"
     (data.root / "images/copy.png").write_bytes(source.read_bytes())
@@ -325,7 +367,7 @@ def test_anchors_that_miss_the_objects_are_a_finding_with_better_ones(data):
     values["model"]["anchor_sizes"] = [90]
     found = examine(parse_config(values), pictures="none").findings
     (anchors,) = [f for f in found if f.kind == "anchors"]
-    assert "reach 0%" in anchors.what and "Set model.anchor_sizes=[3" in anchors.advice
+    assert "reach 0%" in anchors.what and "Try model.anchor_sizes=[3" in anchors.advice
 
 
 def test_objects_below_half_a_cell_are_a_finding(data):

@@ -13,7 +13,7 @@ from ..model.anchor_fit import best_anchor_ious, fit_anchors, grid_offsets
 from ..model.anchors import STRIDE
 from ..model.network_input import network_size
 from ..tables import format_table
-from .findings import Finding
+from .findings import Finding, printable
 from .part import Part
 
 # An object counts as reached by an anchor from this IoU on.
@@ -25,7 +25,9 @@ _MIN_GAIN = 0.02
 _LARGER = (
     "Raise model.min_size and model.max_size, give anchors of these sizes, or cut the pictures into parts."
 )
-_SIZE_GROUPS = (0, 8, 16, 32, 64, 128, 256, np.inf)
+_SIZE_EDGES = (0, 8, 16, 32, 64, 128, 256)
+_MOST_CLASSES = 20
+_HEADER = ("objects", "number", "small, px", "median, px", "large, px", "cells", "reached", "by fitted")
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,16 @@ def check_anchors(found: AnchorFit, source: str) -> list[Finding]:
     if small > 0.01:
         what = f"{source}: {small:.0%} of the training objects are under {_SMALL:g} pixels (half a cell) at the network's size"
         findings.append(Finding("warning", "small objects", source, None, what, _LARGER))
-    sizes, ratios = found.fitted
-    advice = f"Set model.anchor_sizes={_listed(sizes)} model.aspect_ratios={_listed(ratios)}."
     if found.fitted_ious.mean() > found.ious.mean() + _MIN_GAIN:
+        sizes, ratios = map(_listed, found.fitted)
+        advice = f"Try model.anchor_sizes={sizes} model.aspect_ratios={ratios}."
+        reaches_more = _recall(found.fitted_ious) > _recall(found.ious) + _MIN_GAIN
         what = (
             f"{source}: the anchors reach {_recall(found.ious):.0%} of the training objects at IoU {IOU} (mean best IoU "
             f"{found.ious.mean():.2f}); fitted ones would reach {_recall(found.fitted_ious):.0%} ({found.fitted_ious.mean():.2f})"
         )
-        findings.append(Finding("warning", "anchors", source, None, what, advice))
+        severity = "warning" if reaches_more else "note"
+        findings.append(Finding(severity, "anchors", source, None, what, advice))
     for name in sorted(set(found.names)):
         of_class = found.names == name
         if (recall := _recall(found.ious[of_class])) < _LOW_RECALL:
@@ -106,43 +110,35 @@ def check_anchors(found: AnchorFit, source: str) -> list[Finding]:
     return findings
 
 
-def describe_objects(found: AnchorFit, most: int = 20) -> str:
-    """Tables of the training objects by class and by size, and the share of them that anchors reach."""
-    names, counts = np.unique(found.names.astype(str), return_counts=True)
-    frequent = names[np.argsort(-counts, kind="stable")]
-    groups = [(name, found.names == name) for name in frequent[:most]]
-    rest = f"The other {len(names) - most} classes have fewer objects.\n" if len(names) > most else ""
-    edges = zip(_SIZE_GROUPS, _SIZE_GROUPS[1:], strict=False)
-    by_size = [
-        (
-            f"{low:g} pixels and more" if np.isinf(high) else f"{low:g} to {high:g} pixels",
-            _between(found, low, high),
-        )
-        for low, high in edges
-    ]
-    everything = [("all", np.ones(len(found.names), bool))]
-    header = (
-        "objects",
-        "number",
-        "small, px",
-        "median, px",
-        "large, px",
-        "median, cells",
-        "reached",
-        "by fitted",
-    )
-    rows = [_row(name, mask, found) for name, mask in groups + by_size + everything if mask.any()]
+def describe_objects(found: AnchorFit) -> str:
+    """A table of the training objects by class and by size, and the anchors of the recipe and the fitted ones."""
+    groups, rest = _by_class(found)
+    groups += _by_size(found) + [("all", np.ones(len(found.names), bool))]
+    table = format_table([_row(name, mask, found) for name, mask in groups if mask.any()], _HEADER)
     return (
         "Training objects at the network's size: 5 %, 50 % and 95 % of the square roots of their areas in pixels, the\n"
-        f"median in cells of {STRIDE} pixels, and the share that the anchors reach at IoU {IOU}\n"
-        f"{format_table(rows, header)}\n{rest}"
-        f"anchors: sizes {_listed(found.anchors[0])}, ratios {_listed(found.anchors[1])}, mean best IoU {found.ious.mean():.3f}\n"
-        f"fitted:  sizes {_listed(found.fitted[0])}, ratios {_listed(found.fitted[1])}, mean best IoU {found.fitted_ious.mean():.3f}"
+        f"median in cells of {STRIDE} pixels, and the share that the anchors reach at IoU {IOU}\n{table}\n{rest}"
+        f"anchors: {_described(found.anchors)}, mean best IoU {found.ious.mean():.3f}\n"
+        f"fitted:  {_described(found.fitted)}, mean best IoU {found.fitted_ious.mean():.3f}"
     )
 
 
-def _between(found: AnchorFit, low: float, high: float) -> np.ndarray:
-    return (found.sizes >= low) & (found.sizes < high)
+def _by_class(found: AnchorFit) -> tuple[list[tuple[str, np.ndarray]], str]:
+    """The most frequent classes with a mask (M,) each, and a remark on the others."""
+    names, counts = np.unique(found.names.astype(str), return_counts=True)
+    frequent = names[np.argsort(-counts, kind="stable")][:_MOST_CLASSES]
+    others = len(names) - len(frequent)
+    rest = f"The other {others} classes have fewer objects.\n" if others else ""
+    return [(printable(name), found.names == name) for name in frequent], rest
+
+
+def _by_size(found: AnchorFit) -> list[tuple[str, np.ndarray]]:
+    """The groups of sizes with a mask (M,) each."""
+    groups = [
+        (f"{low} to {high} pixels", (found.sizes >= low) & (found.sizes < high))
+        for low, high in zip(_SIZE_EDGES, _SIZE_EDGES[1:], strict=False)
+    ]
+    return [*groups, (f"{_SIZE_EDGES[-1]} pixels and more", found.sizes >= _SIZE_EDGES[-1])]
 
 
 def _row(name: str, mask: np.ndarray, found: AnchorFit) -> tuple:
@@ -154,6 +150,10 @@ def _row(name: str, mask: np.ndarray, found: AnchorFit) -> tuple:
 
 def _recall(ious: np.ndarray) -> float:
     return float((ious >= IOU).mean())
+
+
+def _described(anchors: tuple[Sequence[float], Sequence[float]]) -> str:
+    return f"sizes {_listed(anchors[0])}, ratios {_listed(anchors[1])}"
 
 
 def _listed(values: Sequence[float]) -> str:

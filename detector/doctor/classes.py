@@ -11,6 +11,7 @@ from .part import Part
 FEW = 10
 
 _BACKGROUND = {"background", "bg", "none"}
+_NO_BG = "The detector has a background of its own. Remove the class and its boxes."
 
 
 def check_classes(parts: Sequence[Part]) -> list[Finding]:
@@ -44,9 +45,6 @@ def check_classes(parts: Sequence[Part]) -> list[Finding]:
         for split in counts.keys() - {"train"}:
             findings += _only_outside_train(split, counts[split], counts["train"], source_of[split])
     return findings
-
-
-_NO_BG = "The detector has a background of its own. Remove the class and its boxes."
 
 
 def _off_by_one(part: Part) -> list[Finding]:

@@ -77,7 +77,7 @@ def check_opened(parts: Sequence[Part], opened: Mapping[str, Opened]) -> list[Fi
         for path, size in zip(part.paths, part.sizes.tolist(), strict=True):
             picture = opened.get(path)
             if picture is not None and picture.size is not None:
-                findings += [*_size(path, tuple(size), picture), *_turned(path, picture)]
+                findings += [*_size(path, tuple(size), picture), *_turned(path, tuple(size), picture)]
     return findings + _grey(opened)
 
 
@@ -120,13 +120,18 @@ def _shown(size: tuple[int, int]) -> str:
     return f"{size[1]}x{size[0]}"
 
 
-def _turned(path: str, picture: Opened) -> list[Finding]:
-    """A finding about a picture that EXIF turns: a tool that ignores the orientation draws its boxes elsewhere."""
+def _turned(path: str, filed: tuple[int, int], picture: Opened) -> list[Finding]:
+    """A finding about a picture that EXIF turns: a tool that ignores the orientation draws its boxes elsewhere.
+
+    Orientations from 5 on swap the sides, so sides that agree show that the tool saw the picture upright.
+    """
     if picture.orientation == 1:
         return []
+    proven = picture.orientation >= 5 and filed == picture.size and filed[0] != filed[1]
     what = f"{path} has EXIF orientation {picture.orientation}"
     advice = "The picture is turned upright when it is read. Check that its boxes are those of the upright picture."
-    return [Finding("warning", "picture with an EXIF orientation", path, None, what, advice)]
+    severity = "note" if proven else "warning"
+    return [Finding(severity, "picture with an EXIF orientation", path, None, what, advice)]
 
 
 def check_empty(parts: Sequence[Part]) -> list[Finding]:
