@@ -33,28 +33,40 @@ def write_clean(folder: Path, root: Path, parts: Sequence[Part], opened: Mapping
         raise ValueError(f"{misread[0]}: give the right format first, there is nothing to clean before")
     names = tuple(dict.fromkeys(name for part in parts for name in _class_names(part)))
     shared = _shared_with_validation(parts, opened)
-    told, sources = [], {}
+    cleaned, told = {}, []
     for split in dict.fromkeys(part.split for part in parts):
-        datasets, dropped = [], Counter()
-        for part in (part for part in parts if part.split == split):
-            pictures, reasons = _keep_pictures(part, opened, shared if split == "train" else set())
-            boxes = usable(part)
-            dropped["boxes that are faulty or repeated"] += int((pictures[part.rows] & ~boxes).sum())
-            dropped += reasons
-            if pictures.any():
-                datasets.append(_clean(select(part, pictures, boxes), opened, names))
-        reasons = [f"{count} {reason}" for reason, count in dropped.items() if count]
-        if not datasets:
-            raise ValueError(f"{split}: no picture would be left; left out are {' and '.join(reasons)}")
-        told += [f"{split}: left out {reason}" for reason in reasons]
-        content = _coco(concatenate(datasets), root)
-        write_json(folder / f"{split}.json", content)
-        told.append(f"{split}: {len(content['images'])} pictures, {len(content['annotations'])} boxes")
+        of_split = [part for part in parts if part.split == split]
+        dataset, dropped = _clean_split(of_split, opened, names, shared if split == "train" else set())
+        if dataset is None:
+            raise ValueError(f"{split}: no picture would be left; left out are {' and '.join(dropped)}")
+        cleaned[split] = dataset
+        told += [f"{split}: left out {reason}" for reason in dropped]
+        told.append(f"{split}: {len(dataset)} pictures, {len(dataset.boxes)} boxes")
+    sources = {}
+    for split, dataset in cleaned.items():
+        write_json(folder / f"{split}.json", _coco(dataset, root))
         path = os.path.relpath(folder / f"{split}.json", root)
         sources[split] = {"format": "coco", "images": ".", "annotations": path}
     text = yaml.safe_dump({"data": {"root": str(root), **sources}}, sort_keys=False)
     write_atomically(folder / "data.yaml", lambda path: path.write_text(text, encoding="utf-8"))
     return told
+
+
+def _clean_split(
+    parts: Sequence[Part], opened: Mapping[str, Opened], names: tuple[str, ...], shared: set[str]
+) -> tuple[DetectionDataset | None, list[str]]:
+    """The clean data set of a split's parts, and what was left out. None: no picture is left."""
+    datasets, dropped = [], Counter()
+    for part in parts:
+        pictures, reasons = _keep_pictures(part, opened, shared)
+        boxes = usable(part)
+        dropped += reasons
+        dropped["boxes that are faulty or repeated"] += int((pictures[part.rows] & ~boxes).sum())
+        dropped["entries that cannot be used"] += len(part.problems)
+        if pictures.any():
+            datasets.append(_clean(select(part, pictures, boxes), opened, names))
+    told = [f"{count} {reason}" for reason, count in dropped.items() if count]
+    return concatenate(datasets) if datasets else None, told
 
 
 def _class_names(part: Part) -> list[str]:
