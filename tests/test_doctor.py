@@ -278,9 +278,10 @@ def test_a_fault_that_only_the_reader_knows_is_a_finding(tmp_path):
     size = "<size><width>20</width><height>20</height></size>"
     (tmp_path / "Annotations/a.xml").write_text(f"<annotation>{size}{objects}</annotation>")
     data = {"root": str(tmp_path), "train": {"format": "voc", "split": "train"}}
-    found = examine(parse_config({"model": {"backbone": "resnet18"}, "data": data}), pictures="none").findings
-    (fault,) = [f for f in found if f.severity == "error"]
+    found = examine(parse_config({"model": {"backbone": "resnet18"}, "data": data}), pictures="none")
+    (fault,) = [f for f in found.findings if f.severity == "error"]
     assert fault.index == 1 and "object[1] (cat) has a box that has no area" in fault.what
+    assert len(found.anchors.sizes) == 1
 
 
 def test_the_same_picture_in_two_splits_is_found_by_its_bytes_and_by_its_pixels(data):
@@ -438,6 +439,17 @@ def test_the_tool_prints_a_table_and_writes_json_and_the_worst_pictures(data, ch
 def test_the_tool_says_what_a_recipe_lacks_with_status_2(data, check_data):
     status, _, err = check_data(data.root / "absent.yaml")
     assert status == 2 and "there is no config" in err
+
+
+def test_a_recipe_without_data_is_refused():
+    with pytest.raises(ValueError, match="names no data; accepted: data.train, data.val, data.test"):
+        examine(parse_config({"model": {"backbone": "resnet18"}}))
+
+
+def test_a_training_step_is_tried_where_that_is_asked_for(data, check_data):
+    overrides = ("model.backbone.width=8", "model.rpn_post_nms_top_n_train=10")
+    status, out, _ = check_data(data.recipe(), "--no-pictures", "--time", "--device", "cpu", *overrides)
+    assert status == 0 and "MB on cpu: 12 epochs take about" in out
 
 
 def test_the_tool_takes_a_folder_whose_format_is_found_out(data, check_data, monkeypatch):

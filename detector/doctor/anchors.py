@@ -64,7 +64,7 @@ def training_boxes(parts: Sequence[Part], model: ModelConfig) -> tuple[np.ndarra
     for part in parts:
         if part.split != "train" or not len(part.boxes):
             continue
-        kept = np.isfinite(part.boxes).all(axis=1) & ~part.crowd
+        kept = np.isfinite(part.boxes).all(axis=1) & ~part.crowd & ~part.refused
         limits = part.sizes[part.rows[kept]][:, [1, 0, 1, 0]]
         clipped = part.boxes[kept].clip(0, limits) * _factors(part.sizes, model)[part.rows[kept]]
         sound = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)

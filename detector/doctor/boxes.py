@@ -44,8 +44,7 @@ def usable(part: Part) -> np.ndarray:
     """(M,) bool: the boxes that a clean set keeps. Faulty boxes and second copies are left out."""
     masks = _masks(part.boxes, part.sizes[part.rows], _codes(part.names), part.rows)
     left_out = [mask for kind, mask in masks.items() if _KINDS[kind][0] == "error" or kind == "duplicate box"]
-    faulty = np.array([bool(o.fault) or not o.name for o in part.objects], bool)
-    return ~np.any([*left_out, faulty], axis=0)
+    return ~np.any([*left_out, part.refused, part.names == ""], axis=0)
 
 
 def _masks(

@@ -14,7 +14,7 @@ from .classes import check_classes
 from .duplicates import check_duplicates
 from .findings import Finding, sort_findings
 from .opened import Opened, open_pictures
-from .part import Part, part_of_dataset, read_parts
+from .part import SPLITS, Part, part_of_dataset, read_parts
 from .pictures import check_empty, check_files, check_opened, list_folders, present
 
 _QUICK_PICTURES = 5000
@@ -35,10 +35,12 @@ def examine(
     *,
     pictures: str = "decode",
 ) -> Examination:
-    """Check the data of a recipe.
+    """Check the data of a recipe. ValueError: it names none.
 
     pictures: "decode" reads all pixels, "headers" only the sizes, "none" not even whether the files exist.
     """
+    if not any(getattr(config.data, split) for split in SPLITS):
+        raise ValueError(f"the recipe names no data; accepted: data.{', data.'.join(SPLITS)}")
     parts, findings = read_parts(config.data)
     anchors = fit(parts, config.model)
     findings += check_annotations(parts, anchors)

@@ -16,6 +16,8 @@ from ..progress import memory_mb
 from ..tables import format_duration
 from .part import Part
 
+_ENOUGH_SECONDS = 10
+
 
 def describe_cost(parts: Sequence[Part], config: Config) -> str:
     """The numbers that decide memory and time of a training step, as one line."""
@@ -39,8 +41,8 @@ def time_step(parts: Sequence[Part], config: Config, device: torch.device) -> st
     box = torch.tensor([[width / 4, height / 4, width / 2, height / 2]], device=device)
     label = torch.ones(1, dtype=torch.int64, device=device)
     seconds = []
-    # The first steps warm up, and other programs may slow down some.
-    for _ in range(4):
+    # The first step warms up, and other programs may slow down some.
+    while len(seconds) < 2 or (len(seconds) < 5 and sum(seconds) < _ENOUGH_SECONDS):
         started = time.perf_counter()
         losses = model(images, [{"boxes": box.clone(), "labels": label} for _ in images])
         sum(losses.values()).backward()

@@ -10,6 +10,8 @@ from ..data.records import Annotations, Object
 from ..data.sources import DataConfig
 from .findings import Finding
 
+SPLITS = ("train", "val", "test")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -36,6 +38,12 @@ class Part:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     objects: tuple[Object, ...] = ()
+
+    @property
+    def refused(self) -> np.ndarray:
+        """(M,) bool: the objects that their reader cannot use, whatever their box is."""
+        faults = [bool(o.fault) for o in self.objects] or [False] * len(self.boxes)
+        return np.array(faults, bool)
 
     def find(self, row: int, severity: str, kind: str, fault: str, advice: str) -> Finding:
         """A finding about the box at `row`: its place, then `fault`, then its numbers."""
@@ -102,7 +110,7 @@ def part_of_dataset(split: str, dataset: DetectionDataset) -> Part:
 def read_parts(data: DataConfig) -> tuple[list[Part], list[Finding]]:
     """Read each source of a recipe. A source that cannot be read is a finding."""
     parts, findings = [], []
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         for source in getattr(data, split) or ():
             taken: list[Annotations] = []
             options = {"class_names": data.class_names, "check_pictures": False, "inspect": taken.append}
