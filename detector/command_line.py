@@ -40,8 +40,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
-def exit_status(call: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
-    """Run call(args) and return the exit status: its result, 0 for None, 1 after an error.
+def exit_status(
+    call: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, failed: int = 1
+) -> int:
+    """Run call(args) and return the exit status: its result, 0 for None, `failed` after an error.
 
     An error that the user can mend is printed as one sentence; any other exception passes through.
     """
@@ -50,7 +52,7 @@ def exit_status(call: Callable[[argparse.Namespace], int | None], args: argparse
             return call(args) or 0
         except (ValueError, OSError, TypeError, ImportError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            return failed
 
 
 def report_skipped(messages: list[str]) -> int:

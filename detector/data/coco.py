@@ -117,6 +117,7 @@ def read_coco(
     pictures, notes = _find_pictures(images, FileIndex(images_dir, root), path)
     names = {category["id"]: category["name"] for category in content["categories"]}
     objects, problems = _match(content["annotations"], images, names, path)
+    unknown = sorted({entry["category_id"] for entry in content["annotations"]} - set(names))
 
     def describe(found: Object) -> tuple[str, str]:
         name = Path(pictures[found.picture].path).name
@@ -124,7 +125,7 @@ def read_coco(
         return f"{path}: annotations[{found.index}] ({name})", f"bbox {filed} (x, y, width, height)"
 
     ids = {name: id for id, name in names.items()}
-    return Annotations(str(path), pictures, objects, describe, ids, problems, notes)
+    return Annotations(str(path), pictures, objects, describe, ids, problems, notes, unknown_ids=unknown)
 
 
 def _find_pictures(images: list[_Image], files: FileIndex, path: Path) -> tuple[list[Picture], list[str]]:

@@ -1,0 +1,127 @@
+"""Write clean annotations: COCO JSON for each split and a recipe's section `data`. Pictures stay as they are."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from ..data.dataset import DetectionDataset, concatenate
+from ..data.records import Annotations, Picture
+from ..files import write_atomically, write_json
+from .box_format import check_box_format
+from .boxes import usable
+from .duplicates import equal_pictures, splits_of
+from .opened import Opened
+from .part import Part, select
+from .pictures import scale_of
+
+
+def write_clean(folder: Path, root: Path, parts: Sequence[Part], opened: Mapping[str, Opened]) -> list[str]:
+    """Write SPLIT.json for each split, and data.yaml. Returns sentences on what was left out or changed.
+
+    Left out are pictures that are absent, unreadable or of another size than annotated, training pictures that val or
+    test holds too, and boxes that are faulty or repeated. Boxes are clipped to their pictures, and scaled if the
+    picture was. All splits get the same class list.
+
+    ValueError: a split would be left without pictures, or boxes are filed in another format than they were read in.
+    """
+    if misread := [finding.what for part in parts for finding in check_box_format(part)]:
+        raise ValueError(f"{misread[0]}: give the right format first, there is nothing to clean before")
+    names = tuple(dict.fromkeys(name for part in parts for name in _class_names(part)))
+    shared = _shared_with_validation(parts, opened)
+    cleaned, told = {}, []
+    for split in dict.fromkeys(part.split for part in parts):
+        of_split = [part for part in parts if part.split == split]
+        dataset, dropped = _clean_split(of_split, opened, names, shared if split == "train" else set())
+        if dataset is None:
+            raise ValueError(f"{split}: no picture would be left; left out are {' and '.join(dropped)}")
+        cleaned[split] = dataset
+        told += [f"{split}: left out {reason}" for reason in dropped]
+        told.append(f"{split}: {len(dataset)} pictures, {len(dataset.boxes)} boxes")
+    sources = {}
+    for split, dataset in cleaned.items():
+        write_json(folder / f"{split}.json", _coco(dataset, root))
+        path = os.path.relpath(folder / f"{split}.json", root)
+        sources[split] = {"format": "coco", "images": ".", "annotations": path}
+    text = yaml.safe_dump({"data": {"root": str(root), **sources}}, sort_keys=False)
+    write_atomically(folder / "data.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+    return told
+
+
+def _clean_split(
+    parts: Sequence[Part], opened: Mapping[str, Opened], names: tuple[str, ...], shared: set[str]
+) -> tuple[DetectionDataset | None, list[str]]:
+    """The clean data set of a split's parts, and what was left out. None: no picture is left."""
+    datasets, dropped = [], Counter()
+    for part in parts:
+        pictures, reasons = _keep_pictures(part, opened, shared)
+        boxes = usable(part)
+        dropped += reasons
+        dropped["boxes that are faulty or repeated"] += int((pictures[part.rows] & ~boxes).sum())
+        dropped["entries that cannot be used"] += len(part.problems)
+        if pictures.any():
+            datasets.append(_clean(select(part, pictures, boxes), opened, names))
+    told = [f"{count} {reason}" for reason, count in dropped.items() if count]
+    return concatenate(datasets) if datasets else None, told
+
+
+def _class_names(part: Part) -> list[str]:
+    """The part's classes, in the order of their ids or of the alphabet."""
+    return sorted(part.class_ids, key=part.class_ids.get) or sorted(set(part.names) - {""})
+
+
+def _shared_with_validation(parts: Sequence[Part], opened: Mapping[str, Opened]) -> set[str]:
+    """The training pictures that val or test holds too, by path or by content."""
+    splits, same = splits_of(parts), equal_pictures(opened)
+    elsewhere = {same.get(path, path) for path, found in splits.items() if set(found) - {"train"}}
+    return {path for path, found in splits.items() if "train" in found and same.get(path, path) in elsewhere}
+
+
+def _keep_pictures(
+    part: Part, opened: Mapping[str, Opened], shared: set[str]
+) -> tuple[np.ndarray, Counter[str]]:
+    """(N,) bool, the pictures to keep, and the number of the others by reason."""
+    reasons = [
+        _reason(path, tuple(size), opened, shared)
+        for path, size in zip(part.paths, part.sizes.tolist(), strict=True)
+    ]
+    return np.array([reason is None for reason in reasons], bool), Counter(filter(None, reasons))
+
+
+def _reason(path: str, filed: tuple[int, int], opened: Mapping[str, Opened], shared: set[str]) -> str | None:
+    """Why a picture is left out; None if it is kept. filed: its (height, width) in the annotations."""
+    if path not in opened:
+        return "pictures that are absent"
+    if opened[path].size is None:
+        return "pictures that cannot be read"
+    if scale_of(filed, opened[path].size) is None:
+        return "pictures of another size than annotated"
+    return "pictures of train that val or test holds too" if path in shared else None
+
+
+def _clean(part: Part, opened: Mapping[str, Opened], names: tuple[str, ...]) -> DetectionDataset:
+    """The data set of a part whose faults are gone: the pictures' true sizes, boxes scaled and clipped to them."""
+    sizes = [opened[path].size for path in part.paths]
+    scales = [scale_of(tuple(filed), size) for filed, size in zip(part.sizes.tolist(), sizes, strict=True)]
+    factors, limits = (np.array(values)[part.rows][:, [1, 0, 1, 0]] for values in (scales, sizes))
+    boxes, areas = (part.boxes * factors).clip(0, limits), factors[:, 0] * factors[:, 1]
+    objects = [
+        replace(o, picture=row, box=tuple(box), area=None if o.area is None else o.area * area)
+        for o, row, box, area in zip(
+            part.objects, part.rows.tolist(), boxes.tolist(), areas.tolist(), strict=True
+        )
+    ]
+    pictures = list(map(Picture, part.paths, part.image_ids.tolist(), sizes))
+    return Annotations(part.source, pictures, objects, lambda o: (part.source, str(o.box))).to_dataset(names)
+
+
+def _coco(dataset: DetectionDataset, root: Path) -> dict:
+    """COCO's dict with file names relative to `root`."""
+    content = dataset.to_coco()
+    for image, path in zip(content["images"], dataset.image_paths.tolist(), strict=True):
+        image["file_name"] = Path(os.path.relpath(path, root)).as_posix()
+    return content

@@ -1,0 +1,144 @@
+"""Check the picture files: absent, in no split, damaged, of another size, turned, without objects."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..data.images import IMAGE_SUFFIXES
+from .findings import Finding
+from .opened import Opened
+from .part import Part
+
+# Sizes that differ by at most so many pixels, or whose ratios of width to height differ by less, are of one picture.
+_FEW_PIXELS = 3
+_SAME_RATIO = 0.01
+
+
+def list_folders(parts: Sequence[Part]) -> dict[str, set[str]]:
+    """The file names in each folder that holds a named picture. One listing is faster than a look-up of each file."""
+    folders = {os.path.dirname(path) for part in parts for path in part.paths}
+    return {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
+
+
+def present(paths: Sequence[str], folders: Mapping[str, set[str]]) -> np.ndarray:
+    """(N,) bool: which of the pictures exist."""
+    places = map(os.path.split, paths)
+    return np.array([name in folders[folder] for folder, name in places], bool)
+
+
+def check_files(parts: Sequence[Part], folders: Mapping[str, set[str]]) -> list[Finding]:
+    """Findings about pictures that are named and absent, that no split names, or that are named twice."""
+    findings = []
+    for part in parts:
+        findings += [_missing(part, path, folders) for path in part.paths[~present(part.paths, folders)]]
+        paths, counts = np.unique(part.paths.astype(str), return_counts=True)
+        findings += [_twice(part, path) for path in paths[counts > 1]]
+    named = {path for part in parts for path in part.paths}
+    for folder, names in sorted(folders.items()):
+        pictures = sorted(name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+        unnamed = (os.path.join(folder, name) for name in pictures)
+        findings += [_unnamed(path) for path in unnamed if path not in named]
+    return findings
+
+
+def _missing(part: Part, path: str, folders: Mapping[str, set[str]]) -> Finding:
+    folder, name = os.path.split(path)
+    stem = os.path.splitext(name)[0].casefold()
+    near = sorted(other for other in folders[folder] if os.path.splitext(other)[0].casefold() == stem)
+    what = f"{path} is named by {part.source} and absent" + (f"; there is {near[0]}" if near else "")
+    advice = "Add the picture, correct its name, or remove its annotations."
+    return Finding("error", "picture that is absent", path, None, what, advice)
+
+
+def _twice(part: Part, path: str) -> Finding:
+    what = f"{path} is listed more than once by {part.source}"
+    advice = (
+        "List it once, with all its boxes: else each entry teaches that the other's objects are background."
+    )
+    return Finding("error", "picture that is listed twice", path, None, what, advice)
+
+
+def _unnamed(path: str) -> Finding:
+    advice = "Training and evaluation do not use it. Add it to a split, or leave it."
+    return Finding("note", "picture that no split names", path, None, f"{path} is in no split", advice)
+
+
+def check_opened(parts: Sequence[Part], opened: Mapping[str, Opened]) -> list[Finding]:
+    """Findings about pictures that are damaged, turned by EXIF, or not of the size in their annotations."""
+    findings = []
+    for path, picture in opened.items():
+        if picture.error is not None:
+            advice = "Replace the file, or remove the picture and its annotations."
+            findings.append(
+                Finding("error", "picture that cannot be read", path, None, picture.error, advice)
+            )
+    for part in parts:
+        for path, size in zip(part.paths, part.sizes.tolist(), strict=True):
+            picture = opened.get(path)
+            if picture is not None and picture.size is not None:
+                findings += [*_size(path, tuple(size), picture), *_turned(path, tuple(size), picture)]
+    return findings + _grey(opened)
+
+
+def _grey(opened: Mapping[str, Opened]) -> list[Finding]:
+    """Notes on grey pictures, if most are in colour."""
+    seen = {path: picture.thumbnail for path, picture in opened.items() if picture.thumbnail is not None}
+    grey = [path for path, pixels in seen.items() if (pixels == pixels[:, :, :1]).all()]
+    if len(grey) > len(seen) / 2:
+        return []
+    advice = "Nothing, if grey pictures are to be expected later too. They are read as RGB."
+    return [Finding("note", "grey picture", path, None, f"{path} has no colour", advice) for path in grey]
+
+
+def scale_of(filed: tuple[int, int], size: tuple[int, int]) -> tuple[float, float] | None:
+    """The factors on y and x from the annotated (height, width) to the picture's; None: it is another picture.
+
+    A picture that differs by a few pixels was cut, and has factors of 1.
+    """
+    if max(abs(a - b) for a, b in zip(filed, size, strict=True)) <= _FEW_PIXELS:
+        return 1.0, 1.0
+    factors = size[0] / filed[0], size[1] / filed[1]
+    return factors if abs(factors[0] / factors[1] - 1) < _SAME_RATIO else None
+
+
+def _size(path: str, filed: tuple[int, int], picture: Opened) -> list[Finding]:
+    if filed == picture.size:
+        return []
+    what = f"{path} has {_shown(picture.size)} pixels (width x height), its annotations say {_shown(filed)}"
+    if filed == picture.size[::-1]:
+        advice = "Width and height are swapped. Annotate the picture upright, or save it again without its EXIF orientation."
+        return [Finding("error", "picture of another size", path, None, what, advice)]
+    if scale_of(filed, picture.size) is not None:
+        advice = "Correct the size in the annotations; if the picture was scaled, scale its boxes too."
+        return [Finding("warning", "picture of nearly the annotated size", path, None, what, advice)]
+    advice = "The annotations are probably those of another picture. Correct them, or remove the picture."
+    return [Finding("error", "picture of another size", path, None, what, advice)]
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
+
+
+def _turned(path: str, filed: tuple[int, int], picture: Opened) -> list[Finding]:
+    """A finding about a picture that EXIF turns: a tool that ignores the orientation draws its boxes elsewhere.
+
+    Orientations from 5 on swap the sides, so sides that agree show that the tool saw the picture upright.
+    """
+    if picture.orientation == 1:
+        return []
+    proven = picture.orientation >= 5 and filed == picture.size and filed[0] != filed[1]
+    what = f"{path} has EXIF orientation {picture.orientation}"
+    advice = "The picture is turned upright when it is read. Check that its boxes are those of the upright picture."
+    severity = "note" if proven else "warning"
+    return [Finding(severity, "picture with an EXIF orientation", path, None, what, advice)]
+
+
+def check_empty(parts: Sequence[Part]) -> list[Finding]:
+    """Notes on pictures without objects. Training takes all of such a picture as background."""
+    advice = "Check that the picture shows no object of any class. Then keep it: it teaches the background."
+    return [
+        Finding("note", "picture without objects", path, None, f"{path} ({part.split}) has no object", advice)
+        for part in parts
+        for path in part.paths[np.bincount(part.rows, minlength=len(part.paths)) == 0]
+    ]

@@ -1,0 +1,509 @@
+"""The doctor: each fault that is put into a small data set is found, with its file, and a sound set has none."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torchvision.ops import box_iou
+
+import detector.doctor.opened
+from detector.config import load_config, parse_config
+from detector.data.coco import load_coco
+from detector.doctor.box_format import guess_format
+from detector.doctor.check import examine, quick_check
+from detector.doctor.duplicates import _close_pairs, perceptual_hashes
+from detector.doctor.findings import Finding, exit_status_of, format_findings
+from detector.model.anchor_fit import anchor_recall, best_anchor_ious, fit_anchors, grid_offsets
+from detector.model.anchors import MapAnchors
+from detector.model.conventions import Conventions
+
+ROOT = Path(__file__).resolve().parent.parent
+CATEGORIES = {1: "cat", 2: "dog"}
+WIDTH, HEIGHT = 96, 64
+
+
+class Data:
+    """A COCO set of pictures of noise below `root`; tests damage its lists before `recipe` writes them."""
+
+    def __init__(self, root, num_train=12, num_val=2):
+        self.root, self.categories = root, dict(CATEGORIES)
+        (root / "images").mkdir()
+        self.splits = {"train": ([], []), "val": ([], [])}
+        for split, count in (("train", num_train), ("val", num_val)):
+            for number in range(count):
+                name = f"{split}{number}.png"
+                seed = (number, count)
+                low = np.random.default_rng(seed).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+                Image.fromarray(low).resize((WIDTH, HEIGHT)).save(root / "images" / name)
+                self.add(split, name)
+
+    def add(self, split, name, size=(WIDTH, HEIGHT)):
+        """List a picture with one object of each class, of the size of the anchors."""
+        images, annotations = self.splits[split]
+        images.append({"id": len(images) + 1, "file_name": name, "width": size[0], "height": size[1]})
+        for category in list(CATEGORIES):
+            self.box(split, len(images), [16 * category, 16, 32, 32], category)
+
+    def box(self, split, image_id, bbox, category=1, **keys):
+        self.splits[split][1].append({"image_id": image_id, "category_id": category, "bbox": bbox, **keys})
+        return len(self.splits[split][1]) - 1
+
+    def values(self):
+        categories = [{"id": id, "name": name} for id, name in self.categories.items()]
+        for split, (images, annotations) in self.splits.items():
+            content = {"images": images, "annotations": annotations, "categories": categories}
+            (self.root / f"{split}.json").write_text(json.dumps(content))
+        source = {"format": "coco", "images": "images"}
+        return {
+            "model": {"backbone": "resnet18", "anchor_sizes": [32], "min_size": HEIGHT, "max_size": WIDTH},
+            "data": {
+                "root": str(self.root),
+                **{split: {**source, "annotations": f"{split}.json"} for split in self.splits},
+            },
+        }
+
+    def findings(self, pictures="decode"):
+        return examine(parse_config(self.values()), pictures=pictures).findings
+
+    def recipe(self):
+        path = self.root / "recipe.yaml"
+        path.write_text(json.dumps(self.values()))  # JSON is YAML
+        return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    return Data(tmp_path)
+
+
+def named(findings, kind):
+    """(file name, index) of the findings of a kind."""
+    return [(Path(f.file).name, f.index) for f in findings if f.kind == kind]
+
+
+def test_a_sound_set_has_no_finding(data):
+    assert data.findings() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "bbox"),
+    [
+        ("box outside the picture", [200, 10, 20, 20]),
+        ("inverted box", [60, 10, -20, 20]),
+        ("box without area", [60, 10, 0, 20]),
+        ("box that is not four numbers", ["a", 10, 20, 20]),
+        ("box past the edge", [80, 10, 30, 20]),
+        ("box a pixel past the edge", [70, 10, 26.5, 20]),
+        ("box of the whole picture", [0, 0, WIDTH, HEIGHT]),
+        ("duplicate box", [16, 16, 32, 32]),
+        ("one box, two classes", [32, 16, 32, 32]),
+    ],
+)
+def test_a_faulty_box_is_found_with_its_picture_and_index(data, kind, bbox):
+    index = data.box("train", 3, bbox)
+    found = data.findings("none")
+    assert named(found, kind) == [("train2.png", index)] and len(found) == 1
+    assert f"annotations[{index}]" in found[0].what
+
+
+def test_a_crowd_is_no_faulty_box(data):
+    data.box("train", 1, [0, 0, WIDTH, HEIGHT], iscrowd=1)
+    assert [f.kind for f in data.findings("none")] == ["remark"]
+
+
+@pytest.fixture(scope="module")
+def true_boxes():
+    """(M, 4) xyxy boxes inside pictures of 640x480, and the pictures' (height, width)."""
+    rng = np.random.default_rng(0)
+    sides = rng.uniform(10, 200, (200, 2))
+    corner = rng.uniform(0, 1, (200, 2)) * ((640, 480) - sides)
+    return np.hstack([corner, corner + sides]), np.tile([480, 640], (200, 1))
+
+
+def test_boxes_of_the_right_format_are_not_suspected(true_boxes):
+    assert guess_format(*true_boxes) is None
+
+
+@pytest.mark.parametrize(
+    ("misread", "expected"),
+    [
+        (lambda a, b, c, d: (a, b, a + c, b + d), "corners (x1, y1, x2, y2), read as x, y, width, height"),
+        (lambda a, b, c, d: (a, b, c - a, d - b), "x, y, width, height, read as corners"),
+        (
+            lambda a, b, c, d: ((a + c) / 2, (b + d) / 2, (a + c) / 2 + c - a, (b + d) / 2 + d - b),
+            "centre, width, height, read as x, y, width, height",
+        ),
+        (
+            lambda a, b, c, d: ((a + c) / 2, (b + d) / 2, c - a, d - b),
+            "centre, width, height, read as corners",
+        ),
+        (lambda a, b, c, d: (b, a, d, c), "y before x"),
+        (
+            lambda a, b, c, d: (a / 640, b / 480, c / 640, d / 480),
+            "shares of the picture's width and height (0 to 1), read as pixels",
+        ),
+    ],
+)
+def test_a_wrong_box_format_is_named(true_boxes, misread, expected):
+    boxes, sizes = true_boxes
+    assert guess_format(np.stack(misread(*boxes.T), axis=1), sizes) == expected
+
+
+def test_a_wrong_format_is_one_finding_not_one_for_each_box(tmp_path):
+    data = Data(tmp_path, num_train=12, num_val=4)
+    for _, annotations in data.splits.values():
+        for annotation in annotations:
+            x, y, width, height = annotation["bbox"]
+            annotation["bbox"] = [x + 32, y, x + 32 + width, y + height]
+    errors = [f.kind for f in data.findings("none") if f.severity == "error"]
+    assert errors == ["wrong box format"] * 2
+
+
+def test_near_equal_names_and_background_are_found(data):
+    data.categories |= {3: "Dog ", 4: "background"}
+    for number in range(12):
+        data.box("train", number + 1, [60, 20, 20, 30], 3)
+        data.box("train", number + 1, [4, 20, 20, 30], 4)
+    what = {f.kind: f.what for f in data.findings("none")}
+    assert "'dog' (14), 'Dog ' (12)" in what["near-equal class names"]
+    assert "'background'" in what["background as a class"]
+
+
+def test_classes_with_no_and_with_few_examples_are_found(data):
+    data.categories |= {3: "bird", 4: "cow"}
+    data.box("train", 1, [60, 20, 20, 30], 3)
+    data.box("val", 1, [60, 20, 20, 30], 4)
+    what = {f.kind: f.what for f in data.findings("none")}
+    assert "'bird' has 1 training object" in what["class with few examples"]
+    assert "'cow' has no training objects" in what["class without examples"]
+    assert "'cow' has 1 objects in val" in what["class that training lacks"]
+
+
+@pytest.mark.parametrize(("shift", "said"), [(1, "one too high"), (-1, "one too low")])
+def test_labels_off_by_one_are_found(data, shift, said):
+    for annotation in data.splits["train"][1]:
+        annotation["category_id"] += shift
+    found = [f for f in data.findings("none") if f.kind == "labels off by one"]
+    assert len(found) == 1 and said in found[0].what
+
+
+def test_an_annotation_file_that_cannot_be_read_is_a_finding_with_the_readers_sentence(data):
+    data.splits["train"][0][1]["id"] = 1
+    (found,) = [f for f in data.findings() if f.kind == "annotations that cannot be read"]
+    assert "images[0] and images[1] share id 1" in found.what and found.severity == "error"
+
+
+def test_absent_pictures_and_pictures_of_no_split_are_found(data):
+    (data.root / "images/train0.png").rename(data.root / "images/train0.PNG")
+    found = data.findings()
+    assert named(found, "picture that is absent") == [("train0.png", None)]
+    assert named(found, "picture that no split names") == [("train0.PNG", None)]
+    assert "there is train0.PNG" in found[0].what
+
+
+def test_a_picture_cut_short_is_found_only_by_decoding(data):
+    path = data.root / "images/train1.png"
+    path.write_bytes(path.read_bytes()[:-200])
+    assert named(data.findings(), "picture that cannot be read") == [("train1.png", None)]
+    assert data.findings("headers") == []
+
+
+@pytest.mark.parametrize(
+    ("filed", "kind", "severity"),
+    [
+        ((WIDTH, HEIGHT + 1), "picture of nearly the annotated size", "warning"),
+        ((2 * WIDTH, 2 * HEIGHT), "picture of nearly the annotated size", "warning"),
+        ((HEIGHT, WIDTH), "picture of another size", "error"),
+        ((300, 70), "picture of another size", "error"),
+    ],
+)
+def test_a_size_that_disagrees_is_found(data, filed, kind, severity):
+    data.splits["train"][0][0] |= {"width": filed[0], "height": filed[1]}
+    found = [f for f in data.findings("headers") if f.kind.startswith("picture of")]
+    assert [(f.kind, f.severity) for f in found] == [(kind, severity)]
+
+
+def test_exif_orientations_grey_and_empty_pictures_are_found(data):
+    path = data.root / "images/train4.png"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(path).convert("L").save(path, exif=exif)
+    data.splits["train"][1][:] = [a for a in data.splits["train"][1] if a["image_id"] != 5]
+    found = data.findings()
+    for kind in ("picture with an EXIF orientation", "grey picture", "picture without objects"):
+        assert named(found, kind) == [("train4.png", None)]
+
+
+def test_an_exif_orientation_is_only_a_note_where_the_size_shows_that_it_was_seen(data):
+    path = data.root / "images/train4.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).resize((HEIGHT, WIDTH)).save(path, exif=exif)
+    found = [f.severity for f in data.findings("headers") if "EXIF" in f.kind]
+    assert found == ["note"]
+
+
+def test_a_picture_that_is_listed_twice_is_found(data):
+    data.add("train", "train3.png")
+    assert named(data.findings("headers"), "picture that is listed twice") == [("train3.png", None)]
+
+
+def test_only_the_pictures_and_classes_that_a_recipe_uses_are_checked(data):
+    kept = data.box("train", 1, [60, 10, 0, 20])
+    data.box("train", 12, [60, 10, 0, 20])
+    data.box("train", 1, [60, 10, 0, 20], 2)
+    values = data.values()
+    values["data"]["train"]["limit"] = 3
+    values["data"]["class_names"] = ["cat"]
+    part = examine(parse_config(values), pictures="none")
+    assert len(part.parts[0].paths) == 3
+    assert [f.index for f in part.findings if f.kind == "box without area"] == [kept]
+
+
+def test_a_fault_that_only_the_reader_knows_is_a_finding(tmp_path):
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a\n")
+    corners = "<xmin>5</xmin><ymin>5</ymin><xmax>{}</xmax><ymax>9</ymax>"
+    objects = "".join(
+        f"<object><name>cat</name><bndbox>{corners.format(x)}</bndbox></object>" for x in (9, 5)
+    )
+    size = "<size><width>20</width><height>20</height></size>"
+    (tmp_path / "Annotations/a.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    data = {"root": str(tmp_path), "train": {"format": "voc", "split": "train"}}
+    found = examine(parse_config({"model": {"backbone": "resnet18"}, "data": data}), pictures="none")
+    (fault,) = [f for f in found.findings if f.severity == "error"]
+    assert fault.index == 1 and "object[1] (cat) has a box that has no area" in fault.what
+    assert len(found.anchors.sizes) == 1
+
+
+def test_the_same_picture_in_two_splits_is_found_by_its_bytes_and_by_its_pixels(data):
+    source = data.root / "images/train0.png"
+    (data.root / "images/copy.png").write_bytes(source.read_bytes())
+    Image.open(source).save(data.root / "images/copy.bmp")
+    data.add("val", "copy.png")
+    data.add("val", "copy.bmp")
+    found = named(data.findings(), "picture the same, in two splits")
+    assert found == [("copy.png", None), ("copy.bmp", None)]
+    assert named(data.findings("headers"), "picture the same, in two splits") == [("copy.png", None)]
+
+
+def test_nearly_the_same_pictures_are_found_within_and_across_splits(data):
+    image = Image.open(data.root / "images/train0.png")
+    image.point(lambda value: value * 0.98).save(data.root / "images/dark.jpg", quality=80)
+    for split in ("train", "val"):
+        data.add(split, "dark.jpg")
+    found = data.findings()
+    assert named(found, "picture in two splits") == [("dark.jpg", None)]
+    (near,) = [f for f in found if f.kind.startswith("picture nearly the same")]
+    assert Path(near.file).name == "dark.jpg" and Path(near.other).name == "train0.png"
+
+
+def test_close_hashes_are_those_of_a_comparison_of_all_pairs():
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**63, 60, dtype=np.uint64)
+    flips = np.array(
+        [sum(1 << int(b) for b in rng.choice(64, k, replace=False)) for k in range(1, 8)], np.uint64
+    )
+    hashes = np.concatenate([hashes, hashes[:7] ^ flips])
+    expected = [
+        [a, b]
+        for a in range(len(hashes))
+        for b in range(a + 1, len(hashes))
+        if int(hashes[a] ^ hashes[b]).bit_count() <= 4
+    ]
+    assert _close_pairs(hashes).tolist() == expected and len(expected) == 4
+
+
+def test_a_perceptual_hash_ignores_brightness():
+    pixels = np.random.default_rng(0).integers(0, 200, (1, 16, 16, 3), dtype=np.uint8)
+    assert perceptual_hashes(pixels) == perceptual_hashes(pixels + 40)
+
+
+def test_the_best_iou_of_anchors_is_that_of_torchvision_over_the_whole_map():
+    rng = np.random.default_rng(0)
+    sides = rng.uniform(5, 150, (50, 2))
+    corners = rng.uniform(150, 200, (50, 2))
+    boxes = np.hstack([corners, corners + sides])
+    sizes, ratios = (24.0, 64.0), (0.5, 1.0, 2.0)
+    anchors = MapAnchors(sizes, ratios, Conventions(anchor_rounding=False))
+    (grid,) = anchors(
+        SimpleNamespace(image_sizes=[(512, 512)], tensors=torch.zeros(1, 3, 512, 512)),
+        [torch.zeros(1, 1, 32, 32)],
+    )
+    expected = box_iou(torch.from_numpy(boxes), grid.double()).max(dim=1).values
+    got = best_anchor_ious(sides, sizes, ratios, grid_offsets(boxes))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_without_places_an_object_lies_four_pixels_beside_an_anchor():
+    # 16x16, shifted by 4 and 4: 12 * 12 = 144 of 2 * 256 - 144 = 368
+    assert best_anchor_ious(np.array([[16, 16]]), (16,), (1,)) == pytest.approx([144 / 368])
+    assert anchor_recall(np.array([[16, 16], [64, 64]]), (16, 64), (1,)) == 0.5
+
+
+def test_fitted_anchors_find_the_objects_shapes_whatever_their_order():
+    shapes = np.repeat([[80.0, 40.0], [200.0, 400.0]], 300, axis=0)
+    sizes, ratios = fit_anchors(shapes, num_sizes=2, num_ratios=2)
+    assert anchor_recall(shapes, sizes, ratios, 0.7) == 1
+    assert sizes == pytest.approx((56, 283), rel=0.1) and ratios == pytest.approx((0.5, 2), rel=0.3)
+    shuffled = shapes[np.random.default_rng(0).permutation(len(shapes))]
+    assert fit_anchors(shuffled, num_sizes=2, num_ratios=2) == (sizes, ratios)
+
+
+def test_fitting_anchors_to_nothing_is_refused():
+    with pytest.raises(ValueError, match="no object with an area"):
+        fit_anchors(np.zeros((3, 2)))
+
+
+def test_anchors_that_miss_the_objects_are_a_finding_with_better_ones(data):
+    values = data.values()
+    values["model"]["anchor_sizes"] = [90]
+    found = examine(parse_config(values), pictures="none").findings
+    (anchors,) = [f for f in found if f.kind == "anchors"]
+    assert "reach 0%" in anchors.what and "Try model.anchor_sizes=[3" in anchors.advice
+
+
+def test_objects_below_half_a_cell_are_a_finding(data):
+    for number in range(12):
+        data.box("train", number + 1, [60, 50, 5, 5])
+    assert [f.kind for f in data.findings("none") if f.kind == "small objects"]
+
+
+def test_the_short_form_finds_what_annotations_show_and_opens_no_picture(data, monkeypatch):
+    data.categories[3] = "bird"
+    data.box("train", 1, [60, 40, 300, 20])
+    config = parse_config(data.values())
+    datasets = [
+        load_coco(data.root / "images", data.root / f"{split}.json", check_pictures=False)
+        for split in ("train", "val")
+    ]
+    for name in ("load_image", "load_image_size"):
+        monkeypatch.setattr(detector.doctor.opened, name, None)
+    kinds = [f.kind for f in quick_check(*datasets, config)]
+    assert kinds == ["class without examples", "box past the edge"]
+
+
+def test_findings_are_counted_and_printed_worst_first_without_control_characters():
+    findings = [
+        Finding("note", "b", "f", None, "\x1b[2J said", "do"),
+        *[Finding("error", "a", "f", i, f"object {i}", "mend") for i in range(5)],
+    ]
+    text = format_findings(findings)
+    assert text.splitlines()[0] == "5 errors, 0 warnings, 1 notes"
+    assert text.index("error: a (5)") < text.index("note: b (1)") and "and 2 more" in text
+    assert "\x1b" not in text and "?[2J said" in text
+
+
+@pytest.mark.parametrize(
+    ("severities", "status"), [([], 0), (["note"], 0), (["warning", "note"], 1), (["error"], 2)]
+)
+def test_the_exit_status_is_that_of_the_worst_finding(severities, status):
+    assert exit_status_of([Finding(s, "k", "f", None, "w", "a") for s in severities]) == status
+
+
+@pytest.fixture
+def check_data(monkeypatch, capsys):
+    """check_data(argument, ...) -> (exit status, standard output, standard error)."""
+
+    def run(*arguments):
+        spec = importlib.util.spec_from_file_location("tool_check_data", ROOT / "tools/check_data.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", ["check_data.py", *map(str, arguments)])
+        capsys.readouterr()
+        status = module.main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_tool_prints_a_table_and_writes_json_and_the_worst_pictures(data, check_data):
+    index = data.box("train", 3, [60, 10, 0, 20])
+    status, out, _ = check_data(data.recipe(), "--output", data.root / "found")
+    assert (
+        status == 2 and "error: box without area (1)" in out and "a training step: 2 images of 64x96" in out
+    )
+    (found,) = json.loads((data.root / "found/findings.json").read_text())
+    assert found["index"] == index and found["file"].endswith("train2.png") and found["advice"]
+    assert Image.open(data.root / "found/worst.jpg").width > 400
+
+
+def test_the_tool_says_what_a_recipe_lacks_with_status_2(data, check_data):
+    status, _, err = check_data(data.root / "absent.yaml")
+    assert status == 2 and "there is no config" in err
+
+
+def test_a_recipe_without_data_is_refused():
+    with pytest.raises(ValueError, match="names no data; accepted: data.train, data.val, data.test"):
+        examine(parse_config({"model": {"backbone": "resnet18"}}))
+
+
+def test_a_training_step_is_tried_where_that_is_asked_for(data, check_data):
+    overrides = ("model.backbone.width=8", "model.rpn_post_nms_top_n_train=10")
+    status, out, _ = check_data(data.recipe(), "--no-pictures", "--time", "--device", "cpu", *overrides)
+    assert status == 0 and "MB on cpu: 12 epochs take about" in out
+
+
+def test_the_tool_takes_a_folder_whose_format_is_found_out(data, check_data, monkeypatch):
+    values = data.values()["data"]
+    stand_in = ModuleType("detector.data.find")
+    splits = {split: [values[split]] for split in ("train", "val")}
+    stand_in.find_data = lambda path: SimpleNamespace(root=Path(path), splits=splits, remarks=["COCO JSON"])
+    monkeypatch.setitem(sys.modules, "detector.data.find", stand_in)
+    status, out, _ = check_data(data.root, "--no-pictures", "model.anchor_sizes=[400]")
+    assert out.startswith("COCO JSON") and status == 0
+
+
+def test_clean_annotations_leave_out_every_fault_and_say_so(data, check_data):
+    data.box("train", 1, [60, 10, 0, 20])
+    data.box("train", 1, [80, 10, 30, 20])
+    (data.root / "images/train1.png").unlink()
+    (data.root / "images/train2.png").write_bytes(b"text")
+    Image.open(data.root / "images/train3.png").resize((2 * WIDTH, 2 * HEIGHT)).save(
+        data.root / "images/train3.png"
+    )
+    (data.root / "images/train4.png").write_bytes((data.root / "images/val0.png").read_bytes())
+    status, out, _ = check_data(data.recipe(), "--fix", data.root / "clean")
+    assert status == 2
+    for said in (
+        "left out 1 pictures that are absent",
+        "left out 1 pictures that cannot be read",
+        "left out 1 pictures of train that val or test holds too",
+        "left out 1 boxes that are faulty or repeated",
+        "train: 9 pictures, 19 boxes",
+    ):
+        assert said in out
+    clean = yaml.safe_load((data.root / "clean/data.yaml").read_text())
+    found = examine(parse_config({**data.values(), **clean}))
+    assert {f.kind for f in found.findings} <= {"picture that no split names", "class with few examples"}
+    dataset = load_coco(data.root, data.root / "clean/train.json")
+    scaled = dataset.image_paths.tolist().index(str(data.root / "images/train3.png"))
+    assert dataset.image_sizes[scaled].tolist() == [2 * HEIGHT, 2 * WIDTH]
+    np.testing.assert_allclose(dataset.target(scaled)["boxes"], [[32, 32, 96, 96], [64, 32, 128, 96]])
+    assert [80, 10, 96, 30] in dataset.target(0)["boxes"].tolist()
+
+
+def test_clean_annotations_are_refused_where_a_split_would_be_empty(data, check_data):
+    data.splits["val"] = data.splits["train"]
+    status, _, err = check_data(data.recipe(), "--fix", data.root / "clean")
+    assert (
+        status == 2 and "train: no picture would be left; left out are 12 pictures of train that val" in err
+    )
+
+
+def test_the_known_faults_of_bccd_are_found(shared):
+    config = load_config(ROOT / "configs/bccd_resnet18.yaml", [f"data.root={shared / 'data/bccd'}"])
+    found = examine(config, pictures="none").findings
+    errors = [(Path(f.file).name, f.kind) for f in found if f.severity == "error"]
+    assert sorted(errors) == [
+        ("BloodImage_00338.jpg", "box without area"),
+        ("BloodImage_00343.jpg", "box without area"),
+    ]
