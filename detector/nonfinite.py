@@ -13,8 +13,8 @@ from .config import TrainConfig
 from .data.dataset import DetectionDataset
 from .engine import NonFiniteLossError, Pass, Training
 from .files import write_json
-from .first_batch import save_sheet
 from .model.losses import LOSSES
+from .sheets import save_sheet
 
 # No trained weight is near this. With larger ones, the next products overflow.
 _LARGEST_WEIGHT = 1e8

@@ -32,13 +32,14 @@ from .engine import AMP_DTYPES, train_one_epoch
 from .evaluate import Evaluation
 from .evaluation.coco import evaluate_coco
 from .files import read_json, remove_temporaries, write_atomically, write_json
-from .first_batch import save_first_batch
+from .inference import Detector
 from .lock import FolderLock
 from .model.speed import apply_speed
 from .nonfinite import NonFiniteGuard, check_weights
 from .progress import Progress
 from .resume import check_resumable, check_same_data, fingerprint
 from .run_log import RunLog, StepLog
+from .sheets import save_first_batch, save_found
 from .stop import Interrupted, StopSignal
 from .tables import format_cell, format_duration
 from .transfer import start_from
@@ -51,7 +52,7 @@ class Run:
     """A training that a configuration describes, new or resumed: `metrics = Run(config, folder, device).train()`.
 
     The folder receives best.safetensors, best_metrics.json, last.safetensors, training_state.pt and the one before it,
-    config.yaml, metrics.jsonl, first_batch.jpg, curves.png, problems.txt if the data have any, tensorboard/ if
+    config.yaml, metrics.jsonl, first_batch.jpg, curves.png, found.jpg, problems.txt if the data have any, tensorboard/ if
     TensorBoard is installed, and nonfinite/ if a loss is infinite or NaN. It is locked while the run trains.
 
     Args:
@@ -73,7 +74,7 @@ class Run:
         start_from_path: str | Path | None = None,
     ) -> None:
         self.config, self.folder, self.device = config, Path(folder), device
-        state = newest_training_state(self.folder / STATE) if resume else self._refuse_old_run()
+        state = newest_training_state(self.folder / STATE) if resume else refuse_old_run(self.folder)
         start = None if start_from_path is None or resume else load_checkpoint(start_from_path)
         if device.type == "cpu":
             # Activations and moments that fade out become denormal numbers, which would slow down every product.
@@ -127,7 +128,7 @@ class Run:
         with FolderLock(self.folder):
             if self.is_new:
                 # Another process may have trained here since this run was made.
-                self._refuse_old_run()
+                refuse_old_run(self.folder)
             remove_temporaries(self.folder)
             print(
                 describe(self.config, training.model, self.train_set, self.val_set, self.device), flush=True
@@ -148,7 +149,11 @@ class Run:
             unimproved = f"no better {options.best_metric} in {options.patience} evaluations"
             print(f"{unimproved}: stopping early", flush=True)
         best = self.folder / BEST_METRICS
-        return read_json(best) if best.exists() else {}
+        if not best.exists():
+            return {}
+        detector = Detector.load(self.folder / "best.safetensors", self.device)
+        save_found(self.folder / "found.jpg", detector, self.val_set)
+        return read_json(best)
 
     def _train(self, log: RunLog, stop: StopSignal) -> None:
         training = self.training
@@ -316,14 +321,6 @@ class Run:
         names, preprocessing = self.train_set.class_names, model.transform.preprocessing
         return Checkpoint(model.state_dict(), self.config, names, preprocessing, metrics)
 
-    def _refuse_old_run(self) -> None:
-        path = self.folder / STATE
-        # A run that failed before its first update may be started again, with other settings too.
-        if (path.exists() or previous_state(path).exists()) and newest_training_state(path)["step"]:
-            raise ValueError(
-                f"{self.folder} holds a run already: continue it with --resume, or give another --output folder"
-            )
-
     def _check_classes(self, state: dict[str, Any] | None) -> None:
         dataset = self.train_set
         if state is not None and tuple(state["class_names"]) != dataset.class_names:
@@ -336,3 +333,13 @@ class Run:
     def _write_config(self) -> None:
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_atomically(self.folder / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def refuse_old_run(folder: str | Path) -> None:
+    """Raise a ValueError if the folder holds a run that made an update."""
+    path = Path(folder) / STATE
+    # A run that failed before its first update may be started again, with other settings too.
+    if (path.exists() or previous_state(path).exists()) and newest_training_state(path)["step"]:
+        raise ValueError(
+            f"{folder} holds a run already: continue it with --resume, or give another --output folder"
+        )

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -64,6 +65,14 @@ def class_color(label: int) -> Color:
     hue = index * 0.618034 % 1
     red, green, blue = colorsys.hls_to_rgb(hue, (0.5, 0.36, 0.62)[index % 3], 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def fit(image: np.ndarray, boxes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The picture (H, W, 3) with its longer side at `side` pixels, and its boxes (M, 4) there."""
+    scale = side / max(image.shape[:2])
+    size = tuple(max(1, round(length * scale)) for length in image.shape[1::-1])
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return cv2.resize(image, size, interpolation=interpolation), boxes * scale
 
 
 def tile(images: Sequence[np.ndarray], columns: int, gap: int = 8, background: int = 255) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""Train a detector.
+"""Train a detector, from a recipe or straight from a folder of annotated pictures.
 
+python tools/train.py my_folder --output runs/mine --minutes 30
 python tools/train.py configs/shapes.yaml --output runs/shapes
 python tools/train.py configs/voc_resnet101.yaml data.root=/data/VOCdevkit train.batch_size=4 --output runs/voc
 python tools/train.py configs/shapes.yaml --output runs/shapes --resume
@@ -8,18 +9,27 @@ python tools/train.py configs/detectron2_resnet50_c4.yaml --start-from r50_c4.sa
 
 import argparse
 import sys
+from pathlib import Path
 
+import torch
+
+from detector.choose.recipe import choose_recipe
 from detector.command_line import DEVICE_HELP, exit_status, make_parser
-from detector.config import load_config
+from detector.config import Config, load_config
+from detector.data.find import FORMATS, is_recipe
 from detector.inference import choose_device
-from detector.run import Run
+from detector.run import Run, refuse_old_run
 from detector.stop import Interrupted
 from detector.tables import format_cell
 
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("config", help="a YAML recipe, see configs/")
+    parser.add_argument(
+        "config",
+        metavar="RECIPE_OR_DATA",
+        help="a YAML recipe, see configs/; or a folder of annotated pictures or an annotation file, whose recipe is chosen",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.01")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run's files")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR where it stopped")
@@ -29,11 +39,18 @@ def main() -> int:
         help="a detector's checkpoint; weights that fit are kept, classes by their names",
     )
     parser.add_argument("--device", help=DEVICE_HELP)
+    own = parser.add_argument_group("for a folder or an annotation file")
+    own.add_argument("--minutes", type=float, help="the time that choosing, training and evaluating may take")
+    own.add_argument(
+        "--format", choices=tuple(FORMATS), help="where a folder has annotations of several formats"
+    )
+    own.add_argument("--offline", action="store_true", help="download no published weights")
     return exit_status(train, parser.parse_intermixed_args())
 
 
 def train(args: argparse.Namespace) -> int:
-    config, device = load_config(args.config, args.overrides), choose_device(args.device)
+    device = choose_device(args.device)
+    config = load_config(args.config, args.overrides) if is_recipe(args.config) else choose(args, device)
     run = Run(config, args.output, device, resume=args.resume, start_from_path=args.start_from)
     try:
         metrics = run.train()
@@ -50,6 +67,25 @@ def train(args: argparse.Namespace) -> int:
         )
     print(f"weights, curves and pictures are in {args.output}")
     return 0
+
+
+def choose(args: argparse.Namespace, device: torch.device) -> Config:
+    """The recipe of the run to continue, or one for the pictures that `args` names."""
+    if args.resume:
+        return load_config(Path(args.output) / "config.yaml", args.overrides)
+    refuse_old_run(args.output)
+    config, reasons = choose_recipe(
+        args.config,
+        args.output,
+        device,
+        overrides=args.overrides,
+        format=args.format,
+        minutes=args.minutes,
+        offline=args.offline,
+    )
+    print("chosen:", *(f"- {reason}" for reason in reasons), sep="\n", flush=True)
+    print(f"the whole recipe is in {Path(args.output) / 'config.yaml'}; key=value changes any part of it")
+    return config
 
 
 if __name__ == "__main__":

@@ -67,9 +67,11 @@ def find_data(path: str | Path, format: str | None = None) -> Found:
 
 
 def is_recipe(path: str | Path) -> bool:
-    """Whether a file is a recipe of this project: YAML, and not YOLO's data.yaml."""
+    """Whether a path names a recipe of this project: YAML, and not YOLO's data.yaml. It need not exist."""
     path = Path(path)
-    return path.suffix.lower() in (".yaml", ".yml") and path.is_file() and not _is_yolo_yaml(path)
+    if path.suffix.lower() not in (".yaml", ".yml") or path.is_dir():
+        return False
+    return not (path.is_file() and _is_yolo_yaml(path))
 
 
 def _index(path: Path) -> tuple[FileIndex, list[str]]:

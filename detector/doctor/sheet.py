@@ -4,13 +4,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.images import load_image
 from ..files import write_atomically
-from ..visualize import draw_boxes, tile
+from ..visualize import draw_boxes, fit, tile
 from .findings import Finding, printable, sort_findings
 from .opened import Opened
 from .part import Part
@@ -72,9 +71,7 @@ def _with_objects(path: str, parts: Sequence[Part]) -> np.ndarray:
 
 def _fit(image: np.ndarray, boxes: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """The picture at the sheet's size, with boxes (M, 4) in pixels of `image` and their names."""
-    scale = _SIDE / max(image.shape[:2])
-    size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
-    resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    resized, boxes = fit(image, boxes, _SIDE)
     class_names = list(dict.fromkeys(names))
     labels = [class_names.index(name) + 1 for name in names]
-    return draw_boxes(resized, boxes * scale, labels, class_names)
+    return draw_boxes(resized, boxes, labels, class_names)

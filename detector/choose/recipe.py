@@ -1,0 +1,127 @@
+"""Choose a whole recipe for a folder of pictures: `choose_recipe(path, folder, device)`."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Config, parse_config
+from ..data.dataset import DetectionDataset
+from ..data.sources import build_dataset
+from .data import choose_data
+from .rules import (
+    Settings,
+    choose_anchors,
+    choose_augmentation,
+    choose_network,
+    choose_regions,
+    choose_size,
+    choose_training,
+    published_network,
+)
+from .statistics import Machine, Objects, look_at_machine, objects_of
+from .timing import choose_epochs, measure_pace
+from .weights import find_weights
+
+# With fewer epochs than these, a budget is better spent on a smaller network.
+_TOO_FEW_EPOCHS = 10
+_SMALLER = {"model": {"backbone": {"name": "resnet18", "width": 16}, "min_size": 224}}
+
+
+def choose_recipe(
+    path: str | Path,
+    folder: str | Path,
+    device: torch.device,
+    *,
+    overrides: Sequence[str] = (),
+    format: str | None = None,
+    minutes: float | None = None,
+    offline: bool = False,
+) -> tuple[Config, list[str]]:
+    """The recipe for the pictures at `path`, and a sentence for each choice. `overrides` come before any choice.
+
+    folder: receives the lists of a split, if one has to be made. minutes: a budget of time, this choice included.
+
+    Raises:
+        ValueError, FileNotFoundError: the data cannot be found or read, or a value is not accepted.
+    """
+    started = time.monotonic()
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"minutes is {minutes}; accepted: a positive number")
+    data, remarks = choose_data(path, folder, format)
+    draft = _Draft({"model": {"backbone": "resnet18"}, "data": data}, overrides)
+    train_set = build_dataset(draft.config.data, "train")
+    val_set = build_dataset(draft.config.data, "val", train_set.class_names)
+    machine, objects = look_at_machine(device), objects_of(train_set)
+    weights = None, "model.backbone is given"
+    if not any(override.startswith("model.backbone") for override in overrides):
+        weights = find_weights(published_network(machine), offline)
+    draft.add(*choose_network(machine, *weights))
+    draft.add(*choose_size(objects, machine))
+    _choose_rest(draft, objects, machine, weights[0] is not None, len(train_set))
+
+    def seconds() -> float | None:
+        return None if minutes is None else 60 * minutes - (time.monotonic() - started)
+
+    epochs, chosen = _time(draft, train_set, val_set, device, seconds())
+    if epochs < _TOO_FEW_EPOCHS and minutes is not None and weights[0] is None:
+        smaller = _Draft({"model": {"backbone": "resnet18"}, "data": data}, overrides)
+        size = max(_SMALLER["model"]["min_size"], 1)
+        longest = math.ceil(size * draft.config.model.max_size / draft.config.model.min_size)
+        reason = f"{epochs} epochs would be too few: resnet18 of width 16, and a short side of {size}"
+        smaller.add({"model": {**_SMALLER["model"], "max_size": longest}}, reason)
+        _choose_rest(smaller, objects, machine, False, len(train_set))
+        draft, (epochs, chosen) = smaller, _time(smaller, train_set, val_set, device, seconds())
+    draft.add(*chosen)
+    return draft.config, [*remarks, *draft.reasons]
+
+
+class _Draft:
+    """A recipe in the making: what was chosen so far, under the user's overrides."""
+
+    def __init__(self, recipe: dict[str, Any], overrides: Sequence[str]) -> None:
+        self.recipe, self.overrides, self.reasons = recipe, overrides, []
+        self.config = parse_config(recipe, overrides)
+
+    def add(self, settings: Settings, reason: str) -> None:
+        for section, values in settings.items():
+            self.recipe[section] = {**self.recipe.get(section, {}), **values}
+        self.config = parse_config(self.recipe, self.overrides)
+        self.reasons.append(reason)
+
+
+def _choose_rest(
+    draft: _Draft, objects: Objects, machine: Machine, is_pretrained: bool, num_images: int
+) -> None:
+    """Choose what follows from the network and its size."""
+    model = draft.config.model
+    draft.add(*choose_anchors(objects, model.min_size, model.max_size))
+    draft.add(*choose_regions(objects, machine))
+    draft.add(*choose_augmentation(objects))
+    draft.add(*choose_training(machine, is_pretrained, num_images))
+
+
+def _time(
+    draft: _Draft,
+    train_set: DetectionDataset,
+    val_set: DetectionDataset,
+    device: torch.device,
+    seconds: float | None,
+) -> tuple[int, tuple[Settings, str]]:
+    """The number of epochs, and the settings that follow from it."""
+    pace = measure_pace(draft.config, train_set, device)
+    epochs, used, (settings, reason) = choose_epochs(pace, len(train_set), len(val_set), seconds)
+    updates = epochs * max(1, used // draft.config.train.batch_size)
+    settings["train"]["warmup_steps"] = min(200, max(1, updates // 10))
+    if used < len(train_set):
+        share = used / len(train_set)
+        settings["data"] = {
+            "train": [
+                {**source, "limit": max(1, int(share * len(train_set) / len(draft.recipe["data"]["train"])))}
+                for source in draft.recipe["data"]["train"]
+            ]
+        }
+    return epochs, (settings, reason)

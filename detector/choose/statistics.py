@@ -1,0 +1,78 @@
+"""What a choice of a recipe needs to know of the data and of the machine."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..data.dataset import DetectionDataset
+from ..model.network_input import network_size
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects to learn in N pictures.
+
+    boxes: (M, 4) xyxy pixels; sizes: (M, 2) height and width of each object's picture. counts: (N,) objects a picture.
+    short, long: medians of the pictures' sides. class_names: foreground names.
+    """
+
+    boxes: np.ndarray
+    sizes: np.ndarray
+    counts: np.ndarray
+    short: int
+    long: int
+    class_names: tuple[str, ...]
+
+    @property
+    def roots(self) -> np.ndarray:
+        """(M,) square roots of the areas, in pixels of the pictures."""
+        return np.sqrt(np.prod(self.boxes[:, 2:] - self.boxes[:, :2], axis=1))
+
+    def shapes_at(self, min_size: int, max_size: int) -> np.ndarray:
+        """(M, 2) widths and heights at the network's size."""
+        pairs, inverse = np.unique(self.sizes, axis=0, return_inverse=True)
+        resized = np.array([network_size(int(h), int(w), min_size, max_size) for h, w in pairs])
+        scales = (resized / pairs)[inverse.reshape(-1)]
+        return (self.boxes[:, 2:] - self.boxes[:, :2]) * scales[:, ::-1]
+
+
+def objects_of(dataset: DetectionDataset) -> Objects:
+    """Look at a data set. ValueError: it has no box to learn."""
+    learned = ~dataset.crowd & (dataset.use_difficult | ~dataset.difficult)
+    rows = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))[learned]
+    if not len(rows):
+        raise ValueError("the training data have no box to learn")
+    return Objects(
+        boxes=dataset.boxes[learned],
+        sizes=dataset.image_sizes[rows],
+        counts=np.bincount(rows, minlength=len(dataset)),
+        short=int(np.median(dataset.image_sizes.min(axis=1))),
+        long=int(np.median(dataset.image_sizes.max(axis=1))),
+        class_names=dataset.class_names,
+    )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """device: what trains. cores: that this process may use. memory: bytes, of the GPU where it trains."""
+
+    device: torch.device
+    cores: int
+    memory: int
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def look_at_machine(device: torch.device) -> Machine:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.type == "cuda":
+        return Machine(device, cores, torch.cuda.get_device_properties(device).total_memory)
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        memory = 8 * 2**30
+    return Machine(device, cores, memory)

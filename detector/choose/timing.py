@@ -1,0 +1,102 @@
+"""How long training and evaluation take on this machine, from a few batches, and the epochs that a budget allows."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..build import build_model, build_training
+from ..config import Config
+from ..data.dataset import DetectionDataset
+from ..data.loader import TrainBatches, TransformedDataset, build_loader
+from ..data.transforms import TrainTransform
+from ..engine import AMP_DTYPES, train_one_epoch
+from ..evaluate import Evaluation
+from ..model.speed import apply_speed, optimize
+from .rules import Rule
+
+_WARM_UP, _TIMED = 3, 6
+# Without a budget a training sees so many pictures, and each of them within these bounds.
+_PICTURES, _FEWEST, _MOST = 25_000, 12, 100
+_MOST_IN_BUDGET = 200
+# The part of a budget that start, evaluations' scores and drawings take.
+_RESERVE = 0.05
+_EVALUATIONS = 4
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds an image of training, loading included, and of evaluation."""
+
+    training: float
+    evaluation: float
+
+
+def measure_pace(config: Config, train_set: DetectionDataset, device: torch.device) -> Pace:
+    """Train on a few batches and evaluate two, with random numbers of its own."""
+    options = config.train
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model = build_model(config.model, Config.num_classes(train_set.class_names)).to(device)
+        apply_speed(model, config.speed)
+        count = min(len(train_set), options.batch_size * (_WARM_UP + _TIMED))
+        sample = train_set.subset(range(count))
+        batches = TrainBatches(sample.aspect_ratios(), options.batch_size, options.seed)
+        data = TransformedDataset(
+            sample, TrainTransform(augment=config.augment, **config.model.resizing), 0, "replace"
+        )
+        loader = build_loader(data, batches, config.loader.num_workers, pin_memory=False)
+        marks: list[float] = []
+
+        def on_step(losses: list[dict[str, float]], num_images: int) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            marks.append(time.perf_counter())
+
+        training = build_training(config, model, num_batches=len(batches), device=device)
+        train_one_epoch(
+            training,
+            loader,
+            device,
+            num_batches=len(batches),
+            seed=0,
+            amp_dtype=AMP_DTYPES[options.amp],
+            clip_norm=options.clip_norm,
+            on_step=on_step,
+            on_nonfinite=lambda error: None,
+        )
+        skipped = min(_WARM_UP, len(marks) - 2) if len(marks) > 2 else 0
+        seconds = (marks[-1] - marks[skipped]) / max(1, len(marks) - 1 - skipped)
+        return Pace(seconds / options.batch_size, _time_evaluation(config, model, sample, device))
+
+
+def _time_evaluation(
+    config: Config, model: torch.nn.Module, sample: DetectionDataset, device: torch.device
+) -> float:
+    few = sample.subset(range(min(len(sample), 2 * config.train.batch_size)))
+    loader, fast = Evaluation(few, config, device).loader, optimize(model, winograd=False)
+    # The first run starts the workers.
+    for _ in range(2):
+        started = time.perf_counter()
+        evaluate(fast, loader, device, category_ids=few.category_ids, amp_dtype=AMP_DTYPES[config.train.amp])
+    return (time.perf_counter() - started) / len(few)
+
+
+def choose_epochs(pace: Pace, num_train: int, num_val: int, seconds: float | None) -> tuple[int, int, Rule]:
+    """The whole epochs that fit into `seconds` (None: no budget), the pictures of one, and the rule with both."""
+    epoch, evaluation = num_train * pace.training, num_val * pace.evaluation
+    if seconds is None:
+        epochs = min(max(round(_PICTURES / num_train), _FEWEST), _MOST)
+        left = epochs * epoch + _EVALUATIONS * evaluation
+    else:
+        left = (1 - _RESERVE) * seconds
+        epochs = min(int((left - _EVALUATIONS * evaluation) / epoch), _MOST_IN_BUDGET)
+    used = num_train
+    if epochs < 1:
+        # Not even one epoch: learn from a part of the pictures.
+        epochs, used = 1, max(1, int((left - evaluation) / pace.training))
+    every = max(1, -(-epochs // _EVALUATIONS))
+    reason = (
+        f"{epochs} epochs of {min(used, num_train)} pictures, at {1 / pace.training:.1f} images/s, take about "
+        f"{(epochs * min(epoch, used * pace.training) + -(-epochs // every) * evaluation) / 60:.0f} minutes"
+    )
+    return epochs, min(used, num_train), ({"train": {"epochs": epochs, "eval_every": every}}, reason)

@@ -1,0 +1,55 @@
+"""Sheets of pictures: the first batch as the network sees it, and what a detector found."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from .data.dataset import DetectionDataset
+from .data.images import load_image
+from .data.loader import TrainBatches, TransformedDataset
+from .files import write_atomically
+from .inference import Detector
+from .visualize import draw_boxes, fit, tile
+
+_MOST, _COLUMNS, _SIDE = 12, 4, 360
+
+
+def save_first_batch(
+    path: Path, dataset: TransformedDataset, batches: TrainBatches, class_names: tuple[str, ...]
+) -> None:
+    """Save a picture of a run's first batch, of at most 8 images."""
+    batches.set_epoch(0)
+    save_sheet(path, (dataset[key] for key in next(iter(batches))[:8]), class_names)
+
+
+def save_sheet(
+    path: Path, samples: Iterable[tuple[Tensor, dict[str, Any]]], class_names: tuple[str, ...]
+) -> None:
+    """Save pairs (image, target) of the loader as one picture."""
+    pictures = [draw_boxes(image, each["boxes"], each["labels"], class_names) for image, each in samples]
+    sheet = Image.fromarray(tile(pictures, columns=min(4, len(pictures))))
+    write_atomically(path, lambda temporary: sheet.save(temporary, quality=90))
+
+
+def save_found(path: Path, detector: Detector, dataset: DetectionDataset, score_thresh: float = 0.5) -> None:
+    """Save a sheet of at most 12 pictures of a data set, evenly spaced, with what the detector finds in them.
+
+    Pictures with objects come first. A picture that cannot be read is passed over.
+    """
+    rows = np.flatnonzero(np.diff(dataset.offsets)) if len(dataset.boxes) else np.arange(len(dataset))
+    pictures = []
+    for row in rows[np.linspace(0, len(rows) - 1, min(len(rows), _MOST)).astype(int)]:
+        try:
+            image = load_image(str(dataset.image_paths[row]))
+        except (ValueError, OSError):
+            continue
+        found = detector(image, score_thresh=score_thresh)
+        shown, boxes = fit(image, found.boxes.numpy(), _SIDE)
+        pictures.append(draw_boxes(shown, boxes, found.labels, found.class_names, found.scores))
+    if pictures:
+        sheet = Image.fromarray(tile(pictures, columns=min(_COLUMNS, len(pictures))))
+        write_atomically(path, lambda temporary: sheet.save(temporary, quality=90))
