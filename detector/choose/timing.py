@@ -10,7 +10,7 @@ from ..config import Config
 from ..data.dataset import DetectionDataset
 from ..data.loader import TrainBatches, TransformedDataset, build_loader
 from ..data.transforms import TrainTransform
-from ..engine import AMP_DTYPES, train_one_epoch
+from ..engine import AMP_DTYPES, evaluate, train_one_epoch
 from ..evaluate import Evaluation
 from ..model.speed import apply_speed, optimize
 from .rules import Rule
