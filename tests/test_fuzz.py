@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -148,6 +149,15 @@ def altered_metadata(draw):
     return checkpoint_bytes(changed if isinstance(changed, dict) else {"format": str(changed)})
 
 
+@st.composite
+def altered_xml(draw):
+    """The XML with one text replaced."""
+    texts = re.findall(">([^<]+)<", XML)
+    return XML.replace(f">{draw(st.sampled_from(texts))}<", f">{draw(ODD | st.just('inf'))}<").encode(
+        "utf-8", "replace"
+    )
+
+
 def read_coco(path):
     return load_coco(path.parent, path, check_pictures=False)
 
@@ -184,7 +194,8 @@ CASES = {
         altered(BOXES).map(as_json),
     ),
     "class names": ("names.txt", read_class_names, damaged(b'["cat", "dog"]')),
-    "voc": ("Annotations/a.xml", read_voc, damaged(XML.encode())),
+    "voc": ("Annotations/a.xml", read_voc, altered_xml()),
+    "voc's bytes": ("Annotations/a.xml", read_voc, damaged(XML.encode())),
 }
 
 
