@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel
+from torchvision.ops import FrozenBatchNorm2d
 
 from .data.loader import Batch
 from .model.faster_rcnn import C4FasterRCNN
@@ -158,7 +159,7 @@ class Training:
 
     def remember(self) -> None:
         """Remember this point between two updates: all that a batch changes before the weights change."""
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        buffers = [buffer.clone() for buffer in self._changing_buffers()]
         self.point = (self.epoch, self.batch, torch.get_rng_state(), buffers)
 
     @torch.no_grad()
@@ -174,8 +175,13 @@ class Training:
 
     @torch.no_grad()
     def _restore(self, buffers: list[Tensor]) -> None:
-        for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+        for buffer, value in zip(self._changing_buffers(), buffers, strict=True):
             buffer.copy_(value)
+
+    def _changing_buffers(self) -> list[Tensor]:
+        """The buffers that a batch may change. Those of frozen norms are most of a network's, and never change."""
+        modules = (m for m in self.model.modules() if not isinstance(m, FrozenBatchNorm2d))
+        return [buffer for module in modules for buffer in module.buffers(recurse=False)]
 
     @property
     def _parts(self) -> list[str]:

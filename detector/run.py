@@ -28,6 +28,8 @@ from .data.sources import build_dataset
 from .data.transforms import TrainTransform
 from .data.unreadable import Unreadable
 from .describe import describe, write_problems
+from .doctor.check import quick_check
+from .doctor.findings import format_findings
 from .engine import AMP_DTYPES, train_one_epoch
 from .evaluate import Evaluation
 from .evaluation.coco import evaluate_coco
@@ -133,6 +135,13 @@ class Run:
             print(
                 describe(self.config, training.model, self.train_set, self.val_set, self.device), flush=True
             )
+            if findings := quick_check(self.train_set, self.val_set, self.config):
+                print(
+                    "the data (tools/check_data.py looks closer):",
+                    format_findings(findings),
+                    sep="\n",
+                    flush=True,
+                )
             self._write_config()
             write_problems(self.folder / "problems.txt", {"train": self.train_set, "val": self.val_set})
             owed = training.awaits_evaluation

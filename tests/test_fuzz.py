@@ -25,6 +25,13 @@ from detector.features import read_boxes
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
+
+@pytest.fixture(autouse=True)
+def denormal_numbers():
+    """A run in the same process may have turned them off, and hypothesis refuses to go without."""
+    torch.set_flush_denormal(False)
+
+
 COCO = {
     "images": [{"id": i, "file_name": f"{i}.jpg", "width": 20, "height": 10} for i in (1, 2)],
     "categories": [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}],

@@ -43,7 +43,7 @@ def finished(tiny_config, tmp_path_factory):
 def test_a_run_writes_its_files(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()} - {"tensorboard", ".lock"}
-    wanted = "best.safetensors last.safetensors training_state.pt config.yaml metrics.jsonl first_batch.jpg curves.png"
+    wanted = "best.safetensors last.safetensors training_state.pt config.yaml metrics.jsonl first_batch.jpg curves.png found.jpg"
     assert names == {
         *wanted.split(),
         "best_metrics.json",
@@ -54,7 +54,7 @@ def test_a_run_writes_its_files(finished):
 
 def test_its_pictures_are_pictures_and_its_config_is_the_resolved_one(finished, tiny_config):
     folder, _ = finished
-    for name in ("first_batch.jpg", "curves.png"):
+    for name in ("first_batch.jpg", "curves.png", "found.jpg"):
         with Image.open(folder / name) as picture:
             picture.load()
             assert picture.width > 100

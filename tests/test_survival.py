@@ -336,8 +336,8 @@ def damage(path, kind):
 
 
 DAMAGES = {
-    "no bytes": "training_state.pt is damaged, cut short, or no file of tensors: it is no archive of torch.save",
-    "text": "training_state.pt is damaged, cut short, or no file of tensors: it is no archive of torch.save",
+    "no bytes": "training_state.pt is damaged, cut short, or no file of tensors: neither a torch file nor a pickle",
+    "text": "training_state.pt is damaged, cut short, or no file of tensors: neither a torch file nor a pickle",
     "cut short": "training_state.pt is damaged, cut short, or no file of tensors",
     "a flipped byte": "training_state.pt is damaged, .*the checksum of .* is wrong",
     "a list": "training_state.pt holds a list, not a training state",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from detector.command_line import DEVICE_HELP, exit_status, make_parser
 from detector.config import Config, load_config, parse_config
+from detector.data.find import FORMATS, find_data, is_recipe
 from detector.doctor.anchors import describe_objects
 from detector.doctor.check import Examination, examine
 from detector.doctor.cost import describe_cost, time_step
@@ -26,8 +27,13 @@ from detector.inference import choose_device
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("data", metavar="RECIPE_OR_FOLDER", help="a YAML recipe, or a folder of pictures")
+    parser.add_argument(
+        "data", metavar="RECIPE_OR_DATA", help="a YAML recipe, a folder of pictures, or an annotation file"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.root=/data/voc")
+    parser.add_argument(
+        "--format", choices=tuple(FORMATS), help="where a folder has annotations of several formats"
+    )
     parser.add_argument("--output", metavar="DIR", help="folder for findings.json and worst.jpg")
     parser.add_argument("--fix", metavar="DIR", help="folder for clean annotations; pictures are not changed")
     parser.add_argument("--time", action="store_true", help="try a training step, for its time and memory")
@@ -43,7 +49,7 @@ def main() -> int:
 def check(args: argparse.Namespace) -> int:
     if args.fix and args.no_pictures:
         raise ValueError("--fix reads the pictures, so it takes no --no-pictures")
-    config = _config(args.data, args.overrides)
+    config = _config(args.data, args.overrides, args.format)
     pictures = "none" if args.no_pictures else "headers" if args.headers_only else "decode"
     found = examine(config, pictures=pictures)
     print(format_findings(found.findings))
@@ -59,13 +65,11 @@ def check(args: argparse.Namespace) -> int:
     return exit_status_of(found.findings)
 
 
-def _config(path: str, overrides: list[str]) -> Config:
+def _config(path: str, overrides: list[str], format: str | None) -> Config:
     """The recipe, or one made of a folder, with the default model."""
-    if Path(path).suffix in (".yaml", ".yml"):
+    if is_recipe(path):
         return load_config(path, overrides)
-    from detector.data.find import find_data
-
-    found = find_data(path)
+    found = find_data(path, format)
     print(*found.remarks, sep="\n")
     data = {"root": str(found.root), **found.splits}
     return parse_config({"model": {"backbone": "resnet50"}, "data": data}, overrides, source=path)

@@ -24,7 +24,7 @@ class FileSource(Section):
         None,
         description="a text file that lists the pictures to use, one path a line, relative to data.root or absolute",
     )
-    max_bytes: Count = Field(MAX_BYTES, description="refuse an annotation file of more bytes")
+    max_bytes: int = Field(MAX_BYTES, gt=0, description="refuse an annotation file of more bytes")
 
     def read(self, root: Path) -> Annotations:
         """What the files say."""

@@ -31,7 +31,7 @@ def check_files(parts: Sequence[Part], folders: Mapping[str, set[str]]) -> list[
     """Findings about pictures that are named and absent, that no split names, or that are named twice."""
     findings = []
     for part in parts:
-        findings += [_missing(part, path, folders) for path in part.paths[~present(part.paths, folders)]]
+        findings += [_missing(part, path) for path in part.paths[~present(part.paths, folders)]]
         paths, counts = np.unique(part.paths.astype(str), return_counts=True)
         findings += [_twice(part, path) for path in paths[counts > 1]]
     named = {path for part in parts for path in part.paths}
@@ -42,11 +42,8 @@ def check_files(parts: Sequence[Part], folders: Mapping[str, set[str]]) -> list[
     return findings
 
 
-def _missing(part: Part, path: str, folders: Mapping[str, set[str]]) -> Finding:
-    folder, name = os.path.split(path)
-    stem = os.path.splitext(name)[0].casefold()
-    near = sorted(other for other in folders[folder] if os.path.splitext(other)[0].casefold() == stem)
-    what = f"{path} is named by {part.source} and absent" + (f"; there is {near[0]}" if near else "")
+def _missing(part: Part, path: str) -> Finding:
+    what = f"{path} is named by {part.source} and absent"
     advice = "Add the picture, correct its name, or remove its annotations."
     return Finding("error", "picture that is absent", path, None, what, advice)
 

@@ -1,0 +1,220 @@
+"""A recipe for somebody's pictures: each rule, and one command from a folder to a trained detector."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detector.choose import recipe as choosing
+from detector.choose.recipe import choose_recipe
+from detector.choose.rules import (
+    choose_anchors,
+    choose_augmentation,
+    choose_network,
+    choose_regions,
+    choose_size,
+    choose_training,
+)
+from detector.choose.statistics import Machine, Objects
+from detector.choose.timing import Pace, choose_epochs
+from detector.choose.weights import find_weights
+from detector.config import load_config
+from detector.model.anchor_fit import anchor_recall
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = Machine(torch.device("cpu"), cores=2, memory=24 * 2**30)
+GPU = Machine(torch.device("cuda"), cores=16, memory=80 * 2**30)
+SMALL = (
+    "model.backbone={name: resnet18, width: 8}",
+    "model.min_size=64",
+    "model.max_size=64",
+    "loader.num_workers=0",
+)
+
+
+def objects(count=400, side=80.0, size=(480, 640), per_picture=1, names=("cell",), seed=0):
+    """Square objects of about `side` pixels, evenly over pictures of one size."""
+    rng = np.random.default_rng(seed)
+    sides = side * np.exp(0.3 * rng.standard_normal((count, 1))) * np.ones((1, 2))
+    corners = rng.uniform(0, 1, (count, 2)) * (np.array(size[::-1]) - sides)
+    return Objects(
+        boxes=np.concatenate([corners, corners + sides], axis=1),
+        sizes=np.tile(size, (count, 1)),
+        counts=np.full(count // per_picture, per_picture),
+        short=min(size),
+        long=max(size),
+        class_names=names,
+    )
+
+
+# Rules
+
+
+def test_pictures_of_small_objects_are_enlarged_and_of_large_ones_reduced_within_bounds():
+    sides = [choose_size(objects(side=side), CPU)[0]["model"]["min_size"] for side in (8, 40, 200)]
+    assert sides == [480, sides[1], 300] and 300 < sides[1] < 480
+    assert choose_size(objects(side=8), GPU)[0]["model"]["min_size"] == 800
+
+
+def test_the_long_side_follows_the_pictures():
+    assert choose_size(objects(side=200, size=(480, 640)), CPU)[0]["model"] == {
+        "min_size": 300,
+        "max_size": 400,
+    }
+
+
+def test_anchors_reach_nearly_all_objects_at_the_networks_size():
+    seen = objects()
+    settings, reason = choose_anchors(seen, 300, 400)
+    chosen = settings["model"]["anchor_sizes"], settings["model"]["aspect_ratios"]
+    recall = anchor_recall(seen.shapes_at(300, 400), *chosen)
+    assert recall > 0.95 and f"{recall:.1%}" in reason
+
+
+def test_regions_grow_with_the_objects_of_a_picture():
+    few, many = (choose_regions(objects(per_picture=n), CPU)[0]["model"] for n in (1, 20))
+    assert few["box_batch_size_per_image"] < many["box_batch_size_per_image"]
+    assert many["rpn_post_nms_top_n_test"] >= 10 * 20
+
+
+@pytest.mark.parametrize(
+    ("names", "flip"),
+    [(("turn left", "stop"), 0.0), (("7",), 0.0), (("arrow_up",), 0.0), (("Platelets", "b12"), 0.5)],
+)
+def test_classes_whose_mirror_image_is_another_are_not_flipped(names, flip):
+    assert choose_augmentation(objects(names=names))[0]["augment"]["horizontal_flip"] == flip
+
+
+def test_pictures_with_an_above_and_a_below_are_not_turned_over():
+    even = objects(count=2000)
+    standing = objects(count=2000)
+    standing.boxes[:, [1, 3]] = 240 + standing.boxes[:, [1, 3]] / 2
+    flips = [choose_augmentation(seen)[0]["augment"]["vertical_flip"] for seen in (even, standing)]
+    assert flips == [0.5, 0.0]
+
+
+def test_the_network_fits_the_machine_and_the_weights_at_hand():
+    assert choose_network(CPU, None, "no")[0]["model"]["backbone"] == {"name": "resnet18", "width": 32}
+    published = choose_network(GPU, "imagenet_v2", "cached")[0]["model"]["backbone"]
+    assert published == {"name": "resnet50", "weights": "imagenet_v2", "norm": "frozen", "frozen_stages": 2}
+
+
+def test_a_gpu_gets_larger_batches_a_higher_rate_and_bf16():
+    cpu, gpu = (choose_training(machine, False, 1000)[0]["train"] for machine in (CPU, GPU))
+    assert (cpu["batch_size"], cpu["lr"], gpu["batch_size"], gpu["lr"]) == (4, 1e-3, 16, 2e-3)
+    assert gpu["amp"] == "bf16" and "amp" not in cpu
+
+
+def test_weights_that_are_not_there_are_said_to_be_so_and_nothing_is_fetched_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    weights, why = find_weights("resnet18", offline=True)
+    assert weights is None and "--offline" in why
+    cached = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    cached.parent.mkdir()
+    cached.touch()
+    assert find_weights("resnet18", offline=True) == ("imagenet_v1", f"imagenet_v1, in {cached}")
+
+
+# Epochs
+
+
+def test_a_budget_buys_the_epochs_that_fit_into_it_with_their_evaluations():
+    # 1,800 s less a twentieth, less four evaluations of 10 s, over 20 s an epoch.
+    epochs, used, (settings, reason) = choose_epochs(Pace(0.1, 0.1), 200, 100, 1800)
+    assert (epochs, used) == ((1710 - 40) // 20, 200)
+    assert settings["train"]["eval_every"] == -(-epochs // 4) and "10.0 images/s" in reason
+
+
+def test_a_budget_below_one_epoch_trains_on_a_part_of_the_pictures():
+    epochs, used, _ = choose_epochs(Pace(0.1, 0.05), 100_000, 100, 300)
+    assert epochs == 1 and used == int((285 - 5) / 0.1)
+
+
+def test_without_a_budget_small_sets_get_more_epochs():
+    assert [choose_epochs(Pace(0.1, 0.1), n, 10, None)[0] for n in (100, 1250, 100_000)] == [100, 20, 12]
+
+
+# The whole
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten pictures with an XML beside each: dark squares on noise."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "mine"
+    path.mkdir()
+    for number in range(10):
+        pixels = rng.integers(120, 255, (64, 80, 3), dtype=np.uint8)
+        x, y = rng.integers(4, 30, 2)
+        pixels[y : y + 24, x : x + 24] = 20
+        Image.fromarray(pixels).save(path / f"{number}.png")
+        box = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + 24}</xmax><ymax>{y + 24}</ymax>"
+        (path / f"{number}.xml").write_text(
+            f"<annotation><filename>{number}.png</filename><size><width>80</width><height>64</height></size>"
+            f"<object><name>square</name><bndbox>{box}</bndbox></object></annotation>"
+        )
+    return path
+
+
+def test_a_recipe_is_chosen_with_a_reason_for_each_part_and_a_split(folder, tmp_path):
+    config, reasons = choose_recipe(
+        folder, tmp_path / "run", CPU.device, overrides=SMALL, minutes=1, offline=True
+    )
+    told = "\n".join(reasons)
+    for part in (
+        "format voc",
+        "split",
+        "anchors of",
+        "objects a picture",
+        "augmentation",
+        "AdamW",
+        "epochs of 8 pictures",
+    ):
+        assert part in told
+    assert config.model.backbone["width"] == 8 and config.train.epochs > 10
+    listed = [(tmp_path / "run" / f"{part}.txt").read_text().splitlines() for part in ("train", "val")]
+    assert [len(lines) for lines in listed] == [8, 2] and not set(listed[0]) & set(listed[1])
+
+
+def test_a_choice_is_a_function_of_the_data_but_for_the_epochs(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(0.01, 0.01))
+    recipes = [
+        choose_recipe(folder, tmp_path / "run", CPU.device, overrides=SMALL, offline=True)[0].model_dump()
+        for _ in "ab"
+    ]
+    assert recipes[0] == recipes[1]
+
+
+def test_a_budget_that_is_too_short_gets_a_smaller_network(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(1.0, 0.1))
+    config, reasons = choose_recipe(folder, tmp_path / "run", CPU.device, minutes=1, offline=True)
+    assert config.model.backbone == {"name": "resnet18", "width": 16}
+    assert any("too few" in reason for reason in reasons)
+
+
+def test_one_command_trains_from_a_folder_and_resumes(folder, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "tools/train.py", str(folder), "--output", str(run), "--offline", *SMALL]
+
+    def train(*arguments):
+        return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    done = train("train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert "format voc" in done.stdout and "best AP50" in done.stdout
+    assert load_config(run / "config.yaml").data.class_names == ("square",)
+    for name in ("best.safetensors", "found.jpg", "train.txt", "val.txt"):
+        assert (run / name).exists(), name
+    refused = train("train.epochs=1")
+    assert refused.returncode == 1 and "holds a run already" in refused.stderr
+    resumed = train("--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    evaluate = [sys.executable, "tools/evaluate.py", "--weights", str(run / "best.safetensors")]
+    done = subprocess.run([*evaluate, "--output", str(run / "val")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "AP" in json.loads((run / "val" / "metrics.json").read_text())
