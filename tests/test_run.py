@@ -331,7 +331,8 @@ def test_two_runs_are_equal_whatever_the_number_of_workers(tiny_config, tmp_path
 # Ctrl-C
 
 
-def test_ctrl_c_saves_and_exits_130_and_the_run_resumes(tiny_config, tmp_path, no_curves):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_its_processes_saves_and_the_run_resumes(tiny_config, tmp_path, no_curves, number):
     config = tiny_config("train.epochs=400", "train.eval_every=400", "loader.num_workers=1")
     path, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     path.write_text(config.model_dump_json())  # JSON is YAML
@@ -362,7 +363,7 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_resumes(tiny_config, tmp_path, n
             and not (log.exists() and log.stat().st_size)
         ):
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+        os.killpg(process.pid, number)  # as a terminal does, or timeout
         out, _ = process.communicate(timeout=60)
     finally:
         if process.poll() is None:

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..build import build_model, build_training
@@ -15,7 +16,8 @@ from ..evaluate import Evaluation
 from ..model.speed import apply_speed, optimize
 from .rules import Rule
 
-_WARM_UP, _TIMED = 3, 6
+# Seconds of training to look at. The first half does not count: layers set themselves up for each new size of image.
+_SECONDS, _MOST_UPDATES = 15, 200
 # Without a budget a training sees so many pictures, and each of them within these bounds.
 _PICTURES, _FEWEST, _MOST = 25_000, 12, 100
 _MOST_IN_BUDGET = 200
@@ -33,13 +35,15 @@ class Pace:
 
 
 def measure_pace(config: Config, train_set: DetectionDataset, device: torch.device) -> Pace:
-    """Train on a few batches and evaluate two, with random numbers of its own."""
+    """Train for some seconds and evaluate two batches, with random numbers of its own. Medians, since machines have other work."""
     options = config.train
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = build_model(config.model, Config.num_classes(train_set.class_names)).to(device)
         apply_speed(model, config.speed)
-        count = min(len(train_set), options.batch_size * (_WARM_UP + _TIMED))
-        sample = train_set.subset(range(count))
+        if device.type == "cpu":
+            # As in a run.
+            torch.set_flush_denormal(True)
+        sample = train_set.subset(range(min(len(train_set), options.batch_size * _MOST_UPDATES)))
         batches = TrainBatches(sample.aspect_ratios(), options.batch_size, options.seed)
         data = TransformedDataset(
             sample, TrainTransform(augment=config.augment, **config.model.resizing), 0, "replace"
@@ -47,12 +51,14 @@ def measure_pace(config: Config, train_set: DetectionDataset, device: torch.devi
         loader = build_loader(data, batches, config.loader.num_workers, pin_memory=False)
         marks: list[float] = []
 
-        def on_step(losses: list[dict[str, float]], num_images: int) -> None:
+        def on_step(losses: list[dict[str, float]], num_images: int) -> bool:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             marks.append(time.perf_counter())
+            return marks[-1] - started > _SECONDS
 
         training = build_training(config, model, num_batches=len(batches), device=device)
+        started = time.perf_counter()
         train_one_epoch(
             training,
             loader,
@@ -64,9 +70,8 @@ def measure_pace(config: Config, train_set: DetectionDataset, device: torch.devi
             on_step=on_step,
             on_nonfinite=lambda error: None,
         )
-        skipped = min(_WARM_UP, len(marks) - 2) if len(marks) > 2 else 0
-        seconds = (marks[-1] - marks[skipped]) / max(1, len(marks) - 1 - skipped)
-        return Pace(seconds / options.batch_size, _time_evaluation(config, model, sample, device))
+        seconds = np.median(np.diff([started, *marks])[len(marks) // 2 :])
+        return Pace(float(seconds) / options.batch_size, _time_evaluation(config, model, sample, device))
 
 
 def _time_evaluation(
@@ -75,10 +80,12 @@ def _time_evaluation(
     few = sample.subset(range(min(len(sample), 2 * config.train.batch_size)))
     loader, fast = Evaluation(few, config, device).loader, optimize(model, winograd=False)
     # The first run starts the workers.
-    for _ in range(2):
+    seconds = []
+    for _ in range(3):
         started = time.perf_counter()
         evaluate(fast, loader, device, category_ids=few.category_ids, amp_dtype=AMP_DTYPES[config.train.amp])
-    return (time.perf_counter() - started) / len(few)
+        seconds.append((time.perf_counter() - started) / len(few))
+    return min(seconds)
 
 
 def choose_epochs(pace: Pace, num_train: int, num_val: int, seconds: float | None) -> tuple[int, int, Rule]:

@@ -1,7 +1,7 @@
 """Batches for training and evaluation. Their content and order do not depend on the number of workers."""
 
+import os
 import re
-import signal
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -135,10 +135,9 @@ def _set_up_worker(worker: int) -> None:
     # torch runs one thread in each worker. OpenCV would take every core in every worker.
     cv2.setNumThreads(0)
     # They reach every process of the group: Ctrl-C, a closed terminal, the SIGTERM of `timeout` or torchrun. The main
-    # process ends the workers.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # process ends the workers, by a SIGTERM to each.
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 class _Loader(DataLoader):
