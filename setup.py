@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "test": ["pytest>=8", "faster-coco-eval>=1.6", "timm>=1.0"],
+    "test": ["pytest>=8", "hypothesis>=6", "faster-coco-eval>=1.6", "timm>=1.0"],
     "fast": ["faster-coco-eval>=1.6"],
     "tensorboard": ["tensorboard>=2.15"],
     "timm": ["timm>=1.0"],
@@ -35,7 +35,7 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
     ],
-    extras_require={**EXTRAS, "dev": [*EXTRAS["test"], "ruff==0.17.6", "hypothesis>=6"]},
+    extras_require={**EXTRAS, "dev": [*EXTRAS["test"], "ruff==0.17.6"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

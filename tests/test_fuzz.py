@@ -66,7 +66,8 @@ ODD = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
-    | st.floats()
+    # A run on a CPU flushes denormal numbers to 0, for the whole process.
+    | st.floats(allow_subnormal=False)
     | st.text(max_size=5)
     | st.sampled_from(
         ["", "0", "1e999", "\x1b[2J", "../..", "a\nb", "x" * 10_000, 2**31, 2**63, 2**70, -1, 1e300]
