@@ -6,12 +6,14 @@ A stopped extraction continues where it was. Under torchrun, the processes share
 import hashlib
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .ahead import ahead
 from .checkpoint import Checkpoint, load_checkpoint
 from .data.images import load_image
 from .feature_files import NpzFolder, TsvFile
@@ -55,9 +57,11 @@ def extract_features(
     detector = Detector.load(checkpoint, chosen_device)
     unreadable: list[str] = []
     with Progress(len(todo), "extract", enabled=rank == 0) as progress:
-        for start in range(0, len(todo), batch_size):
-            chunk = todo[start : start + batch_size]
-            tensors = _load(chunk, detector.device, unreadable)
+        # Threads decode the next pictures while the network runs.
+        loaded = ahead(_load, todo)
+        while chunk := list(islice(loaded, batch_size)):
+            unreadable += [reason for _, reason in chunk if isinstance(reason, str)]
+            tensors = {image: t.to(detector.device) for image, t in chunk if isinstance(t, Tensor)}
             given = None if boxes is None else [boxes[image].to(detector.device) for image in tensors]
             found = extract_regions(detector.model, list(tensors.values()), regions, given) if tensors else []
             for image, of_image in zip(tensors, found, strict=True):
@@ -67,15 +71,12 @@ def extract_features(
     return unreadable
 
 
-def _load(images: Sequence[Path], device: torch.device, unreadable: list[str]) -> dict[Path, Tensor]:
-    """The readable pictures as (3, H, W) tensors. Adds a sentence to `unreadable` for each of the others."""
-    tensors = {}
-    for image in images:
-        try:
-            tensors[image] = to_tensor(load_image(image)).to(device)
-        except (ValueError, OSError) as error:
-            unreadable.append(str(error))
-    return tensors
+def _load(image: Path) -> tuple[Path, Tensor | str]:
+    """The picture as a (3, H, W) tensor, or why it cannot be read."""
+    try:
+        return image, to_tensor(load_image(image))
+    except (ValueError, OSError) as error:
+        return image, str(error)
 
 
 def _open_files(

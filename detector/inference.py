@@ -1,7 +1,9 @@
 """Detect objects in pictures: `Detector.load(path)(image)`."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from backbones.messages import check_choice
 
+from .ahead import ahead
 from .checkpoint import Checkpoint, load_checkpoint
 from .data.images import load_image
 from .model.boxes import check_boxes
@@ -105,18 +108,20 @@ class Detector:
             compile_model(model)
         return cls(model, checkpoint.class_names, choose_device(device))
 
-    @torch.inference_mode()
     def __call__(
         self,
-        image: Picture,
+        image: Picture | list[Picture],
         *,
         score_thresh: float | None = None,
         features: bool = False,
         class_scores: bool = False,
         class_agnostic_nms: bool | None = None,
         channel_order: str = "rgb",
-    ) -> Detections:
+    ) -> Detections | list[Detections]:
         """Detect objects in one picture: a path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) tensor.
+
+        A list of pictures gives a list. Pictures of one padded size run together. Those of other sizes run apart,
+        because padding would move the numbers at the edges: each gives what it gives alone, up to rounding.
 
         score_thresh: the lowest score returned; None takes the recipe's, which is 0.05 by default.
         features: also return the RoI head's vector of each box. class_scores: also return all class probabilities.
@@ -126,14 +131,54 @@ class Detector:
         """
         if score_thresh is not None and not 0 <= score_thresh <= 1:
             raise ValueError(f"score_thresh is {score_thresh!r}; accepted: 0 to 1")
-        tensor = to_tensor(image, channel_order).to(self.device)
-        found = self.model.detect(
-            [tensor],
-            vectors=features,
-            class_scores=class_scores,
-            score_thresh=score_thresh,
-            class_agnostic_nms=class_agnostic_nms,
-        )[0]
+        options = {
+            "vectors": features,
+            "class_scores": class_scores,
+            "score_thresh": score_thresh,
+            "class_agnostic_nms": class_agnostic_nms,
+        }
+        if isinstance(image, list):
+            return self._detect([_pixels(each, channel_order) for each in image], options)
+        return self._detect([_pixels(image, channel_order)], options)[0]
+
+    def stream(
+        self,
+        pictures: Iterable[Picture],
+        *,
+        batch_size: int = 1,
+        num_threads: int = 2,
+        channel_order: str = "rgb",
+        **options: Any,
+    ) -> Iterator[Detections]:
+        """The detections of many pictures, in order. Threads decode the next pictures while the network runs.
+
+        A few pictures are in memory at a time. The other arguments are those of a call. A picture that cannot be read
+        raises its error in its turn.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; accepted: 1 or more")
+        batch: list[Tensor] = []
+        for pixels in ahead(partial(_pixels, channel_order=channel_order), pictures, num_threads):
+            batch.append(pixels)
+            if len(batch) == batch_size:
+                yield from self(batch, **options)
+                batch = []
+        yield from self(batch, **options)
+
+    @torch.inference_mode()
+    def _detect(self, pixels: list[Tensor], options: dict[str, Any]) -> list[Detections]:
+        """N x (3, H, W) uint8, or float in [0, 1] -> the detections of each, in order."""
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for row, each in enumerate(pixels):
+            groups[self.model.transform.padded_size_of(*each.shape[-2:])].append(row)
+        found: dict[int, Detections] = {}
+        for rows in groups.values():
+            images = [_as_float(pixels[row].to(self.device, non_blocking=True)) for row in rows]
+            for row, each in zip(rows, self.model.detect(images, **options), strict=True):
+                found[row] = self._on_host(each)
+        return [found[row] for row in range(len(pixels))]
+
+    def _on_host(self, found: dict[str, Tensor]) -> Detections:
         found = {name: value.cpu() for name, value in found.items()}
         vectors = found.pop("vectors", None)
         features = None if vectors is None else vectors.float()
@@ -169,7 +214,16 @@ def choose_device(name: str | torch.device | None) -> torch.device:
 
 
 def to_tensor(image: Picture, channel_order: str = "rgb") -> Tensor:
-    """A picture as (3, H, W) float32 RGB in [0, 1].
+    """A picture as (3, H, W) float32 RGB in [0, 1]; `image` and errors are those of `_pixels`."""
+    return _as_float(_pixels(image, channel_order))
+
+
+def _as_float(pixels: Tensor) -> Tensor:
+    return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.float()
+
+
+def _pixels(image: Picture, channel_order: str = "rgb") -> Tensor:
+    """A picture as (3, H, W) RGB, uint8 or float in [0, 1].
 
     image: a path, a PIL image, a uint8 array (H, W, 3) or grey (H, W), or a tensor (3, H, W), uint8 or float in [0, 1].
     ValueError: another shape or range, or an unreadable file. TypeError: another type.
@@ -191,14 +245,14 @@ def to_tensor(image: Picture, channel_order: str = "rgb") -> Tensor:
         )
     if channel_order == "bgr":
         image = image[:, :, ::-1]
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def _check_tensor(image: Tensor) -> Tensor:
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"the tensor is {tuple(image.shape)}; accepted: (3, H, W), not empty")
     if image.dtype == torch.uint8:
-        return image.float().div(255)
+        return image
     if not image.is_floating_point():
         raise TypeError(f"the tensor is {image.dtype}; accepted: uint8, or floating point in [0, 1]")
     if not bool(((image >= 0) & (image <= 1)).all()):
@@ -206,4 +260,4 @@ def _check_tensor(image: Tensor) -> Tensor:
             f"the tensor has values from {float(image.min()):.4g} to {float(image.max()):.4g}; accepted: [0, 1], not "
             "normalised (the detector does that), or uint8 0 to 255"
         )
-    return image.float()
+    return image

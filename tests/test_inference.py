@@ -218,3 +218,49 @@ def test_16_bits_score_as_float32_does_and_return_float32(weights, picture, want
 def test_a_dtype_that_cannot_be_had_is_refused(weights, options, message):
     with pytest.raises(ValueError, match=message):
         Detector.load(weights, "cpu", **options)
+
+
+# Many pictures
+
+
+def test_a_list_gives_what_each_picture_gives_alone_whatever_its_size(detector, picture):
+    tall = np.ascontiguousarray(picture.transpose(1, 0, 2))
+    pictures = [picture, tall, picture[:, ::-1].copy(), cv2.resize(picture, (64, 64))]
+    for one, alone in zip(detector(pictures), map(detector, pictures), strict=True):
+        assert len(one) == len(alone) and torch.equal(one.labels, alone.labels)
+        torch.testing.assert_close(one.boxes, alone.boxes, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(one.scores, alone.scores, atol=1e-5, rtol=1e-4)
+
+
+def test_pictures_of_one_padded_size_run_together(detector, picture, monkeypatch):
+    sizes, detect = [], detector.model.detect
+    monkeypatch.setattr(
+        detector.model, "detect", lambda images, **o: sizes.append(len(images)) or detect(images, **o)
+    )
+    detector([picture, cv2.resize(picture, (80, 16)), picture])
+    assert sizes == [2, 1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_a_stream_gives_the_pictures_in_order(detector, picture, tmp_path, batch_size):
+    pictures = [np.roll(picture, 8 * i, axis=1) for i in range(5)]
+    path = tmp_path / "last.png"
+    Image.fromarray(pictures[-1]).save(path)
+    streamed = list(detector.stream([*pictures[:-1], path], batch_size=batch_size, score_thresh=0.1))
+    for one, alone in zip(streamed, (detector(each, score_thresh=0.1) for each in pictures), strict=True):
+        torch.testing.assert_close(one.boxes, alone.boxes, atol=1e-3, rtol=1e-4)
+
+
+def test_a_stream_reads_only_a_few_pictures_ahead(detector, picture):
+    taken = []
+    stream = detector.stream((taken.append(i) or picture for i in range(100)), num_threads=2)
+    next(stream)
+    assert len(taken) <= 6
+    stream.close()
+
+
+def test_a_picture_that_cannot_be_read_raises_in_its_turn(detector, picture, tmp_path):
+    stream = detector.stream([picture, tmp_path / "absent.png"])
+    assert len(next(stream))
+    with pytest.raises(FileNotFoundError, match="absent.png"):
+        next(stream)

@@ -7,6 +7,9 @@ python tools/infer.py --weights best.safetensors street.jpg model.box_nms_thresh
 
 import argparse
 import sys
+from collections import deque
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from detector import Detections, Detector
+from detector.ahead import ahead
 from detector.checkpoint import load_checkpoint
 from detector.command_line import DEVICE_HELP, PATHS_HELP, exit_status, make_parser, report_skipped
 from detector.config import split_overrides
@@ -25,6 +29,8 @@ from detector.progress import Progress
 from detector.stop import StopSignal
 from detector.visualize import draw_boxes
 
+_GPU_BATCH = 8
+
 
 def main() -> int:
     parser = make_parser(__doc__)
@@ -34,6 +40,9 @@ def main() -> int:
         "--output", required=True, metavar="DIR", help="folder for the drawings and detections.json"
     )
     parser.add_argument("--score-thresh", type=float, default=0.5, help="the lowest score kept (default 0.5)")
+    parser.add_argument(
+        "--batch-size", type=int, help=f"pictures at once (default {_GPU_BATCH} on a GPU, else 1)"
+    )
     parser.add_argument("--device", help=DEVICE_HELP)
     return exit_status(infer, parser.parse_intermixed_args())
 
@@ -48,22 +57,31 @@ def infer(args: argparse.Namespace) -> int:
     paths = list_images(pictures, unreadable)
     checkpoint = load_checkpoint(args.weights).with_overrides(overrides)
     detector = Detector.load(checkpoint, choose_device(args.device))
+    batch_size = args.batch_size or (_GPU_BATCH if detector.device.type == "cuda" else 1)
     drawings = drawing_paths(paths, Path(args.output))
     found: list[dict[str, Any]] = []
     with Progress(len(paths), "infer") as progress, StopSignal() as stop:
         try:
-            for path in paths:
-                if stop.asked:
-                    break
-                try:
-                    image = load_image(path)
-                except (ValueError, OSError) as error:
-                    unreadable.append(str(error))
-                else:
-                    detections = detector(image, score_thresh=args.score_thresh)
-                    save_drawing(image, detections, drawings[path])
-                    found.append(as_entry(path, drawings[path], image, detections))
+            # Decoding, network and drawing run side by side.
+            read = takewhile(lambda _: not stop.asked, ahead(load, paths))
+            waiting: deque[tuple[Path, np.ndarray]] = deque()
+
+            def readable() -> Iterator[np.ndarray]:
+                for path, image in read:
+                    if isinstance(image, str):
+                        unreadable.append(image)
+                        progress.update(1)
+                    else:
+                        waiting.append((path, image))
+                        yield image
+
+            stream = detector.stream(readable(), batch_size=batch_size, score_thresh=args.score_thresh)
+            done = ((*waiting.popleft(), detections) for detections in stream)
+            for entry in ahead(lambda each: draw(drawings[each[0]], *each), done):
+                found.append(entry)
                 progress.update(1)
+        except KeyboardInterrupt:
+            print("stopped at once")
         finally:
             content = {"weights": args.weights, "class_names": detector.class_names, "images": found}
             write_json(Path(args.output) / "detections.json", content, indent=1)
@@ -77,8 +95,17 @@ def infer(args: argparse.Namespace) -> int:
     return 130 if stop.asked else status
 
 
-def as_entry(path: Path, drawing: Path, image: np.ndarray, found: Detections) -> dict[str, Any]:
-    """A picture's entry in detections.json. image: (H, W, 3)."""
+def load(path: Path) -> tuple[Path, np.ndarray | str]:
+    """The picture (H, W, 3), or why it cannot be read."""
+    try:
+        return path, load_image(path)
+    except (ValueError, OSError) as error:
+        return path, str(error)
+
+
+def draw(drawing: Path, path: Path, image: np.ndarray, found: Detections) -> dict[str, Any]:
+    """Write the (H, W, 3) picture with its detections, and return its entry in detections.json."""
+    save_drawing(image, found, drawing)
     return {
         "path": str(path),
         "drawing": str(drawing),

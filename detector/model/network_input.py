@@ -70,6 +70,16 @@ class NetworkTransform(GeneralizedRCNNTransform):
         self.image_mean, self.image_std = list(preprocessing.mean), list(preprocessing.std)
         self._moments: dict[tuple, tuple[Tensor, Tensor]] = {}
 
+    def size_of(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) at which the network sees an image of this size."""
+        rounding = self.conventions.resize_rounding
+        return network_size(height, width, self.min_size[-1], self.max_size, rounding)
+
+    def padded_size_of(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the batch that an image of this size makes alone."""
+        sides, step = self.size_of(height, width), self.size_divisible
+        return -(-sides[0] // step) * step, -(-sides[1] // step) * step
+
     def normalize(self, image: Tensor) -> Tensor:
         """Apply the preprocessing to an image (3, H, W), float RGB in [0, 1]; another dtype is a TypeError.
 
@@ -103,9 +113,7 @@ class NetworkTransform(GeneralizedRCNNTransform):
         """
         if target is None or "original_size" not in target:
             old_size = tuple(image.shape[-2:])
-            new_size = network_size(
-                *old_size, self.min_size[-1], self.max_size, self.conventions.resize_rounding
-            )
+            new_size = self.size_of(*old_size)
             image = self._resize_image(image, new_size)
             if target is not None:
                 target["boxes"] = _resize_boxes(target["boxes"], old_size, new_size)

@@ -1,0 +1,28 @@
+"""Work that runs ahead in threads, in order and in bounded memory."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ahead(call: Callable[[T], R], items: Iterable[T], num_threads: int = 2) -> Iterator[R]:
+    """call(item) of each item in order, computed by threads while the caller works.
+
+    At most two results a thread wait for the caller. An exception of `call` is raised in its turn.
+    """
+    with ThreadPoolExecutor(num_threads) as pool:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(call, item))
+                if len(waiting) > 2 * num_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
