@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import stop_after
 from torchvision.ops import roi_align
 
 from backbones import create_backbone
@@ -199,22 +201,11 @@ def test_a_training_step_reads_seldom_from_the_device(model):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_a_run_trains_stops_and_resumes(tiny_config, tmp_path, monkeypatch, amp):
-    import detector.engine as engine
-
     config = tiny_config("train.epochs=2", f"train.amp={amp}", "train.ema=0.9")
-    run, updates = Run(config, tmp_path, CUDA), engine.update
-
-    def stop_at_first(training, clip_norm):
-        updates(training, clip_norm)
-        if training.step == 1:
-            import signal
-
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(engine, "update", stop_at_first)
-    with pytest.raises(Interrupted):
-        run.train()
-    monkeypatch.setattr(engine, "update", updates)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, signal.SIGINT)
+        with pytest.raises(Interrupted):
+            Run(config, tmp_path, CUDA).train()
     resumed = Run(config, tmp_path, CUDA, resume=True)
     resumed.train()
     assert resumed.training.epoch == 2
