@@ -44,8 +44,11 @@ def _fold_block(block: Block) -> None:
 
 @torch.no_grad()
 def _fold_into(conv: nn.Conv2d, norm: nn.Module) -> None:
-    """Make `conv` compute norm(conv(x)). The fold runs in float64, so that it costs no precision."""
-    weight, bias = fold(conv, norm, torch.float64)
-    dtype, layout = conv.weight.dtype, torch.channels_last
-    conv.weight = nn.Parameter(weight.to(dtype).contiguous(memory_format=layout), requires_grad=False)
-    conv.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    """Make `conv` compute norm(conv(x)). The fold runs in float64, so that it costs no precision.
+
+    It runs on the CPU, because Apple's GPUs have no float64.
+    """
+    device, dtype = conv.weight.device, conv.weight.dtype
+    weight, bias = (t.to(device, dtype) for t in fold(conv.cpu(), norm.cpu(), torch.float64))
+    conv.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+    conv.bias = nn.Parameter(bias, requires_grad=False)

@@ -33,6 +33,8 @@ def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device
     ValueError: the schedule is a cosine, and milestones are given.
     """
     options = config.train
+    if options.amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        print("note: this GPU only emulates bf16, which is slow: train.amp=fp16 is faster here", flush=True)
     if options.schedule == "cosine" and options.milestones:
         raise ValueError(
             f"train.milestones is {list(options.milestones)}, and train.schedule is 'cosine', which has none; "

@@ -18,6 +18,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
+import detector.model.roi_heads
 from backbones import IMAGENET, Preprocessing, backbone_options, create_backbone
 from detector import build_faster_rcnn, build_model
 from detector.config import ModelConfig
@@ -701,3 +702,26 @@ def test_channels_last_changes_the_layout_and_not_the_result(tiny_backbone):
         found = model.to(memory_format=torch.channels_last)(images)
     assert math.isfinite(float(expected[0]["scores"].sum()))
     assert_same_detections(found, expected)
+
+
+# ---- many detections
+
+
+def test_detections_of_many_boxes_and_classes_are_those_of_nms_over_all_of_them(tiny_backbone, monkeypatch):
+    heads = build(tiny_backbone, 401, box_score_thresh=0.0, box_detections_per_img=50).eval().roi_heads
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(60, 400, 2, generator=generator) * 60
+    boxes = torch.cat([corners, corners + 20 + torch.rand(60, 400, 2, generator=generator) * 20], dim=-1)
+    boxes = torch.cat([boxes[:, :1], boxes], dim=1)
+    scores = torch.rand(60, 401, generator=generator)
+    whole = heads.select(boxes, scores, (200, 200), class_agnostic_nms=True)
+    seen, nms = [], detector.model.roi_heads.batched_nms
+    monkeypatch.setattr(detector.model.roi_heads, "_MOST_AT_ONCE", 100)
+    monkeypatch.setattr(
+        detector.model.roi_heads, "batched_nms", lambda b, *rest: seen.append(len(b)) or nms(b, *rest)
+    )
+    parts = heads.select(boxes, scores, (200, 200), class_agnostic_nms=True)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one, other)
+    # Each time twice as many, and never all 24,000.
+    assert seen[:2] == [100, 200] and seen == [100 * 2**i for i in range(len(seen))] and seen[-1] < 24_000

@@ -8,6 +8,7 @@ python tools/train.py configs/detectron2_resnet50_c4.yaml --start-from r50_c4.sa
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def main() -> int:
 
 
 def train(args: argparse.Namespace) -> int:
+    if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(f"{count} processes were started (torchrun): training runs in one process so far")
     device = choose_device(args.device)
     config = load_config(args.config, args.overrides) if is_recipe(args.config) else choose(args, device)
     run = Run(config, args.output, device, resume=args.resume, start_from_path=args.start_from)

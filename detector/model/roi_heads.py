@@ -19,6 +19,9 @@ from .conventions import Conventions
 from .losses import region_losses
 from .sampling import SeededSampler, draw
 
+# Detections that NMS looks at in one go.
+_MOST_AT_ONCE = 10_000
+
 Sizes = list[tuple[int, int]]
 Targets = list[dict[str, Tensor]]
 
@@ -191,5 +194,23 @@ class BoxHeads(RoIHeads):
         boxes, scores = boxes[kept], scores[kept]
         labels, rows = kept % num_foreground + 1, kept // num_foreground
         groups = torch.zeros_like(labels) if agnostic else labels
-        order = batched_nms(boxes, scores, groups, self.nms_thresh)[: self.detections_per_img]
+        order = self._suppress(boxes, scores, groups)
         return boxes[order], scores[order], labels[order], rows[order]
+
+    def _suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor) -> Tensor:
+        """The rows of (M, 4) boxes that NMS within `groups` (M,) keeps, best first, at most `detections_per_img`.
+
+        Boxes of lower scores never suppress any of higher ones. So the best go first, and more only where too few
+        survive: NMS takes memory with the square of their number.
+        """
+        if len(scores) <= _MOST_AT_ONCE:
+            return batched_nms(boxes, scores, groups, self.nms_thresh)[: self.detections_per_img]
+        count = _MOST_AT_ONCE
+        while True:
+            best = scores.topk(min(count, len(scores))).indices
+            kept = batched_nms(boxes[best], scores[best], groups[best], self.nms_thresh)[
+                : self.detections_per_img
+            ]
+            if len(kept) == self.detections_per_img or count >= len(scores):
+                return best[kept]
+            count *= 2
