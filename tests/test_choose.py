@@ -80,6 +80,9 @@ def test_regions_grow_with_the_objects_of_a_picture():
     few, many = (choose_regions(objects(per_picture=n), CPU)[0]["model"] for n in (1, 20))
     assert few["box_batch_size_per_image"] < many["box_batch_size_per_image"]
     assert many["rpn_post_nms_top_n_test"] >= 10 * 20
+    crowded = choose_regions(objects(count=4000, per_picture=500), CPU)[0]["model"]
+    assert crowded["rpn_post_nms_top_n_test"] >= 1000 <= crowded["box_detections_per_img"]
+    assert crowded["rpn_pre_nms_top_n_test"] >= 2000
 
 
 @pytest.mark.parametrize(

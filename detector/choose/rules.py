@@ -70,10 +70,13 @@ def choose_regions(objects: Objects, machine: Machine) -> Rule:
     """Regions and proposals of an image, from the number of objects in a picture."""
     usual, most = float(objects.counts.mean()), int(np.percentile(objects.counts, 98))
     if machine.has_gpu:
-        regions, proposals, kept, pre = 256, 1000, 500, 2000
+        regions, proposals, kept = 256, 1000, 500
     else:
         regions = int(min(max(12, 4 * round(usual)), 64))
-        proposals, kept, pre = max(200, 4 * regions), min(max(50, 10 * most), 300), 600
+        proposals, kept = max(200, 4 * regions), min(max(50, 10 * most), 300)
+    # Crowded pictures need more than the usual cost allows.
+    kept = max(kept, min(2 * most, 2000))
+    pre = max(2000 if machine.has_gpu else 600, 2 * kept)
     model = {
         "rpn_pre_nms_top_n_train": pre,
         "rpn_pre_nms_top_n_test": pre,
