@@ -13,6 +13,8 @@ _SAMPLE = 2000
 # The fit moves the logarithm of a size or ratio by these steps, the larger ones first.
 _STEPS = (0.4, 0.2, 0.1, 0.05)
 _MAX_SWEEPS = 10
+# An anchor of this IoU is a positive one of the RPN. A better one gains nothing, and another object may lose by it.
+_ENOUGH = 0.7
 
 
 def best_anchor_ious(
@@ -61,7 +63,7 @@ def grid_offsets(boxes: np.ndarray, stride: int = STRIDE) -> np.ndarray:
 def fit_anchors(
     sizes: np.ndarray, num_sizes: int = 5, num_ratios: int = 3
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Find (anchor_sizes, aspect_ratios) whose mean best IoU with objects of `sizes`, (M, 2), is high.
+    """Find (anchor_sizes, aspect_ratios) that overlap objects of `sizes`, (M, 2), well: by an IoU of 0.7 if they can.
 
     The search starts from quantiles and from evenly spaced values, and moves one number at a time. The result depends
     on the arguments only. Of many objects it takes 2,000, evenly spaced by their area. Sizes are at least half the
@@ -116,11 +118,16 @@ def _evenly(values: np.ndarray, count: int) -> np.ndarray:
 def _climb(
     sizes: np.ndarray, logs: np.ndarray, num_sizes: int, lowest: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Move one of `logs` (sizes, then ratios) at a time, as long as the mean best IoU rises. Returns (mean, logs)."""
+    """Move one of `logs` (sizes, then ratios) at a time, as long as the score rises. Returns (score, logs).
+
+    The score is the mean best IoU, where no IoU counts for more than `_ENOUGH`.
+    """
 
     def score(logs: np.ndarray) -> float:
         values = np.exp(logs)
-        return float(best_anchor_ious(sizes, values[:num_sizes], values[num_sizes:]).mean())
+        return float(
+            np.minimum(best_anchor_ious(sizes, values[:num_sizes], values[num_sizes:]), _ENOUGH).mean()
+        )
 
     best = score(logs)
     for step in _STEPS:
