@@ -1,6 +1,6 @@
 """The recipe that is chosen for a folder, against torchvision's ResNet-18-FPN from scratch, at equal CPU seconds.
 
-python benchmarks/against_fpn.py --data datasets --output benchmarks/against_fpn.json [--minutes 20] [--only bccd-ours-0 ...]
+python -m benchmarks.against_fpn --data datasets --output benchmarks/against_fpn.json [--minutes 20] [--only bccd-ours-0 ...]
 
 Both sides train in one thread without workers, so the seconds of the process are all there are. FPN gets the better of two
 input sizes and three rates, by the first seed. Finished runs are kept in the JSON, so the command goes on where it
@@ -25,7 +25,6 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from benchmarks.settings import describe_machine
 from detector.choose.recipe import choose_recipe
 from detector.config import parse_config
 from detector.data.dataset import DetectionDataset
@@ -37,6 +36,8 @@ from detector.files import write_json
 from detector.inference import Detector
 from detector.run import Run
 from detector.tables import format_table
+
+from .settings import describe_machine
 
 SCORED = {"bccd": "test", "foda": "val"}
 SIZES, RATES, SEEDS = (300, 450), (2e-4, 5e-4, 1e-3), (0, 1, 2)

@@ -24,6 +24,7 @@ from detector.choose.statistics import Machine, Objects
 from detector.choose.timing import Pace, choose_epochs
 from detector.choose.weights import find_weights
 from detector.config import load_config
+from detector.data.sources import build_dataset
 from detector.model.anchor_fit import anchor_recall
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,6 +199,16 @@ def test_a_budget_that_is_too_short_gets_a_smaller_network(folder, tmp_path, mon
     config, reasons = choose_recipe(folder, tmp_path / "run", CPU.device, minutes=1, offline=True)
     assert config.model.backbone == {"name": "resnet18", "width": 16}
     assert any("too few" in reason for reason in reasons)
+
+
+def test_a_budget_below_one_epoch_draws_its_pictures_from_all_of_them(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(10.0, 0.1))
+    config, reasons = choose_recipe(
+        folder, tmp_path / "run", CPU.device, overrides=SMALL, minutes=1, offline=True
+    )
+    dataset = build_dataset(config.data, "train")
+    assert config.train.epochs == 1 and len(dataset) == int((57 - 0.2) / 10)
+    assert "these pictures are drawn from 8" in reasons[-1]
 
 
 def test_one_command_trains_from_a_folder_and_resumes(folder, tmp_path):

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..config import Config, parse_config
 from ..data.dataset import DetectionDataset
 from ..data.sources import build_dataset
+from ..data.split import write_split
 from .data import choose_data
 from .rules import (
     Settings,
@@ -66,7 +68,7 @@ def choose_recipe(
     def seconds() -> float | None:
         return None if minutes is None else 60 * minutes - (time.monotonic() - started)
 
-    epochs, chosen = _time(draft, train_set, val_set, device, seconds())
+    epochs, chosen = _time(draft, folder, train_set, val_set, device, seconds())
     if epochs < _TOO_FEW_EPOCHS and minutes is not None and weights[0] is None:
         smaller = _Draft({"model": {"backbone": "resnet18"}, "data": data}, overrides)
         size = max(_SMALLER["model"]["min_size"], 1)
@@ -74,7 +76,7 @@ def choose_recipe(
         reason = f"{epochs} epochs would be too few: resnet18 of width 16, and a short side of {size}"
         smaller.add({"model": {**_SMALLER["model"], "max_size": longest}}, reason)
         _choose_rest(smaller, objects, machine, False, len(train_set))
-        draft, (epochs, chosen) = smaller, _time(smaller, train_set, val_set, device, seconds())
+        draft, (epochs, chosen) = smaller, _time(smaller, folder, train_set, val_set, device, seconds())
     draft.add(*chosen)
     return draft.config, [*remarks, *draft.reasons]
 
@@ -106,6 +108,7 @@ def _choose_rest(
 
 def _time(
     draft: _Draft,
+    folder: str | Path,
     train_set: DetectionDataset,
     val_set: DetectionDataset,
     device: torch.device,
@@ -117,11 +120,9 @@ def _time(
     updates = epochs * max(1, used // draft.config.train.batch_size)
     settings["train"]["warmup_steps"] = min(200, max(1, updates // 10))
     if used < len(train_set):
-        share = used / len(train_set)
-        settings["data"] = {
-            "train": [
-                {**source, "limit": max(1, int(share * len(train_set) / len(draft.recipe["data"]["train"])))}
-                for source in draft.recipe["data"]["train"]
-            ]
-        }
+        rows = np.sort(np.random.default_rng(draft.config.train.seed).permutation(len(train_set))[:used])
+        listed = str(write_split(folder, train_set, {"train": rows})["train"].absolute())
+        sources = draft.recipe["data"]["train"]
+        settings["data"] = {"train": [{**source, "pictures": listed} for source in sources]}
+        reason += f"; these pictures are drawn from {len(train_set)}, and {listed} lists them"
     return epochs, (settings, reason)
