@@ -67,6 +67,19 @@ def settle_sizes(
     return _fit_boxes(settled, np.where(scaled[:, None], sizes / stated, 1)[kept], clipped[kept])
 
 
+def scale_of(stated: tuple[int, int], size: tuple[int, int]) -> tuple[float, float] | None:
+    """The factors on y and x from an annotated (height, width) to a picture's; None: the picture is another one.
+
+    A picture that differs by a few pixels was cut, and has factors of 1.
+    """
+    if stated == size:
+        return 1.0, 1.0
+    _, scaled, refused = _compare(np.array([stated]), np.array([size]))
+    if refused[0]:
+        return None
+    return (size[0] / stated[0], size[1] / stated[1]) if scaled[0] else (1.0, 1.0)
+
+
 def _compare(stated: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which images need clipped boxes, scaled boxes, or are refused: three (N,) masks.
 

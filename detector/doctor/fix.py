@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from ..data.dataset import DetectionDataset, concatenate
+from ..data.headers import scale_of
 from ..data.records import Annotations, Picture
 from ..files import write_atomically, write_json
 from .box_format import check_box_format
@@ -17,7 +18,6 @@ from .boxes import usable
 from .duplicates import equal_pictures, splits_of
 from .opened import Opened
 from .part import Part, select
-from .pictures import scale_of
 
 
 def write_clean(folder: Path, root: Path, parts: Sequence[Part], opened: Mapping[str, Opened]) -> list[str]:

@@ -5,14 +5,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..data.headers import scale_of
 from ..data.images import IMAGE_SUFFIXES
 from .findings import Finding
 from .opened import Opened
 from .part import Part
-
-# Sizes that differ by at most so many pixels, or whose ratios of width to height differ by less, are of one picture.
-_FEW_PIXELS = 3
-_SAME_RATIO = 0.01
 
 
 def list_folders(parts: Sequence[Part]) -> dict[str, set[str]]:
@@ -86,17 +83,6 @@ def _grey(opened: Mapping[str, Opened]) -> list[Finding]:
         return []
     advice = "Nothing, if grey pictures are to be expected later too. They are read as RGB."
     return [Finding("note", "grey picture", path, None, f"{path} has no colour", advice) for path in grey]
-
-
-def scale_of(filed: tuple[int, int], size: tuple[int, int]) -> tuple[float, float] | None:
-    """The factors on y and x from the annotated (height, width) to the picture's; None: it is another picture.
-
-    A picture that differs by a few pixels was cut, and has factors of 1.
-    """
-    if max(abs(a - b) for a, b in zip(filed, size, strict=True)) <= _FEW_PIXELS:
-        return 1.0, 1.0
-    factors = size[0] / filed[0], size[1] / filed[1]
-    return factors if abs(factors[0] / factors[1] - 1) < _SAME_RATIO else None
 
 
 def _size(path: str, filed: tuple[int, int], picture: Opened) -> list[Finding]:
