@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import stop_after
+from short_runs import stop_after
 from torchvision.ops import roi_align
 
 from backbones import create_backbone

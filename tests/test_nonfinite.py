@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from PIL import Image
-from runs import CPU, lines
+from short_runs import CPU, lines
 from test_engine import batch_of, sample, train, training_of, weights
 
 import detector.run

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import CPU, VARIED, lines, same_tensors, stop_after
+from short_runs import CPU, VARIED, lines, same_tensors, stop_after
 
 import detector.run
 from detector.checkpoint import load_checkpoint, load_training_state

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from runs import CPU, VARIED, after_update, lines, same_tensors, stop_after
+from short_runs import CPU, VARIED, after_update, lines, same_tensors, stop_after
 
 import detector.run
 from detector.checkpoint import load_checkpoint, load_training_state, newest_training_state
