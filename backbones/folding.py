@@ -39,7 +39,7 @@ class FoldingSequential(nn.Sequential):
         *steps, last = self._steps()
         for step in steps:
             x = step(x)
-        if isinstance(last, _Convolution) and not last.has_relu and fuses(x):
+        if isinstance(last, _Convolution) and not last.has_relu and last.fuses(x):
             return replace(last, has_relu=True)(x, addend)
         return torch.relu_(last(x).add_(addend))
 
@@ -70,13 +70,17 @@ class _Convolution:
     has_relu: bool
 
     def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) -> (N, C', H', W'). An addend needs `has_relu` and a map that `fuses` takes."""
+        """(N, C, H, W) -> (N, C', H', W'). An addend needs `has_relu`, and a map that fuses."""
         conv = self.conv
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-        if self.has_relu and conv.groups == 1 and fuses(x):
+        if self.has_relu and self.fuses(x):
             return conv_relu(x, self.weight, self.bias, geometry, addend)
         y = conv2d(x, self.weight, self.bias, *geometry)
         return torch.relu_(y) if self.has_relu else y
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether this convolution of the map (N, C, H, W) takes an addition and a ReLU into its pass."""
+        return self.conv.groups == 1 and fuses(x)
 
 
 def use_folding(module: nn.Module) -> None:

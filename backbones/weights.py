@@ -74,12 +74,17 @@ def downloading(source: str, place: str) -> Iterator[None]:
         ) from error
 
 
+def torchvision_entry(name: str, weights: str) -> WeightsEnum:
+    """torchvision's entry of a network's weights: "imagenet_v1" is IMAGENET1K_V1."""
+    return get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
+
+
 def from_torchvision(name: str, weights: str, load: Callable[[WeightsEnum], T]) -> tuple[T, Preprocessing]:
     """load(entry) for torchvision's weights of a network, and their preprocessing.
 
-    "imagenet_v1" is torchvision's entry IMAGENET1K_V1. An OSError says what to fetch where the download fails.
+    An OSError says what to fetch where the download fails.
     """
-    entry = get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
+    entry = torchvision_entry(name, weights)
     with downloading(entry.url, f"put it into {Path(torch.hub.get_dir()) / 'checkpoints'}"):
         loaded = load(entry)
     transforms = entry.transforms()

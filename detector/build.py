@@ -1,14 +1,18 @@
-"""Build the detector that a configuration describes, and its training."""
+"""Build the detector that a configuration describes, its batches and its training."""
 
 import math
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from backbones import create_backbone
 from backbones.weights import DEFERRED
 
 from .config import Config, ModelConfig
+from .data.dataset import DetectionDataset
+from .data.loader import TrainBatches, TransformedDataset, build_loader
+from .data.transforms import TrainTransform
 from .engine import Training, build_ema, build_schedule, parameter_groups
 from .model.faster_rcnn import C4FasterRCNN, build_faster_rcnn
 
@@ -25,6 +29,20 @@ def build_model(config: ModelConfig, num_classes: int, *, load_weights: bool = T
     backbone = create_backbone(options.pop("name"), **options)
     model: nn.Module = build_faster_rcnn(backbone, num_classes, **settings)
     return model.to(memory_format=torch.channels_last)
+
+
+def build_batches(
+    config: Config, dataset: DetectionDataset, device: torch.device
+) -> tuple[TransformedDataset, TrainBatches, DataLoader]:
+    """The training pictures as augmented samples, the batches of an epoch, and the loader that reads them."""
+    options, loading = config.train, config.loader
+    ratios = dataset.aspect_ratios()
+    batches = TrainBatches(ratios, options.batch_size, options.seed, loading.group_by_aspect_ratio)
+    transform = TrainTransform(augment=config.augment, **config.model.resizing)
+    unreadable = "raise" if config.data.strict else "replace"
+    augmented = TransformedDataset(dataset, transform, options.seed, unreadable)
+    loader = build_loader(augmented, batches, loading.num_workers, pin_memory=device.type == "cuda")
+    return augmented, batches, loader
 
 
 def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device: torch.device) -> Training:

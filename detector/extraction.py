@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .ahead import ahead
 from .checkpoint import Checkpoint, load_checkpoint
-from .data.images import load_image
+from .data.images import load_or_reason
 from .feature_files import NpzFolder, TsvFile
 from .features import extract_regions, read_boxes
 from .files import read_json, write_json
@@ -58,10 +57,11 @@ def extract_features(
     unreadable: list[str] = []
     with Progress(len(todo), "extract", enabled=rank == 0) as progress:
         # Threads decode the next pictures while the network runs.
-        loaded = ahead(_load, todo)
+        loaded = zip(todo, ahead(load_or_reason, todo), strict=True)
         while chunk := list(islice(loaded, batch_size)):
             unreadable += [reason for _, reason in chunk if isinstance(reason, str)]
-            tensors = {image: t.to(detector.device) for image, t in chunk if isinstance(t, Tensor)}
+            read = {image: pixels for image, pixels in chunk if not isinstance(pixels, str)}
+            tensors = {image: to_tensor(pixels).to(detector.device) for image, pixels in read.items()}
             given = None if boxes is None else [boxes[image].to(detector.device) for image in tensors]
             found = extract_regions(detector.model, list(tensors.values()), regions, given) if tensors else []
             for image, of_image in zip(tensors, found, strict=True):
@@ -69,14 +69,6 @@ def extract_features(
             progress.update(len(chunk))
     print(f"{len(todo) - len(unreadable)} pictures' features are in {output}", flush=True)
     return unreadable
-
-
-def _load(image: Path) -> tuple[Path, Tensor | str]:
-    """The picture as a (3, H, W) tensor, or why it cannot be read."""
-    try:
-        return image, to_tensor(load_image(image))
-    except (ValueError, OSError) as error:
-        return image, str(error)
 
 
 def _open_files(

@@ -11,7 +11,7 @@ import yaml
 
 from backbones import Preprocessing
 
-from .build import build_model, build_training
+from .build import build_batches, build_model, build_training
 from .checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -23,9 +23,7 @@ from .checkpoint import (
 )
 from .config import Config
 from .curves import plot_curves
-from .data.loader import TrainBatches, TransformedDataset, build_loader
 from .data.sources import build_dataset
-from .data.transforms import TrainTransform
 from .data.unreadable import Unreadable
 from .describe import describe, write_problems
 from .doctor.check import quick_check
@@ -102,22 +100,15 @@ class Run:
             started = start_from(model, config.model, names, start)
             print(f"start from {start_from_path}", started.describe(), sep="\n", flush=True)
 
-        options, loading = config.train, config.loader
-        ratios = self.train_set.aspect_ratios()
-        self.batches = TrainBatches(ratios, options.batch_size, options.seed, loading.group_by_aspect_ratio)
-        transform = TrainTransform(augment=config.augment, **config.model.resizing)
-        unreadable = "raise" if config.data.strict else "replace"
-        self.augmented = TransformedDataset(self.train_set, transform, options.seed, unreadable)
+        self.augmented, self.batches, self.loader = build_batches(config, self.train_set, device)
         self.unreadable = Unreadable(len(self.train_set), "replaced by another")
-        pinned = device.type == "cuda"
-        self.loader = build_loader(self.augmented, self.batches, loading.num_workers, pinned)
         self.evaluation = None if self.val_set is None else Evaluation(self.val_set, config, device)
         self.training = build_training(config, model, num_batches=len(self.batches), device=device)
         self.is_new = state is None
         if state is not None:
             self.training.load_state_dict(state)
         self.saved_at, self.saved_step = time.monotonic(), self.training.step
-        self.guard = NonFiniteGuard(self.training, self.folder / "nonfinite", self.train_set, options)
+        self.guard = NonFiniteGuard(self.training, self.folder / "nonfinite", self.train_set, config.train)
 
     def train(self) -> dict[str, Any]:
         """Train the epochs that are left. Returns the best evaluation's metrics, or {} without validation data.

@@ -1,6 +1,6 @@
 """Sheets of pictures: the first batch as the network sees it, and what a detector found."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data.dataset import DetectionDataset
-from .data.images import load_image
+from .data.images import load_or_reason
 from .data.loader import TrainBatches, TransformedDataset
 from .files import write_atomically
 from .inference import Detector
@@ -31,25 +31,28 @@ def save_sheet(
 ) -> None:
     """Save pairs (image, target) of the loader as one picture."""
     pictures = [draw_boxes(image, each["boxes"], each["labels"], class_names) for image, each in samples]
-    sheet = Image.fromarray(tile(pictures, columns=min(4, len(pictures))))
+    save_tiles(path, pictures)
+
+
+def save_tiles(path: Path, pictures: Sequence[np.ndarray], columns: int = _COLUMNS) -> None:
+    """Save (H, W, 3) uint8 pictures as one JPEG, `columns` in a row."""
+    sheet = Image.fromarray(tile(pictures, columns))
     write_atomically(path, lambda temporary: sheet.save(temporary, quality=90))
 
 
 def save_found(path: Path, detector: Detector, dataset: DetectionDataset, score_thresh: float = 0.5) -> None:
     """Save a sheet of at most 12 pictures of a data set, evenly spaced, with what the detector finds in them.
 
-    Pictures with objects come first. A picture that cannot be read is passed over.
+    Where some have objects, only those are shown. A picture that cannot be read is passed over.
     """
     rows = np.flatnonzero(np.diff(dataset.offsets)) if len(dataset.boxes) else np.arange(len(dataset))
     pictures = []
     for row in rows[np.linspace(0, len(rows) - 1, min(len(rows), _MOST)).astype(int)]:
-        try:
-            image = load_image(str(dataset.image_paths[row]))
-        except (ValueError, OSError):
+        image = load_or_reason(str(dataset.image_paths[row]))
+        if isinstance(image, str):
             continue
         found = detector(image, score_thresh=score_thresh)
         shown, boxes = fit(image, found.boxes.numpy(), _SIDE)
         pictures.append(draw_boxes(shown, boxes, found.labels, found.class_names, found.scores))
     if pictures:
-        sheet = Image.fromarray(tile(pictures, columns=min(_COLUMNS, len(pictures))))
-        write_atomically(path, lambda temporary: sheet.save(temporary, quality=90))
+        save_tiles(path, pictures)

@@ -69,6 +69,26 @@ def tiny_config(tiny_shapes):
     return make
 
 
+@pytest.fixture(scope="session")
+def varied(tiny_config):
+    """A recipe with everything that a resumed run must take up again."""
+    from short_runs import VARIED
+
+    return tiny_config(*VARIED)
+
+
+@pytest.fixture(scope="session")
+def unbroken(varied, tmp_path_factory) -> Path:
+    """The folder of a run of `varied` that never stopped. Tests only read it."""
+    from short_runs import CPU
+
+    from detector.run import Run
+
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    Run(varied, folder, CPU).train()
+    return folder
+
+
 def _tiny_stage(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), nn.ReLU())
 

@@ -1,4 +1,4 @@
-"""Runs for tests: their numbers, and Ctrl-C in a chosen update."""
+"""Runs for tests: their numbers, and Ctrl-C or an error at a chosen place."""
 
 import signal
 
@@ -36,6 +36,19 @@ def after_update(monkeypatch, updates, act):
         return finite
 
     monkeypatch.setattr(detector.engine, "update", update)
+
+
+def fail_in_batch(monkeypatch, number, error):
+    """Raise `error` after the forward pass of that batch, which has changed the statistics of batch norms."""
+    original, calls = detector.engine.forward, []
+
+    def forward(*arguments):
+        calls.append(original(*arguments))
+        if len(calls) == number:
+            raise error
+        return calls[-1]
+
+    monkeypatch.setattr(detector.engine, "forward", forward)
 
 
 def stop_after(monkeypatch, updates, *numbers):

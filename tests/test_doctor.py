@@ -384,7 +384,7 @@ def test_the_short_form_finds_what_annotations_show_and_opens_no_picture(data, m
         load_coco(data.root / "images", data.root / f"{split}.json", check_pictures=False)
         for split in ("train", "val")
     ]
-    for name in ("load_image", "load_image_size"):
+    for name in ("load_or_reason", "load_header"):
         monkeypatch.setattr(detector.doctor.opened, name, None)
     kinds = [f.kind for f in quick_check(*datasets, config)]
     assert kinds == ["class without examples", "box past the edge"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from short_runs import CPU, VARIED, lines, same_tensors, stop_after
+from short_runs import CPU, lines, same_tensors, stop_after
 
 import detector.run
 from detector.checkpoint import load_checkpoint, load_training_state
@@ -104,18 +104,6 @@ def test_what_it_is_about_to_do_is_told(tiny_config):
 
 
 # Resuming
-
-
-@pytest.fixture(scope="module")
-def varied(tiny_config):
-    return tiny_config(*VARIED)
-
-
-@pytest.fixture(scope="module")
-def unbroken(varied, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    Run(varied, folder, CPU).train()
-    return folder
 
 
 @pytest.mark.parametrize("updates", [(1,), (2,), (3,), (1, 2, 1)])

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from short_runs import CPU, VARIED, after_update, lines, same_tensors, stop_after
+from short_runs import CPU, VARIED, after_update, fail_in_batch, lines, same_tensors, stop_after
 
 import detector.run
 from detector.checkpoint import load_checkpoint, load_training_state, newest_training_state
@@ -26,18 +26,6 @@ from detector.stop import Interrupted, StopSignal, _tell
 def no_curves(monkeypatch):
     """Curves take longer than the epochs here."""
     monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
-
-
-@pytest.fixture(scope="module")
-def varied(tiny_config):
-    return tiny_config(*VARIED)
-
-
-@pytest.fixture(scope="module")
-def unbroken(varied, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    Run(varied, folder, CPU).train()
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -104,16 +92,9 @@ def test_before_an_error_ends_a_run_the_last_whole_update_is_saved(
     varied, unbroken, tmp_path, monkeypatch, capsys
 ):
     run = Run(varied, tmp_path, CPU)
-    forward, calls = detector.engine.forward, []
-
-    def fail(*arguments):
-        calls.append(forward(*arguments))  # which changes the statistics of batch norms
-        if len(calls) == 5:  # the second batch of the second epoch's first update
-            raise ValueError("picture.jpg cannot be read")
-        return calls[-1]
-
     with monkeypatch.context() as patch:
-        patch.setattr(detector.engine, "forward", fail)
+        # in the second batch of the second epoch's first update
+        fail_in_batch(patch, 5, ValueError("picture.jpg cannot be read"))
         with pytest.raises(ValueError, match="picture.jpg cannot be read"):
             run.train()
     assert "saved the state of update 2" not in capsys.readouterr().out  # it was saved at the epoch's end
@@ -125,16 +106,8 @@ def test_an_error_between_updates_of_an_epoch_loses_no_update(
     varied, unbroken, tmp_path, monkeypatch, capsys
 ):
     run = Run(varied, tmp_path, CPU)
-    forward, calls = detector.engine.forward, []
-
-    def fail(*arguments):
-        calls.append(forward(*arguments))
-        if len(calls) == 3:
-            raise RuntimeError("CUDA out of memory")
-        return calls[-1]
-
     with monkeypatch.context() as patch:
-        patch.setattr(detector.engine, "forward", fail)
+        fail_in_batch(patch, 3, RuntimeError("CUDA out of memory"))
         with pytest.raises(RuntimeError, match="out of memory"):
             run.train()
     assert "saved the state of update 1; --resume goes on from there" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from detector.ahead import ahead
 from detector.checkpoint import load_checkpoint
 from detector.command_line import DEVICE_HELP, PATHS_HELP, exit_status, make_parser, report_skipped
 from detector.config import split_overrides
-from detector.data.images import list_images, load_image
+from detector.data.images import list_images, load_or_reason
 from detector.files import write_atomically, write_json
 from detector.inference import choose_device
 from detector.names import drawing_paths
@@ -63,7 +63,7 @@ def infer(args: argparse.Namespace) -> int:
     with Progress(len(paths), "infer") as progress, StopSignal() as stop:
         try:
             # Decoding, network and drawing run side by side.
-            read = takewhile(lambda _: not stop.asked, ahead(load, paths))
+            read = takewhile(lambda _: not stop.asked, zip(paths, ahead(load_or_reason, paths), strict=True))
             waiting: deque[tuple[Path, np.ndarray]] = deque()
 
             def readable() -> Iterator[np.ndarray]:
@@ -93,14 +93,6 @@ def infer(args: argparse.Namespace) -> int:
     )
     status = report_skipped(unreadable)
     return 130 if stop.asked else status
-
-
-def load(path: Path) -> tuple[Path, np.ndarray | str]:
-    """The picture (H, W, 3), or why it cannot be read."""
-    try:
-        return path, load_image(path)
-    except (ValueError, OSError) as error:
-        return path, str(error)
 
 
 def draw(drawing: Path, path: Path, image: np.ndarray, found: Detections) -> dict[str, Any]:

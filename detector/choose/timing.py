@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..build import build_model, build_training
+from ..build import build_batches, build_model, build_training
 from ..config import Config
 from ..data.dataset import DetectionDataset
-from ..data.loader import TrainBatches, TransformedDataset, build_loader
-from ..data.transforms import TrainTransform
 from ..engine import AMP_DTYPES, evaluate, train_one_epoch
 from ..evaluate import Evaluation
 from ..model.speed import apply_speed, optimize
@@ -44,11 +42,7 @@ def measure_pace(config: Config, train_set: DetectionDataset, device: torch.devi
             # As in a run.
             torch.set_flush_denormal(True)
         sample = train_set.subset(range(min(len(train_set), options.batch_size * _MOST_UPDATES)))
-        batches = TrainBatches(sample.aspect_ratios(), options.batch_size, options.seed)
-        data = TransformedDataset(
-            sample, TrainTransform(augment=config.augment, **config.model.resizing), 0, "replace"
-        )
-        loader = build_loader(data, batches, config.loader.num_workers, pin_memory=False)
+        _, batches, loader = build_batches(config, sample, device)
         marks: list[float] = []
 
         def on_step(losses: list[dict[str, float]], num_images: int) -> bool:

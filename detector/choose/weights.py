@@ -4,7 +4,8 @@ import socket
 from pathlib import Path
 
 import torch
-from torchvision.models import get_model_weights
+
+from backbones.weights import torchvision_entry
 
 # torchvision's networks -> the name of their weights here.
 _PUBLISHED = {"resnet18": "imagenet_v1", "resnet50": "imagenet_v2"}
@@ -14,7 +15,7 @@ _PATIENCE = 20  # seconds without an answer
 def find_weights(name: str, offline: bool = False) -> tuple[str | None, str]:
     """The published weights of a network, downloaded if need be, or None; and where they are, or why there are none."""
     weights = _PUBLISHED[name]
-    entry = get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
+    entry = torchvision_entry(name, weights)
     place = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     if place.exists():
         return weights, f"{weights}, in {place}"

@@ -71,11 +71,25 @@ def load_image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int
 
     Raises what `load_image` raises on a header.
     """
+    return load_header(path, max_pixels)[0]
+
+
+def load_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], int]:
+    """The size as `load_image_size` gives it, and the EXIF orientation; 1 where it is absent or unknown."""
     with _open_file(path) as file, _open(file, path, max_pixels) as picture:
         width, height = picture.size
+        orientation = _orientation(picture)
         # Pillow swaps the sides of a TIFF itself.
-        is_turned = picture.format != "TIFF" and _orientation(picture) >= 5
-        return (width, height) if is_turned else (height, width)
+        is_turned = picture.format != "TIFF" and orientation >= 5
+        return (width, height) if is_turned else (height, width), orientation
+
+
+def load_or_reason(path: str | Path) -> np.ndarray | str:
+    """The picture as `load_image` gives it, or why it cannot be read."""
+    try:
+        return load_image(path)
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 def read_sizes(

@@ -2,19 +2,17 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from ..data.images import load_image, load_image_size
+from ..data.images import load_header, load_or_reason
 from ..progress import Progress
 
 # Decoders release Python's lock. More threads than this wait for the disk together.
 _THREADS = 4
-_EXIF_ORIENTATION = 0x0112
 THUMBNAIL = 16
 
 
@@ -45,27 +43,16 @@ def open_pictures(paths: Sequence[str], *, decode: bool) -> dict[str, Opened]:
 
 
 def _decode(path: str) -> Opened:
-    try:
-        image = load_image(path)
-    except (ValueError, OSError) as error:
-        return Opened(None, str(error))
+    image = load_or_reason(path)
+    if isinstance(image, str):
+        return Opened(None, image)
     thumbnail = cv2.resize(image, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
-    return Opened(image.shape[:2], None, Path(path).stat().st_size, _orientation(path), thumbnail)
+    return replace(_read_header(path), thumbnail=thumbnail)
 
 
 def _read_header(path: str) -> Opened:
     try:
-        size = load_image_size(path)
+        size, orientation = load_header(path)
     except (ValueError, OSError) as error:
         return Opened(None, str(error))
-    return Opened(size, None, Path(path).stat().st_size, _orientation(path))
-
-
-def _orientation(path: str) -> int:
-    """The EXIF orientation; 1 if there is none, or the EXIF block is damaged."""
-    try:
-        with Image.open(path) as picture:
-            return picture.getexif().get(_EXIF_ORIENTATION, 1)
-    # Pillow raises nearly any exception on a damaged block. The picture itself was read.
-    except Exception:
-        return 1
+    return Opened(size, None, Path(path).stat().st_size, orientation)

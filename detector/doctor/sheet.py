@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.images import load_image
-from ..files import write_atomically
+from ..sheets import save_tiles
 from ..visualize import draw_boxes, fit, tile
 from .findings import Finding, printable, sort_findings
 from .opened import Opened
@@ -26,8 +26,7 @@ def save_sheet(
     chosen = _choose(findings, opened)
     if not chosen:
         return False
-    sheet = Image.fromarray(tile([_draw(finding, parts) for finding in chosen], columns=_COLUMNS))
-    write_atomically(path, lambda temporary: sheet.save(temporary, quality=90))
+    save_tiles(path, [_draw(finding, parts) for finding in chosen], _COLUMNS)
     return True
 
 
