@@ -134,7 +134,7 @@ def densenet(
 
     growth: channels that each layer adds.
     width: 64 is the published network; every number of channels is multiplied by width / 64.
-    norm: "batch", "group", or "frozen" (with weights only).
+    norm: "batch", "group", "sync" (batch norm over all processes, on GPUs), or "frozen" (with weights only).
     weights: None, a published name ("imagenet_v1": torchvision's), or a file; "deferred" promises a later
         `load_state_dict`.
     frozen_stages: stages 1..frozen_stages take no gradient and keep their statistics.

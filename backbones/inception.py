@@ -153,7 +153,7 @@ def inception(
     bias: whether convolutions have a bias before the norm, as in the published weights.
     squeeze: whether squeeze-excitation ends each unit.
     width: channels of the stem (64 in the published network); the other widths scale with it.
-    norm: "batch", "group", or "frozen" (with weights only).
+    norm: "batch", "group", "sync" (batch norm over all processes, on GPUs), or "frozen" (with weights only).
     weights: None or a file with our names or Caffe's (Caffe's expect BGR from 0 to 255); "deferred" promises a
         later `load_state_dict`.
     frozen_stages: stages 1..frozen_stages take no gradient and keep their statistics.

@@ -39,10 +39,26 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
         )
 
 
+class SyncBatchNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
+    """torch's batch norm over the images of all processes. It trains on a GPU only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)
+
+        ValueError: it is trained on a CPU.
+        """
+        if self.training and x.device.type == "cpu":
+            raise ValueError(
+                "norm='sync' trains on a GPU only; accepted on a CPU: 'batch', 'group' and 'frozen'"
+            )
+        return super().forward(x)
+
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
     "frozen": FrozenBatchNorm,
     "group": group_norm,
+    "sync": SyncBatchNorm,
 }
 
 

@@ -102,7 +102,7 @@ def resnet(
     width: channels of the stem (64); every other width is a multiple of it.
     stride_in: where a bottleneck's stride sits: "3x3" as in torchvision's weights, or "1x1" as in the paper and
         Detectron2.
-    norm: "batch", "group", or "frozen" (with weights only).
+    norm: "batch", "group", "sync" (batch norm over all processes, on GPUs), or "frozen" (with weights only).
     shortcut: "A", "B", "C", "none" (a plain network), "constant_scaling", "exclusive_gating", "shortcut_only_gating",
         "conv1x1", "dropout"; see `backbones.shortcuts.SHORTCUTS`.
     order: the order of norms, ReLUs and the addition (He et al. 2016, Figure 4): "original", "bn_after_addition",

@@ -4,11 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from detector.command_line import make_parser
 from detector.config import load_config
+from detector.data.images import list_images
 from detector.files import write_json
+from detector.inference import choose_device
 from detector.tables import format_table
 
 from . import (
@@ -25,13 +28,17 @@ from . import (
     measure_evaluation,
     measure_loader,
     measure_scaling,
+    measure_stream,
     peak_memory,
     plot_growth,
     plot_parts,
+    profile_training,
 )
 
 PARTS = ("transform", "trunk", "rpn", "roi_align", "head", "predictor", "postprocessing")
 STEP_PARTS = ("forward", "backward", "update")
+UNITS = ("seconds", "cpu_seconds")
+RATES = {"of_network": "the network's own rate", "of_cpu": "what the parts' CPU seconds allow"}
 
 
 def main(description: str) -> int:
@@ -48,7 +55,7 @@ def main(description: str) -> int:
 def parse_arguments(description: str) -> argparse.Namespace:
     parser = make_parser(description)
     commands = parser.add_subparsers(required=True)
-    for add in (add_inference, add_training, add_scaling, add_loader, add_evaluation):
+    for add in (add_inference, add_training, add_scaling, add_loader, add_stream, add_evaluation):
         add(commands)
     # Overrides may stand anywhere among a subcommand's options.
     args, rest = parser.parse_known_args()
@@ -82,6 +89,14 @@ def add_training(commands: Any) -> None:
     parser.add_argument("--sizes", nargs="+", type=size, default=[(600, 800)], metavar="HxW")
     parser.add_argument("--regions", nargs="+", type=positive, default=[512, 128], help="per image")
     parser.add_argument("--checkpointing", action="store_true", help="ours with activation checkpointing too")
+    parser.add_argument(
+        "--profile",
+        metavar="TRACE.json.gz",
+        help="in place of all this: where the time of a recipe's training goes, and a trace for Perfetto",
+    )
+    parser.add_argument("--config", help="with --profile: the recipe; key=value overrides a setting")
+    parser.add_argument("--batches", type=positive, default=20, help="with --profile: batches that count")
+    parser.set_defaults(overrides=[])
     add_stock_arguments(parser)
 
 
@@ -115,6 +130,17 @@ def add_loader(commands: Any) -> None:
     parser.add_argument("--images", type=positive, default=500, help="images per pass")
     parser.add_argument("--workers", nargs="+", type=int, default=[2], help="processes, one case for each")
     add_output_arguments(parser, repeats=5)
+
+
+def add_stream(commands: Any) -> None:
+    parser = commands.add_parser("stream", help="tools/infer.py against its network alone")
+    parser.set_defaults(measure=measure_infer)
+    parser.add_argument("--weights", required=True, help="a detector's checkpoint")
+    parser.add_argument("--images", nargs="+", required=True, metavar="PATH", help="pictures or folders")
+    parser.add_argument("--count", type=positive, default=200, help="of pictures, the first ones")
+    parser.add_argument("--batch-size", type=positive, help="as in tools/infer.py")
+    parser.add_argument("--device", default="cpu")
+    add_output_arguments(parser, repeats=3)
 
 
 def add_evaluation(commands: Any) -> None:
@@ -219,6 +245,8 @@ def measure_inference(args: argparse.Namespace) -> None:
 
 
 def measure_training(args: argparse.Namespace) -> None:
+    if args.profile:
+        return measure_profile(args)
     forms = [*stock_forms(args), "ours", *(["ours_checkpointed"] if args.checkpointing else [])]
     cases = []
     for case in compare_training(settings_of(args), args.sizes, args.regions, forms):
@@ -232,6 +260,18 @@ def measure_training(args: argparse.Namespace) -> None:
         write(args, benchmark="training", cases=cases)
     if args.plot:
         plot_parts(args.plot, cases, "regions", (*STEP_PARTS, "other"))
+
+
+def measure_profile(args: argparse.Namespace) -> None:
+    if args.config is None:
+        raise ValueError("--profile needs --config, the recipe to train")
+    config, device = load_config(args.config, args.overrides), choose_device(args.device)
+    seconds = profile_training(config, device, args.batches, Path(args.profile))
+    images = seconds.pop("images")
+    rows = [(part, value, f"{value / seconds['total']:.0%}") for part, value in seconds.items()]
+    print(format_table(rows, header=("part", "seconds a batch", "share")))
+    print(f"{images / seconds['total']:.2f} images/s; the trace is in {args.profile}")
+    write(args, benchmark="profile", seconds=seconds)
 
 
 def measure_growth(args: argparse.Namespace) -> None:
@@ -276,6 +316,19 @@ def measure_loading(args: argparse.Namespace) -> None:
             rows, header=("workers", "loader, images/s", "decoding alone", "loader's time of decoding's")
         )
     )
+
+
+def measure_infer(args: argparse.Namespace) -> None:
+    paths = list_images(args.images, [])[: args.count]
+    rounds = [measure_stream(args.weights, paths, args.device, args.batch_size) for _ in range(args.repeats)]
+    rows = [
+        (part, *(sorted(r["parts"][part][unit] for r in rounds)[args.repeats // 2] for unit in UNITS))
+        for part in rounds[0]["parts"]
+    ]
+    print(format_table(rows, header=("part", *UNITS)))
+    for name, meaning in RATES.items():
+        print(f"{sorted(r[name] for r in rounds)[args.repeats // 2]:.2f} of {meaning}")
+    write(args, benchmark="stream", rounds=rounds)
 
 
 def measure_scoring(args: argparse.Namespace) -> None:

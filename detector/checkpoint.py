@@ -39,7 +39,6 @@ _STATE = {
     **dict.fromkeys(("model", "optimizer", "schedule", "scaler", "config"), dict),
     **dict.fromkeys(("epoch", "batch", "step", "evaluations_since_best"), int),
     "best": (int, float),
-    "torch_rng": Tensor,
     "class_names": (list, tuple),
 }
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from typing import IO, Any
 
+from .processes import is_lost, joined
+
 DEVICE_HELP = "cpu, cuda, cuda:1 (default: the GPU if there is one)"
 PATHS_HELP = "pictures, folders or patterns such as 'a/*.jpg'; key=value overrides a setting of the recipe"
 
@@ -45,14 +47,23 @@ def exit_status(
 ) -> int:
     """Run call(args) and return the exit status: its result, 0 for None, `failed` after an error.
 
-    An error that the user can mend is printed as one sentence; any other exception passes through.
+    An error that the user can mend is printed as one sentence; any other exception passes through. Processes of torchrun
+    are joined for the call, and print a sentence once.
     """
-    with redirect_stdout(SafeStream(sys.stdout)), redirect_stderr(SafeStream(sys.stderr)):
+    with redirect_stdout(SafeStream(sys.stdout)), redirect_stderr(SafeStream(sys.stderr)), joined() as peers:
         try:
-            return call(args) or 0
+            status = call(args) or 0
+            peers.wait()
+            return status
         except (ValueError, OSError, TypeError, ImportError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return failed
+            message = f"error: {error}"
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            message = "error: another process of this run ended; its own message says why"
+        if peers.is_first_to_say(message):
+            print(message, file=sys.stderr, flush=True)
+        return failed
 
 
 def report_skipped(messages: list[str]) -> int:

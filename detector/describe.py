@@ -1,6 +1,5 @@
 """A summary of a run, printed before it starts."""
 
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -8,8 +7,10 @@ import torch
 
 from backbones.summary import multiply_accumulates
 
-from .config import Config
+from . import processes
+from .config import Config, TrainConfig
 from .data.dataset import DetectionDataset
+from .data.loader import TrainBatches
 from .data.tolerance import first_few
 from .files import write_atomically
 from .model.faster_rcnn import C4FasterRCNN
@@ -22,6 +23,7 @@ def describe(
     model: C4FasterRCNN,
     train_set: DetectionDataset,
     val_set: DetectionDataset | None,
+    batches: TrainBatches,
     device: torch.device,
 ) -> str:
     """Describe what a run is about to do: its data, image sizes, parameters and cost."""
@@ -53,12 +55,22 @@ def describe(
         f"multiply-accumulates: trunk {format_count(trunk_macs)} an image of {height}x{width}, "
         f"head {format_count(head_macs)} a region"
     )
-    options = config.train
-    lines.append(
-        f"{options.epochs} epochs of {math.ceil(len(train_set) / options.batch_size)} batches of "
-        f"{options.batch_size}, {options.optimizer} at {options.lr:g}, {options.schedule}, on {device}"
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_training_lines(config.train, batches, device)])
+
+
+def _training_lines(options: TrainConfig, batches: TrainBatches, device: torch.device) -> list[str]:
+    """The epochs and batches, and what an update has where it is more than one batch."""
+    count = processes.world_size()
+    each = f" in each of {count} processes" if count > 1 else ""
+    lines = [
+        f"{options.epochs} epochs of {len(batches)} batches of {options.batch_size}{each}, "
+        f"{options.optimizer} at {options.lr:g}, {options.schedule}, on {device}"
+    ]
+    if (images := batches.batch_size * options.accumulate) > options.batch_size:
+        lines.append(f"an update has {images} images; the rate is that of an update")
+    if batches.num_repeated:
+        lines.append(f"each epoch sees its first {batches.num_repeated} images again, to fill its last batch")
+    return lines
 
 
 def problem_lines(dataset: DetectionDataset) -> list[str]:

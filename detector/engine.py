@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import FrozenBatchNorm2d
 
+from . import processes
 from .data.loader import Batch
 from .model.faster_rcnn import C4FasterRCNN
 from .model.losses import LOSSES
@@ -32,17 +34,17 @@ class Pass:
 class NonFiniteLossError(FloatingPointError):
     """An update whose loss or gradients are infinite or NaN; the message has the image ids and the four losses.
 
-    cause: the first batch of the update with such a loss, or the first batch. details: more sentences.
+    cause: the first batch of the update with such a loss, or the first batch. is_loss: whether it has such a loss.
     """
 
-    def __init__(self, passes: list[Pass], details: str = "") -> None:
+    def __init__(self, passes: list[Pass]) -> None:
         bad = [p for p in passes if not p.losses.isfinite().all()]
-        self.passes, self.cause = passes, (bad or passes)[0]
+        self.is_loss, self.cause = bool(bad), (bad or passes)[0]
         ids = [target["image_id"] for target in self.cause.batch[1]]
         numbers = zip(LOSSES, self.cause.losses.tolist(), strict=True)
         losses = ", ".join(f"{name} {value:.4g}" for name, value in numbers)
         what = "loss" if bad else "gradient"
-        super().__init__(f"a {what} is not finite at image ids {ids}: {losses}. {details}".rstrip())
+        super().__init__(f"a {what} is not finite at image ids {ids}: {losses}.")
 
 
 def stop_at_nonfinite(error: NonFiniteLossError) -> None:
@@ -118,6 +120,9 @@ class Training:
     skipped: int = 0  # updates without a step, because a loss was not finite
     point: Any = None  # what `rewind` goes back to; None in the middle of an update
 
+    def __post_init__(self) -> None:
+        self.network = processes.parallel(self.model)  # what training calls
+
     @property
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
@@ -128,21 +133,16 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in self._parts}
-        counters = {name: getattr(self, name) for name in self._counters}
-        states = {"torch_rng": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            states["cuda_rng"] = torch.cuda.get_rng_state(self._device)
-        return {**parts, **counters, **states}
+        return parts | {name: getattr(self, name) for name in self._counters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        parts = {name: getattr(self, name).load_state_dict for name in self._parts}
-        for name, load in {**parts, "torch_rng": torch.set_rng_state}.items():
+        for name in self._parts:
             if name not in state:
                 raise ValueError(
                     f"the training state has no {name}: resume with the config it was saved with"
                 )
             try:
-                load(state[name])
+                getattr(self, name).load_state_dict(state[name])
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
                 raise ValueError(
                     f"the training state's {name} does not fit the config: resume with the config it was saved with"
@@ -150,25 +150,18 @@ class Training:
         for name in self._counters:
             # States of earlier versions lack the last two.
             setattr(self, name, state.get(name, getattr(self, name)))
-        if self._device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def remember(self) -> None:
         """Remember this point between two updates: all that a batch changes before the weights change."""
         buffers = [buffer.clone() for buffer in self._changing_buffers()]
-        self.point = (self.epoch, self.batch, torch.get_rng_state(), buffers)
+        self.point = (self.epoch, self.batch, buffers)
 
     @torch.no_grad()
     def rewind(self) -> bool:
         """Go back to the last whole update. Returns False, and does nothing, in the middle of an update."""
         if self.point is None:
             return False
-        self.epoch, self.batch, rng, buffers = self.point
-        torch.set_rng_state(rng)
+        self.epoch, self.batch, buffers = self.point
         self._restore(buffers)
         self.optimizer.zero_grad(set_to_none=True)
         return True
@@ -228,22 +221,29 @@ class LossMonitor:
         """The losses of the steps not yet read, one dict a step, without those that are infinite or NaN."""
         if not self.pending:
             return []
-        values, self.pending = torch.stack(self.pending).tolist(), []
+        values, self.pending = processes.mean(torch.stack(self.pending)).tolist(), []
         return [dict(zip(LOSSES, row, strict=True)) for row in values if all(map(math.isfinite, row))]
 
 
 def forward(
-    model: C4FasterRCNN,
+    training: Training,
+    network: nn.Module,
     batch: Batch,
     device: torch.device,
-    key: tuple[int, int],
+    key: tuple[int, int, int],
     amp_dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """The losses of a batch in training. Anchors and regions are sampled by (*key, image id)."""
+    """The losses of a batch in training, by `network(images, targets)`.
+
+    key: (seed, epoch, batch). Anchors and regions are sampled by (seed, epoch, image id). What else is random, such as
+    dropout, draws from the key and the number of the process.
+    """
     images, targets = to_device(batch, device)
-    model.seed_sampling([(*key, target["image_id"]) for target in targets])
+    training.model.seed_sampling([(*key[:2], target["image_id"]) for target in targets])
+    draw = np.random.SeedSequence((*key, processes.rank()))
+    torch.manual_seed(int(draw.generate_state(1, np.uint64)[0]))
     with autocast(device, amp_dtype):
-        return model(images, targets)
+        return network(images, targets)
 
 
 def train_one_epoch(
@@ -269,18 +269,24 @@ def train_one_epoch(
 
     An update whose loss or gradients are infinite or NaN changes no weight. `on_nonfinite` is called with the error,
     and training goes on where it returns. Whatever is raised here, `training.rewind()` gives the last whole update.
+
+    Several processes train with the mean of their gradients. They skip the same updates, and the losses read are their
+    means. `on_step` must return the same on all of them.
     """
-    model, monitor, stop = training.model, LossMonitor(device, read_every), False
-    model.train()
+    network, monitor, stop = training.network, LossMonitor(device, read_every), False
+    network.train()
     training.remember()
     passes: list[Pass] = []
     for batch in loader:
-        run = partial(forward, model, batch, device, (seed, training.epoch), amp_dtype)
-        losses = run()
-        passes.append(Pass(batch, torch.stack([losses[name].detach().float() for name in LOSSES]), run))
-        training.scaler.scale(sum(losses.values()) / accumulate).backward()
+        key = (seed, training.epoch, training.batch)
+        run = partial(forward, training, batch=batch, device=device, key=key, amp_dtype=amp_dtype)
         training.batch += 1
         whole = training.batch % accumulate == 0 or training.batch == num_batches
+        with nullcontext() if whole else processes.keeping_gradients(network):
+            losses = run(network)
+            values = torch.stack([losses[name].detach().float() for name in LOSSES])
+            passes.append(Pass(batch, values, partial(run, training.model)))
+            training.scaler.scale(sum(losses.values()) / accumulate).backward()
         read = monitor.add(passes[-1].losses)
         if training.batch == num_batches:
             read += monitor.read()
@@ -304,6 +310,7 @@ def update(training: Training, clip_norm: float | None, loss: Tensor) -> bool:
     norm = clip_gradients(training.optimizer, clip_norm)
     # With fp16, gradients overflow now and then, and the scaler skips those steps itself.
     finite = bool(torch.isfinite(loss if training.scaler.is_enabled() else loss + norm))
+    finite = not processes.any_of(not finite)
     (*_, buffers), training.point = training.point, None
     if finite:
         training.scaler.step(training.optimizer)
@@ -341,26 +348,30 @@ def evaluate(
     """Detections in COCO's results format, and mean losses per image, from one pass over the images.
 
     category_ids: the data set's own ids, `category_ids[label - 1]`. Returns (results, losses); losses["loss"] is the
-    sum of the four. Anchors and regions are sampled by (seed, image id), so the losses of two epochs can be compared.
+    sum of the four. Where several processes share the batches, the first one gets those of all of them. Anchors and regions are sampled by (seed, image id), so the losses of two epochs can be compared.
     """
     ids, was_training = list(category_ids), model.training
     model.eval()
-    results: list[dict[str, Any]] = []
-    totals, num_images = torch.zeros(len(LOSSES), device=device), 0
+    results: list[list[dict[str, Any]]] = []
+    sums: list[Tensor] = []
     for batch in loader:
         images, targets = to_device(batch, device)
         model.seed_sampling([(seed, 0, target["image_id"]) for target in targets])
         with autocast(device, amp_dtype):
             losses, detections = model.evaluate(images, targets)
-        totals += torch.stack([losses[name].float() for name in LOSSES]) * len(images)
-        num_images += len(images)
+        of_batch = torch.stack([losses[name].float() for name in LOSSES])
+        # One column more counts the images.
+        sums.append(nn.functional.pad(of_batch, (0, 1), value=1.0) * len(images))
+        results.append([])
         for target, detected in zip(targets, detections, strict=True):
-            results += coco_results(detected, target["image_id"], ids)
+            results[-1] += coco_results(detected, target["image_id"], ids)
         on_step(len(images))
     model.seed_sampling(None)
     model.train(was_training)
-    means = dict(zip(LOSSES, (totals / max(num_images, 1)).tolist(), strict=True))
-    return results, {"loss": sum(means.values()), **means}
+    batches = processes.collect(list(zip(results, [values.tolist() for values in sums], strict=True)))
+    *totals, num_images = np.sum([values for _, values in batches], axis=0) if batches else [0.0] * 5
+    means = {name: float(total / max(num_images, 1)) for name, total in zip(LOSSES, totals, strict=True)}
+    return [each for found, _ in batches for each in found], {"loss": sum(means.values()), **means}
 
 
 def coco_results(detected: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from . import processes
 from .config import Config
 from .data.dataset import DetectionDataset
 from .data.loader import EvalBatches, TransformedDataset, build_loader
@@ -40,18 +41,23 @@ class Evaluation:
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Detections in COCO's results format, and mean losses, as `engine.evaluate` returns them. Shows progress.
 
+        Several processes share the pictures, with the buffers of the first one's model. The first one gets all results.
+
         ValueError: too many pictures cannot be decoded, or one where `data.strict` is set.
         """
+        processes.share_buffers(model)
         with Progress(len(self.dataset), title) as progress:
-            return evaluate(
+            found = evaluate(
                 optimize(model, winograd=False),
                 self.unreadable.watch(self.loader),
                 self.device,
                 category_ids=self.dataset.category_ids.tolist(),
                 seed=self.config.train.seed,
                 amp_dtype=AMP_DTYPES[self.config.train.amp],
-                on_step=progress.update,
+                on_step=lambda num_images: progress.update(num_images * processes.world_size()),
             )
+        self.unreadable.collect()
+        return found
 
     @property
     def readable(self) -> DetectionDataset:

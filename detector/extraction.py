@@ -4,14 +4,12 @@ A stopped extraction continues where it was. Under torchrun, the processes share
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from . import processes
 from .ahead import ahead
 from .checkpoint import Checkpoint, load_checkpoint
 from .data.images import load_or_reason
@@ -45,17 +43,16 @@ def extract_features(
     is_npz = (format or ("tsv" if Path(output).suffix == ".tsv" else "npz")) == "npz"
     checkpoint = load_checkpoint(weights_path).with_overrides(overrides)
     boxes = None if boxes_path is None else read_boxes(boxes_path, images)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen_device = choose_device(device or _local_device())
+    chosen_device = choose_device(device)
     _check_settings(Path(output), is_npz, _settings(checkpoint, weights_path, regions, boxes_path))
-    files = _open_files(Path(output), is_npz, images, rank, world_size)
-    mine = images[rank::world_size]
+    files = _open_files(Path(output), is_npz, images)
+    mine = processes.share(images)
     todo = [image for image in mine if not files.is_done(image)]
-    if rank == 0 and len(todo) < len(mine):
+    if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} pictures are done already", flush=True)
     detector = Detector.load(checkpoint, chosen_device)
     unreadable: list[str] = []
-    with Progress(len(todo), "extract", enabled=rank == 0) as progress:
+    with Progress(len(todo), "extract", enabled=processes.is_main()) as progress:
         # Threads decode the next pictures while the network runs.
         loaded = zip(todo, ahead(load_or_reason, todo), strict=True)
         while chunk := list(islice(loaded, batch_size)):
@@ -71,13 +68,12 @@ def extract_features(
     return unreadable
 
 
-def _open_files(
-    output: Path, is_npz: bool, images: Sequence[Path], rank: int, world_size: int
-) -> NpzFolder | TsvFile:
+def _open_files(output: Path, is_npz: bool, images: Sequence[Path]) -> NpzFolder | TsvFile:
     """The files that this process writes. Names depend on all pictures, so every process chooses the same ones."""
     if is_npz:
         return NpzFolder(output, images)
-    return TsvFile(output if world_size == 1 else output.with_suffix(f".{rank}of{world_size}.tsv"), images)
+    rank, count = processes.rank(), processes.world_size()
+    return TsvFile(output if count == 1 else output.with_suffix(f".{rank}of{count}.tsv"), images)
 
 
 def _settings(
@@ -111,9 +107,3 @@ def _check_settings(output: Path, is_npz: bool, settings: dict[str, Any]) -> Non
         raise ValueError(
             f"{path} is of an extraction with other settings ({', '.join(other)}): give another --output"
         )
-
-
-def _local_device() -> str | None:
-    """The GPU that torchrun's LOCAL_RANK gives this process; None without torchrun or CUDA."""
-    rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None

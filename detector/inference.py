@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backbones.messages import check_choice
 
+from . import processes
 from .ahead import ahead
 from .checkpoint import Checkpoint, load_checkpoint
 from .data.images import load_image
@@ -196,11 +197,14 @@ class Detector:
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name; None chooses the GPU if there is one. ValueError: it cannot be used here."""
+    """The device of that name; None chooses the GPU if there is one, and "cuda" the process's own.
+
+    ValueError: it cannot be used here.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(processes.own_gpu() if name == "cuda" else name)
         torch.empty(0, device=device)
         if device.type == "cuda" and device.index is not None:
             # Pinned memory, peaks of memory and streams are those of the current device.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import processes
 from .config import TrainConfig
 from .data.dataset import DetectionDataset
 from .engine import NonFiniteLossError, Pass, Training
@@ -39,18 +40,25 @@ class NonFiniteGuard:
         self._has_warned = False
 
     def __call__(self, error: NonFiniteLossError) -> None:
-        """Report an update that was not made. NonFiniteLossError: it was not to be skipped, or was one of ten in a row."""
+        """Report an update that was not made, once for all processes.
+
+        NonFiniteLossError: it was not to be skipped, or was one of ten in a row.
+        """
         training = self.training
         training.skipped += 1
         self._skipped.append(training.step)
         layer = first_nonfinite_layer(training.model, error.cause.run)
         # The second pass changed the statistics of batch norms.
         training.rewind()
-        details = f"{self._describe(error.cause, layer)}. {self._write(error.cause, layer)}"
+        culprit = next((i for i, is_loss in enumerate(processes.gather(error.is_loss)) if is_loss), 0)
+        written = self._write(error.cause, layer) if processes.rank() == culprit else ""
+        message = f"{error} {self._describe(error.cause, layer)}. {written}"
+        message = processes.gather(message)[culprit]
         is_row = list(self._skipped) == list(range(training.step - _MOST_IN_A_ROW + 1, training.step + 1))
         if self.options.on_nonfinite == "stop" or is_row:
-            raise NonFiniteLossError(error.passes, details + advice(self.options, training.step - 1))
-        print(f"update {training.step} is skipped ({training.skipped} so far): {error} {details}", flush=True)
+            error.args = (message + advice(self.options, training.step - 1),)
+            raise error
+        print(f"update {training.step} is skipped ({training.skipped} so far): {message}", flush=True)
 
     def watch(self, losses: list[dict[str, float]]) -> None:
         """Warn once where a loss explodes in the first updates."""

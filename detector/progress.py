@@ -59,6 +59,8 @@ class Progress(AbstractContextManager):
 
     def update(self, num_images: int, **numbers: float) -> None:
         """Count the images of one step, and show its numbers: losses as running means, others as they are."""
+        # Several processes may share out more than there are.
+        num_images = min(num_images, max(self.num_images - self.images_seen, 0))
         self.images_seen += num_images
         now = time.perf_counter()
         if self._first is None:

@@ -6,8 +6,9 @@ from typing import Any
 from .config import Config
 from .data.dataset import DetectionDataset
 
-# Settings of `train` that may change when a run resumes. The others, and those of `model`, may not.
-_FREE = ("eval_every", "patience", "log_every", "save_every", "on_nonfinite")
+# Settings of `train` that may change when a run resumes. The others, and those of `model`, may not. For the batch size see
+# `check_same_batches`.
+_FREE = ("batch_size", "eval_every", "patience", "log_every", "save_every", "on_nonfinite")
 
 
 def check_resumable(saved: Config, config: Config) -> None:
@@ -24,6 +25,15 @@ def check_resumable(saved: Config, config: Config) -> None:
     ]
     if changed:
         raise ValueError(f"--resume continues a run with its own settings; {'; '.join(changed)}")
+
+
+def check_same_batches(saved: int, now: int) -> None:
+    """Check the images of a batch over all processes. ValueError: an epoch's batches would not be the same."""
+    if saved != now:
+        raise ValueError(
+            f"--resume continues a run with its own batches; a batch had {saved} images, now {now} "
+            "(train.batch_size x the number of processes)"
+        )
 
 
 def fingerprint(dataset: DetectionDataset | None) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import yaml
 
 from backbones import Preprocessing
 
+from . import processes
 from .build import build_batches, build_model, build_training
 from .checkpoint import (
     Checkpoint,
@@ -37,7 +38,7 @@ from .lock import FolderLock
 from .model.speed import apply_speed
 from .nonfinite import NonFiniteGuard, check_weights
 from .progress import Progress
-from .resume import check_resumable, check_same_data, fingerprint
+from .resume import check_resumable, check_same_batches, check_same_data, fingerprint
 from .run_log import RunLog, StepLog
 from .sheets import save_first_batch, save_found
 from .stop import Interrupted, StopSignal
@@ -54,6 +55,9 @@ class Run:
     The folder receives best.safetensors, best_metrics.json, last.safetensors, training_state.pt and the one before it,
     config.yaml, metrics.jsonl, first_batch.jpg, curves.png, found.jpg, problems.txt if the data have any, tensorboard/ if
     TensorBoard is installed, and nonfinite/ if a loss is infinite or NaN. It is locked while the run trains.
+
+    Several processes, within `processes.joined()`, train as one. The first one writes the files; the others read the
+    state of a resumed run from the same folder.
 
     Args:
         resume: continue from training_state.pt where the run stopped.
@@ -86,7 +90,11 @@ class Run:
         self.fingerprints = {"train": fingerprint(self.train_set), "val": fingerprint(self.val_set)}
         if state is not None:
             version = state.get("version", 1)
-            check_resumable(parse_stored_config(state["config"], version, "the saved run's config"), config)
+            saved = parse_stored_config(state["config"], version, "the saved run's config")
+            check_resumable(saved, config)
+            # Earlier states are of one process.
+            images = config.train.batch_size * processes.world_size()
+            check_same_batches(state.get("batch_images", saved.train.batch_size), images)
             check_same_data(state.get("data", {}), self.fingerprints)
 
         torch.manual_seed(config.train.seed)
@@ -111,30 +119,24 @@ class Run:
         self.guard = NonFiniteGuard(self.training, self.folder / "nonfinite", self.train_set, config.train)
 
     def train(self) -> dict[str, Any]:
-        """Train the epochs that are left. Returns the best evaluation's metrics, or {} without validation data.
+        """Train the epochs that are left. Returns the best evaluation's metrics, or {} without validation data and
+        in the processes after the first.
 
         Interrupted: the run was asked to stop, and has saved its state. ValueError: another process trains in the folder.
         FloatingPointError: losses, gradients or weights became infinite or NaN. The last good state stays.
         OSError: a file cannot be written. What was there stays.
         """
         training, options = self.training, self.config.train
+        if not processes.is_main():
+            with StopSignal() as stop:
+                self._train(RunLog(None), stop)
+            return {}
         with FolderLock(self.folder):
             if self.is_new:
                 # Another process may have trained here since this run was made.
                 refuse_old_run(self.folder)
             remove_temporaries(self.folder)
-            print(
-                describe(self.config, training.model, self.train_set, self.val_set, self.device), flush=True
-            )
-            if findings := quick_check(self.train_set, self.val_set, self.config):
-                print(
-                    "the data (tools/check_data.py looks closer):",
-                    format_findings(findings),
-                    sep="\n",
-                    flush=True,
-                )
-            self._write_config()
-            write_problems(self.folder / "problems.txt", {"train": self.train_set, "val": self.val_set})
+            self._describe()
             owed = training.awaits_evaluation
             with (
                 RunLog(self.folder, after_step=training.step, awaits_evaluation=owed) as log,
@@ -155,6 +157,18 @@ class Run:
         save_found(self.folder / "found.jpg", detector, self.val_set)
         return read_json(best)
 
+    def _describe(self) -> None:
+        """Say what the run is about to do, and write it down."""
+        config, train_set, val_set = self.config, self.train_set, self.val_set
+        print(
+            describe(config, self.training.model, train_set, val_set, self.batches, self.device), flush=True
+        )
+        if findings := quick_check(train_set, val_set, config):
+            title = "the data (tools/check_data.py looks closer):"
+            print(title, format_findings(findings), sep="\n", flush=True)
+        self._write_config()
+        write_problems(self.folder / "problems.txt", {"train": train_set, "val": val_set})
+
     def _train(self, log: RunLog, stop: StopSignal) -> None:
         training = self.training
         # A run that stopped before or during an evaluation owes it.
@@ -162,10 +176,12 @@ class Run:
         while not self.is_done:
             finished = self.epoch(log, stop)
             self.save()
-            if stop.asked and not (finished and training.epoch == self.config.train.epochs):
+            # All processes wait for the save here, since torchrun ends them when one of them ends.
+            if stop.is_agreed() and not (finished and training.epoch == self.config.train.epochs):
                 raise self._interrupted()
             self._evaluate(log, stop)
-            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+            if processes.is_main():
+                plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
 
     def _evaluate(self, log: RunLog, stop: StopSignal) -> None:
         """Evaluate if the last epoch awaits it, and keep the weights if they are the best."""
@@ -210,7 +226,7 @@ class Run:
     def _train_epoch(self, log: RunLog, stop: StopSignal) -> bool:
         training, options = self.training, self.config.train
         self.batches.set_epoch(training.epoch, training.batch)
-        num_left = max(1, len(self.train_set) - training.batch * options.batch_size)
+        num_left = max(1, len(self.train_set) - training.batch * self.batches.batch_size)
         title = f"epoch {training.epoch + 1}/{options.epochs}"
         epochs_left = options.epochs - training.epoch - 1
 
@@ -222,14 +238,16 @@ class Run:
 
             def on_step(losses: list[dict[str, float]], num_images: int) -> bool:
                 # The last batch writes a line, so that an epoch shorter than log_every has one too.
-                steps.add(losses, num_images, last=stop.asked or training.batch == len(self.batches))
-                self.guard.watch(losses)
                 is_update = training.batch % options.accumulate == 0
+                stops = is_update and stop.is_agreed()
+                num_images *= processes.world_size()
+                steps.add(losses, num_images, last=stops or training.batch == len(self.batches))
+                self.guard.watch(losses)
                 if is_update and time.monotonic() - self.saved_at >= options.save_every * 60:
                     self.save()
-                return stop.asked
+                return stops
 
-            return train_one_epoch(
+            finished = train_one_epoch(
                 training,
                 self.unreadable.watch(self.loader, on_unreadable),
                 self.device,
@@ -242,13 +260,27 @@ class Run:
                 on_step=on_step,
                 on_nonfinite=self.guard,
             )
+        self.unreadable.collect()
+        return finished
 
     def validate(self, log: RunLog) -> dict[str, Any]:
         """Evaluate on the validation data: COCO's metrics, with "losses" and "epoch"."""
         started, training = time.perf_counter(), self.training
         title = f"validate {training.epoch}/{self.config.train.epochs}"
         results, losses = self.evaluation.run(training.evaluated_model, title)
-        readable = self.evaluation.readable
+        metrics = processes.from_main(lambda: self._score(log, title, results, losses, started))
+        return metrics | {"epoch": training.epoch}
+
+    def _score(
+        self,
+        log: RunLog,
+        title: str,
+        results: list[dict[str, Any]],
+        losses: dict[str, float],
+        started: float,
+    ) -> dict[str, Any]:
+        """The metrics of detections, logged and printed."""
+        training, readable = self.training, self.evaluation.readable
         metrics = evaluate_coco(readable.to_coco(), results)
         numbers = {name: value for name, value in metrics.items() if name != "per_class"}
         counted = {"left_out": len(readable.left_out)} if readable.left_out else {}
@@ -257,7 +289,7 @@ class Run:
         left_out = f", {len(readable.left_out)} unreadable left out" if readable.left_out else ""
         taken = f"{len(readable)} images{left_out}, {format_duration(time.perf_counter() - started)}"
         print(f"{title}: {shown}, loss {losses['loss']:.3f} ({taken})", flush=True)
-        return metrics | {"losses": losses, "epoch": training.epoch}
+        return metrics | {"losses": losses}
 
     def keep_best(self, metrics: dict[str, Any]) -> None:
         """Save the weights as best.safetensors if `best_metric` is better than before.
@@ -276,29 +308,33 @@ class Run:
         if is_finite and (value is None or value > training.best):
             training.best = training.best if value is None else value
             training.evaluations_since_best = 0
-            save_checkpoint(self.folder / "best.safetensors", self._checkpoint(metrics))
-            write_json(self.folder / BEST_METRICS, metrics, indent=2)
+            if processes.is_main():
+                save_checkpoint(self.folder / "best.safetensors", self._checkpoint(metrics))
+                write_json(self.folder / BEST_METRICS, metrics, indent=2)
         else:
             training.evaluations_since_best += 1
 
     def save(self) -> None:
-        """Write the newest weights, and the state that the run resumes from.
+        """Write the newest weights, and the state that the run resumes from. The first process writes.
 
         FloatingPointError: a weight is infinite, NaN or about to overflow, and nothing is written.
         """
-        check_weights(self.training, self.config.train)
-        save_checkpoint(self.folder / "last.safetensors", self._checkpoint({}))
+        if processes.is_main():
+            check_weights(self.training, self.config.train)
+            save_checkpoint(self.folder / "last.safetensors", self._checkpoint({}))
         self._save_state()
 
     def _save_state(self) -> None:
-        state = {
-            **self.training.state_dict(),
-            "class_names": list(self.train_set.class_names),
-            "preprocessing": asdict(self.training.model.transform.preprocessing),
-            "config": self.config.model_dump(mode="json"),
-            "data": self.fingerprints,
-        }
-        save_training_state(self.folder / STATE, state)
+        if processes.is_main():
+            state = {
+                **self.training.state_dict(),
+                "class_names": list(self.train_set.class_names),
+                "preprocessing": asdict(self.training.model.transform.preprocessing),
+                "config": self.config.model_dump(mode="json"),
+                "data": self.fingerprints,
+                "batch_images": self.batches.batch_size,
+            }
+            save_training_state(self.folder / STATE, state)
         self.saved_at, self.saved_step = time.monotonic(), self.training.step
 
     def _save_last_update(self, error: BaseException) -> None:

@@ -23,18 +23,22 @@ class RunLog(AbstractContextManager):
     `write` returns. JSON has no NaN or infinity, so these are written as null. An existing file is continued, without
     the incomplete last line that a killed run may leave.
 
+    run_dir: None writes nothing, for the processes after the first.
     after_step: drop the lines of later steps, because a run that resumes there writes them again; None drops none.
     awaits_evaluation: drop that step's evaluation too.
     """
 
     def __init__(
         self,
-        run_dir: str | Path,
+        run_dir: str | Path | None,
         *,
         after_step: int | None = None,
         awaits_evaluation: bool = False,
         tensorboard: bool = True,
     ) -> None:
+        self.path, self._writer = None, None
+        if run_dir is None:
+            return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
@@ -49,6 +53,8 @@ class RunLog(AbstractContextManager):
 
     def write(self, kind: str, *, epoch: int, step: int, **numbers: Any) -> None:
         """Append one line. Numbers may be Python's, numpy's, tensors of one element, or dicts of them."""
+        if self.path is None:
+            return
         line = _plain({"kind": kind, "epoch": epoch, "step": step, **numbers})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")

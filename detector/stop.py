@@ -6,6 +6,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
+from . import processes
+
 _HEARD = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -16,8 +18,8 @@ class Interrupted(Exception):
 class StopSignal:
     """A context whose `asked` becomes True at Ctrl-C, SIGTERM or SIGHUP.
 
-    A second Ctrl-C or SIGTERM raises KeyboardInterrupt. A closing terminal may send SIGHUP twice, so a second one does
-    nothing. A signal that was ignored before, as in a background job or under nohup, stays ignored.
+    A second Ctrl-C or SIGTERM raises KeyboardInterrupt. A closing terminal may send SIGHUP twice, and torchrun passes on
+    what its processes heard already, so there a second one does nothing. A signal that was ignored before, as in a background job or under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,10 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def is_agreed(self) -> bool:
+        """Whether any process was asked to stop. All processes call this at the same place."""
+        return processes.any_of(self.asked)
+
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Work that may be lost: a first signal during it raises Interrupted."""
@@ -44,13 +50,14 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            if number != getattr(signal, "SIGHUP", None):
+            if number != getattr(signal, "SIGHUP", None) and processes.world_size() == 1:
                 raise KeyboardInterrupt
             return
         self.asked = True
         if self._raises:
             raise Interrupted("stopped during the validation; continue with --resume, which repeats it")
-        _tell("\nstopping after this update; once more to stop at once")
+        again = "; once more to stop at once" if processes.world_size() == 1 else ""
+        _tell(f"\nstopping after this update{again}")
 
 
 def _tell(text: str) -> None:

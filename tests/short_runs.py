@@ -42,8 +42,8 @@ def fail_in_batch(monkeypatch, number, error):
     """Raise `error` after the forward pass of that batch, which has changed the statistics of batch norms."""
     original, calls = detector.engine.forward, []
 
-    def forward(*arguments):
-        calls.append(original(*arguments))
+    def forward(*arguments, **options):
+        calls.append(original(*arguments, **options))
         if len(calls) == number:
             raise error
         return calls[-1]

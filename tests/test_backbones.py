@@ -23,6 +23,7 @@ from backbones import (
     register_backbone,
     registry,
 )
+from backbones.fuse import fuse
 from backbones.resnet import resnet
 from backbones.weights import published_weights, read_state_dict
 
@@ -164,6 +165,18 @@ def test_frozen_stages_out_of_range_is_refused(frozen_stages):
 
 
 # ---- options
+
+
+def test_sync_norm_has_batch_norm_s_weights_and_numbers_and_trains_on_a_gpu_only():
+    torch.manual_seed(0)
+    batch = create_backbone("resnet18", width=8).eval()
+    sync = create_backbone("resnet18", width=8, norm="sync").eval()
+    sync.load_state_dict(batch.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(sync(image), batch(image))
+    torch.testing.assert_close(fuse(sync)(image), batch(image), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="norm='sync' trains on a GPU only; accepted on a CPU: 'batch'"):
+        sync.train()(image)
 
 
 def test_frozen_norm_with_random_weights_is_refused():

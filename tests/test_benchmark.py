@@ -11,6 +11,8 @@ import torch
 from backbones.kernels.winograd import WinogradConv2d
 from benchmarks import Settings, coco_backends, growth, inference, limit, models
 from benchmarks.timing import Stopwatch
+from detector.build import build_model
+from detector.checkpoint import Checkpoint, save_checkpoint
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
 SIZE = (64, 96)
@@ -118,6 +120,38 @@ def test_training_writes_the_parts_of_a_step_and_ratios(run_benchmark, tmp_path)
     assert all(r > 0 for ratio in case["ratios"].values() for r in ratio.values())
     assert max(case["difference"].values()) < 1e-3
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_profile_has_the_parts_of_a_recipe_s_batches_and_a_trace(run_benchmark, tiny_config, tmp_path):
+    recipe, trace = tmp_path / "recipe.yaml", tmp_path / "trace.json"
+    recipe.write_text(tiny_config("train.batch_size=1").model_dump_json())  # JSON is YAML
+    arguments = ("training", "--config", recipe, "--profile", trace)
+    status, measured, out, _ = run_benchmark(*arguments, "--batches", 4)
+    seconds = measured["seconds"]
+    assert status == 0 and "images/s" in out
+    assert set(seconds) == {"total", "other", "loader", "forward", "backward", "update", "waiting"}
+    parts = sum(seconds[part] for part in ("other", "loader", "forward", "backward", "update"))
+    assert parts == pytest.approx(seconds["total"], rel=0.05) and seconds["waiting"] == 0
+    assert any("conv" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
+    status, _, _, error = run_benchmark(*arguments, "--batches", 9)
+    assert status == 1 and "accepted: up to 4 of these data" in error
+    status, _, _, error = run_benchmark("training", "--profile", trace)
+    assert status == 1 and "--profile needs --config" in error
+
+
+def test_a_stream_of_pictures_is_measured_whole_and_by_its_parts(
+    run_benchmark, tiny_config, tiny_shapes, tmp_path
+):
+    config = tiny_config()
+    model, weights = build_model(config.model, 5), tmp_path / "weights.safetensors"
+    save_checkpoint(weights, Checkpoint(model.state_dict(), config, ("a", "b", "c", "d")))
+    arguments = ("--weights", weights, "--images", tiny_shapes, "--count", 3, "--repeats", 2)
+    status, measured, out, _ = run_benchmark("stream", *arguments)
+    assert status == 0 and "of the network's own rate" in out and len(measured["rounds"]) == 2
+    for each in measured["rounds"]:
+        parts = each["parts"]
+        assert each["images"] == 3 and set(parts) == {"decoding", "network", "drawing", "whole"}
+        assert each["of_network"] == parts["network"]["seconds"] / parts["whole"]["seconds"]
 
 
 def test_scaling_fits_lines_and_measures_memory_in_processes_of_their_own(run_benchmark, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from backbones import IMAGENET
-from detector import Detector
+from detector import Detector, processes
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, save_checkpoint
 from detector.convert.converted import CAFFE_RESNET
@@ -330,10 +330,9 @@ def test_a_stopped_extraction_continues_where_it_was(extract, pictures, tmp_path
 def test_processes_share_the_pictures_and_together_do_each_once(
     extract, pictures, tmp_path, monkeypatch, name
 ):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(processes, "world_size", lambda: 3)
     for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         assert extract(pictures, "--output", tmp_path / name)[0] == 0
         if name == "npz":
             assert len(list((tmp_path / name).glob("*.npz"))) == (2, 3, 4)[rank]

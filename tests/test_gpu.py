@@ -8,7 +8,9 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import several
 import torch
 from short_runs import stop_after
 from torchvision.ops import roi_align
@@ -16,6 +18,7 @@ from torchvision.ops import roi_align
 from backbones import create_backbone
 from backbones.kernels.cudnn import fuses
 from backbones.regions import RegionPool
+from detector import processes
 from detector.engine import autocast
 from detector.inference import Detector
 from detector.model.faster_rcnn import build_faster_rcnn
@@ -210,6 +213,67 @@ def test_a_run_trains_stops_and_resumes(tiny_config, tmp_path, monkeypatch, amp)
     resumed.train()
     assert resumed.training.epoch == 2
     assert (tmp_path / "best.safetensors").exists()
+
+
+def shared_gpu():
+    """A GPU for this process of several; two share one where there are no more."""
+    device = torch.device("cuda", processes.rank() % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def sync_norm_step(images):
+    """One step of a network with `norm: sync` on this process's share of the images: its statistics and gradients."""
+    device = shared_gpu()
+    torch.manual_seed(0)
+    backbone = create_backbone("resnet18", width=8, norm="sync").to(device).train()
+    network = processes.parallel(backbone)
+    share = torch.stack(list(processes.share(list(images)))).to(device)
+    network(share).square().mean().backward()
+    tensors = dict(backbone.named_buffers()) | {n: p.grad for n, p in backbone.named_parameters()}
+    return {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
+
+
+def test_sync_norm_in_two_processes_is_batch_norm_over_both():
+    # NCCL wants a GPU for each process. Over gloo, two share one.
+    torch.manual_seed(1)
+    images = torch.randn(4, 3, 64, 64)
+    one, two = several.run(2, sync_norm_step, images)
+    torch.manual_seed(0)
+    alone = create_backbone("resnet18", width=8).to(CUDA).train()
+    alone(images.to(CUDA)).square().mean().backward()
+    expected = dict(alone.named_buffers()) | {n: p.grad for n, p in alone.named_parameters()}
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(
+            one[name], tensor.float().cpu().numpy(), rtol=1e-3, atol=1e-4, err_msg=name
+        )
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def train_on_this_gpu(config, folder):
+    return Run(config, folder, shared_gpu()).train()
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_two_processes_train_on_one_device(tiny_config, tmp_path, amp):
+    metrics, nothing = several.run(2, train_on_this_gpu, tiny_config(f"train.amp={amp}"), tmp_path)
+    assert metrics["epoch"] in (1, 2) and nothing == {}
+
+
+def test_a_gpu_for_each_process_is_joined_over_nccl(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    command = ["torchrun", "--nproc-per-node", "2", "tools/train.py", "configs/shapes.yaml", "train.epochs=1"]
+    run = [
+        *command,
+        "data.train.num_train=64",
+        f"data.root={tmp_path / 'data'}",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "best.safetensors").exists()
 
 
 def test_infer_runs_on_the_device(tiny_shapes, tiny_config, tmp_path):

@@ -106,7 +106,7 @@ def test_a_summary_is_what_a_detector_pays():
         trunk_macs=facts[1].trunk_macs,
         head_macs=facts[1].head_macs,
         weights=("imagenet_v1", "imagenet_v2"),
-        norms=("batch", "frozen", "group"),
+        norms=("batch", "frozen", "group", "sync"),
         preprocessing=IMAGENET,
     )
 

@@ -14,6 +14,7 @@ from PIL import Image
 from short_runs import CPU, lines, same_tensors, stop_after
 
 import detector.run
+from detector.build import build_batches
 from detector.checkpoint import load_checkpoint, load_training_state
 from detector.config import load_config
 from detector.describe import describe
@@ -93,7 +94,8 @@ def test_what_it_is_about_to_do_is_told(tiny_config):
     config = tiny_config("train.batch_size=3", "model.backbone.frozen_stages=1")
     train_set = detector.run.build_dataset(config.data, "train")
     model = detector.run.build_model(config.model, 5)
-    told = describe(config, model, train_set, None, CPU)
+    _, batches, _ = build_batches(config, train_set, CPU)
+    told = describe(config, model, train_set, None, batches, CPU)
     counts = train_set.box_counts()
     assert f"train: 8 images, {sum(counts.values())} boxes" in told
     assert all(f"{name} " in told and str(count) in told for name, count in counts.items())

@@ -496,9 +496,3 @@ def test_train_refuses_milestones_of_a_cosine(run_tool, recipe, tmp_path):
     ]
     status, _, error = run_tool("train", recipe, *arguments)
     assert status == 1 and one_line(error) and "'cosine', which has none; set train.milestones=[]" in error
-
-
-def test_torchrun_is_refused_in_a_sentence(run_tool, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    status, _, error = run_tool("train", "configs/shapes.yaml", "--output", tmp_path / "run")
-    assert status == 1 and "2 processes were started (torchrun)" in error

@@ -2,6 +2,7 @@
 
 python tools/evaluate.py --weights runs/shapes/best.safetensors --output runs/shapes/eval
 python tools/evaluate.py --weights best.safetensors --config configs/voc_resnet101.yaml data.root=/data --output eval
+torchrun --nproc-per-node 8 tools/evaluate.py --weights best.safetensors --output eval
 python tools/evaluate.py --detections detections.json --config configs/bccd_resnet18.yaml --output eval
 """
 
@@ -9,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from detector import processes
 from detector.checkpoint import load_checkpoint
 from detector.command_line import DEVICE_HELP, exit_status, make_parser
 from detector.config import load_config
@@ -68,6 +70,8 @@ def evaluate(args: argparse.Namespace) -> None:
         evaluation = Evaluation(dataset, config, device)
         results, losses = evaluation.run(model)
         dataset = evaluation.readable
+        if not processes.is_main():
+            return
         write_json(output / "detections.json", results)
     metrics = score(dataset, results)
     left_out = {"left_out": dataset.left_out} if dataset.left_out else {}

@@ -3,6 +3,7 @@
 python tools/infer.py --weights runs/shapes/best.safetensors datasets/shapes/val --output runs/shapes/drawings
 python tools/infer.py --weights best.safetensors street.jpg "holiday/*.png" --score-thresh 0.3 --output found
 python tools/infer.py --weights best.safetensors street.jpg model.box_nms_thresh=0.4 --output found
+torchrun --nproc-per-node 8 tools/infer.py --weights best.safetensors photos --output found
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detector import Detections, Detector
+from detector import Detections, Detector, processes
 from detector.ahead import ahead
 from detector.checkpoint import load_checkpoint
 from detector.command_line import DEVICE_HELP, PATHS_HELP, exit_status, make_parser, report_skipped
@@ -53,17 +54,19 @@ def infer(args: argparse.Namespace) -> int:
     detections.json is written in any case, with the pictures that are done.
     """
     overrides, pictures = split_overrides(args.paths)
+    unlisted: list[str] = []
     unreadable: list[str] = []
-    paths = list_images(pictures, unreadable)
+    paths = list_images(pictures, unlisted)
     checkpoint = load_checkpoint(args.weights).with_overrides(overrides)
     detector = Detector.load(checkpoint, choose_device(args.device))
     batch_size = args.batch_size or (_GPU_BATCH if detector.device.type == "cuda" else 1)
     drawings = drawing_paths(paths, Path(args.output))
+    mine = processes.share(paths)
     found: list[dict[str, Any]] = []
-    with Progress(len(paths), "infer") as progress, StopSignal() as stop:
+    with Progress(len(mine), "infer", enabled=processes.is_main()) as progress, StopSignal() as stop:
         try:
             # Decoding, network and drawing run side by side.
-            read = takewhile(lambda _: not stop.asked, zip(paths, ahead(load_or_reason, paths), strict=True))
+            read = takewhile(lambda _: not stop.asked, zip(mine, ahead(load_or_reason, mine), strict=True))
             waiting: deque[tuple[Path, np.ndarray]] = deque()
 
             def readable() -> Iterator[np.ndarray]:
@@ -83,15 +86,20 @@ def infer(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print("stopped at once")
         finally:
-            content = {"weights": args.weights, "class_names": detector.class_names, "images": found}
-            write_json(Path(args.output) / "detections.json", content, indent=1)
+            found, unreadable = (sum(processes.gather(each), []) for each in (found, unreadable))
+            if processes.is_main():
+                order = {str(path): row for row, path in enumerate(paths)}
+                found.sort(key=lambda entry: order[entry["path"]])
+                content = {"weights": args.weights, "class_names": detector.class_names, "images": found}
+                write_json(Path(args.output) / "detections.json", content, indent=1)
+    unreadable = unlisted + unreadable
     count = sum(len(entry["detections"]) for entry in found)
     skipped = f", {len(unreadable)} skipped" if unreadable else ""
     print(
         f"{count} objects in {len(found)} of {len(paths)} pictures{skipped}; "
         f"drawings and detections.json are in {args.output}"
     )
-    status = report_skipped(unreadable)
+    status = report_skipped(unreadable if processes.is_main() else [])
     return 130 if stop.asked else status
 
 

@@ -5,15 +5,16 @@ python tools/train.py configs/shapes.yaml --output runs/shapes
 python tools/train.py configs/voc_resnet101.yaml data.root=/data/VOCdevkit train.batch_size=4 --output runs/voc
 python tools/train.py configs/shapes.yaml --output runs/shapes --resume
 python tools/train.py configs/detectron2_resnet50_c4.yaml --start-from r50_c4.safetensors --output runs/tuned
+torchrun --nproc-per-node 8 tools/train.py configs/coco_resnet50.yaml data.root=/data/coco --output runs/coco
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
 
+from detector import processes
 from detector.choose.recipe import choose_recipe
 from detector.command_line import DEVICE_HELP, exit_status, make_parser
 from detector.config import Config, load_config
@@ -50,8 +51,6 @@ def main() -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ValueError(f"{count} processes were started (torchrun): training runs in one process so far")
     device = choose_device(args.device)
     config = load_config(args.config, args.overrides) if is_recipe(args.config) else choose(args, device)
     run = Run(config, args.output, device, resume=args.resume, start_from_path=args.start_from)
@@ -77,14 +76,10 @@ def choose(args: argparse.Namespace, device: torch.device) -> Config:
     if args.resume:
         return load_config(Path(args.output) / "config.yaml", args.overrides)
     refuse_old_run(args.output)
-    config, reasons = choose_recipe(
-        args.config,
-        args.output,
-        device,
-        overrides=args.overrides,
-        format=args.format,
-        minutes=args.minutes,
-        offline=args.offline,
+    options = {name: getattr(args, name) for name in ("overrides", "format", "minutes", "offline")}
+    count = processes.world_size()
+    config, reasons = processes.from_main(
+        lambda: choose_recipe(args.config, args.output, device, num_processes=count, **options)
     )
     print("chosen:", *(f"- {reason}" for reason in reasons), sep="\n", flush=True)
     print(f"the whole recipe is in {Path(args.output) / 'config.yaml'}; key=value changes any part of it")

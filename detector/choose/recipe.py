@@ -42,10 +42,12 @@ def choose_recipe(
     format: str | None = None,
     minutes: float | None = None,
     offline: bool = False,
+    num_processes: int = 1,
 ) -> tuple[Config, list[str]]:
     """The recipe for the pictures at `path`, and a sentence for each choice. `overrides` come before any choice.
 
     folder: receives the lists of a split, if one has to be made. minutes: a budget of time, this choice included.
+    num_processes: that will share the training.
 
     Raises:
         ValueError, FileNotFoundError: the data cannot be found or read, or a value is not accepted.
@@ -57,7 +59,7 @@ def choose_recipe(
     draft = _Draft({"model": {"backbone": "resnet18"}, "data": data}, overrides)
     train_set = build_dataset(draft.config.data, "train")
     val_set = build_dataset(draft.config.data, "val", train_set.class_names)
-    machine, objects = look_at_machine(device), objects_of(train_set)
+    machine, objects = look_at_machine(device, num_processes), objects_of(train_set)
     weights = None, "model.backbone is given"
     if not any(override.startswith("model.backbone") for override in overrides):
         weights = find_weights(published_network(machine), offline)
@@ -68,7 +70,7 @@ def choose_recipe(
     def seconds() -> float | None:
         return None if minutes is None else 60 * minutes - (time.monotonic() - started)
 
-    epochs, chosen = _time(draft, folder, train_set, val_set, device, seconds())
+    epochs, chosen = _time(draft, folder, train_set, val_set, machine, device, seconds())
     if epochs < _TOO_FEW_EPOCHS and minutes is not None and weights[0] is None:
         smaller = _Draft({"model": {"backbone": "resnet18"}, "data": data}, overrides)
         size = max(_SMALLER["model"]["min_size"], 1)
@@ -76,7 +78,10 @@ def choose_recipe(
         reason = f"{epochs} epochs would be too few: resnet18 of width 16, and a short side of {size}"
         smaller.add({"model": {**_SMALLER["model"], "max_size": longest}}, reason)
         _choose_rest(smaller, objects, machine, False, len(train_set))
-        draft, (epochs, chosen) = smaller, _time(smaller, folder, train_set, val_set, device, seconds())
+        draft, (epochs, chosen) = (
+            smaller,
+            _time(smaller, folder, train_set, val_set, machine, device, seconds()),
+        )
     draft.add(*chosen)
     return draft.config, [*remarks, *draft.reasons]
 
@@ -111,13 +116,14 @@ def _time(
     folder: str | Path,
     train_set: DetectionDataset,
     val_set: DetectionDataset,
+    machine: Machine,
     device: torch.device,
     seconds: float | None,
 ) -> tuple[int, tuple[Settings, str]]:
     """The number of epochs, and the settings that follow from it."""
-    pace = measure_pace(draft.config, train_set, device)
+    pace = measure_pace(draft.config, train_set, device).shared_by(machine.num_processes)
     epochs, used, (settings, reason) = choose_epochs(pace, len(train_set), len(val_set), seconds)
-    updates = epochs * max(1, used // draft.config.train.batch_size)
+    updates = epochs * max(1, used // (draft.config.train.batch_size * machine.num_processes))
     settings["train"]["warmup_steps"] = min(200, max(1, updates // 10))
     if used < len(train_set):
         rows = np.sort(np.random.default_rng(draft.config.train.seed).permutation(len(train_set))[:used])

@@ -122,7 +122,7 @@ def choose_training(machine: Machine, is_pretrained: bool, num_images: int) -> R
     batch = 4 if not machine.has_gpu else 16 if machine.memory > 30 * 2**30 else 8
     batch = max(1, min(batch, num_images // 4 or 1))
     # 1e-3 is that of the measured recipes, at batches of 4.
-    rate = (2e-4 if is_pretrained else 1e-3) * math.sqrt(batch / 4)
+    rate = (2e-4 if is_pretrained else 1e-3) * math.sqrt(batch * machine.num_processes / 4)
     train: dict[str, Any] = {
         "batch_size": batch,
         "optimizer": "adamw",

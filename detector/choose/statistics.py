@@ -56,23 +56,28 @@ def objects_of(dataset: DetectionDataset) -> Objects:
 
 @dataclass(frozen=True)
 class Machine:
-    """device: what trains. cores: that this process may use. memory: bytes, of the GPU where it trains."""
+    """What trains.
+
+    cores: that this process may use. memory: bytes, of the GPU where it trains. num_processes: that train together.
+    """
 
     device: torch.device
     cores: int
     memory: int
+    num_processes: int = 1
 
     @property
     def has_gpu(self) -> bool:
         return self.device.type == "cuda"
 
 
-def look_at_machine(device: torch.device) -> Machine:
+def look_at_machine(device: torch.device, num_processes: int = 1) -> Machine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.type == "cuda":
-        return Machine(device, cores, torch.cuda.get_device_properties(device).total_memory)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return Machine(device, cores, memory, num_processes)
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         memory = 8 * 2**30
-    return Machine(device, cores, memory)
+    return Machine(device, cores, memory, num_processes)

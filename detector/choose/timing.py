@@ -31,6 +31,9 @@ class Pace:
     training: float
     evaluation: float
 
+    def shared_by(self, num_processes: int) -> "Pace":
+        return Pace(self.training / num_processes, self.evaluation / num_processes)
+
 
 def measure_pace(config: Config, train_set: DetectionDataset, device: torch.device) -> Pace:
     """Train for some seconds and evaluate two batches, with random numbers of its own. Medians, since machines have other work."""

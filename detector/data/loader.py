@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .. import processes
 from .dataset import DetectionDataset
 from .transforms import EvalTransform, Key
 
@@ -77,11 +78,16 @@ class TrainBatches(Sampler):
 
     With `group`, a batch holds only tall or only wide images, except for the images left over. Padding makes a mixed
     batch square. The order depends on (seed, epoch) only. A resumed epoch skips its first `start` batches.
+
+    Where there are several processes, a batch is made for all of them, with `batch_size` images for each, and dealt out.
+    The short batch of an epoch is then filled up with the epoch's first images.
     """
 
     def __init__(self, aspect_ratios: np.ndarray, batch_size: int, seed: int, group: bool = True) -> None:
         self.tall = aspect_ratios > 1 if group else np.zeros(len(aspect_ratios), dtype=bool)
-        self.batch_size = batch_size
+        self.batch_size = batch_size * processes.world_size()
+        self.own = slice(processes.rank() * batch_size, (processes.rank() + 1) * batch_size)
+        self.num_repeated = -len(aspect_ratios) % self.batch_size if processes.world_size() > 1 else 0
         self.seed = seed
         self.epoch = 0
         self.start = 0
@@ -99,21 +105,25 @@ class TrainBatches(Sampler):
         tall = self.tall[order]
         groups = [order[tall], order[~tall]]
         whole = [len(g) // self.batch_size * self.batch_size for g in groups]
-        rest = np.concatenate([g[n:] for g, n in zip(groups, whole, strict=True)])
+        repeated = np.resize(order, self.num_repeated)
+        rest = np.concatenate([*(g[n:] for g, n in zip(groups, whole, strict=True)), repeated])
         full = np.concatenate([g[:n] for g, n in zip(groups, whole, strict=True)])
         batches = [
             c[i : i + self.batch_size] for c in (full, rest) for i in range(0, len(c), self.batch_size)
         ]
         for i in rng.permutation(len(batches))[self.start :]:
-            yield [(self.epoch, int(index)) for index in batches[i]]
+            yield [(self.epoch, int(index)) for index in batches[i][self.own]]
 
 
 class EvalBatches(Sampler):
-    """Batches of every image once, as lists of (0, index). They are sorted by aspect ratio to save padding."""
+    """Batches of every image once, as lists of (0, index). They are sorted by aspect ratio to save padding.
+
+    Several processes deal the batches out.
+    """
 
     def __init__(self, aspect_ratios: np.ndarray, batch_size: int) -> None:
         order = np.argsort(aspect_ratios, kind="stable")
-        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        self.batches = processes.share([order[i : i + batch_size] for i in range(0, len(order), batch_size)])
 
     def __len__(self) -> int:
         return len(self.batches)

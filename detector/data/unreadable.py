@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
+from .. import processes
 from .loader import Batch
 from .tolerance import MAX_TOLD, refuse_many
 
@@ -42,6 +43,14 @@ class Unreadable:
             kept = [row for row, image in enumerate(images) if image.numel()]
             if kept:
                 yield [images[row] for row in kept], [targets[row] for row in kept]
+
+    def collect(self) -> None:
+        """Learn of the pictures that failed in other processes."""
+        for found in processes.gather(self.image_ids):
+            for sentence in found.keys() - self.image_ids.keys():
+                self._print(sentence)
+            self.image_ids |= found
+        self._judge()
 
     def _print(self, sentence: str) -> None:
         if len(self.image_ids) <= MAX_TOLD:

@@ -1,0 +1,63 @@
+"""Pictures a second of tools/infer.py, against what its network alone reaches, and against what its parts cost."""
+
+import importlib.util
+import os
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from detector.checkpoint import load_checkpoint
+from detector.data.images import load_image
+from detector.inference import Detector, choose_device
+from detector.progress import memory_mb
+
+Cost = dict[str, float]
+
+
+def measure_stream(weights: str, paths: list[Path], device: str, batch_size: int | None) -> dict[str, Any]:
+    """Seconds and CPU seconds of decoding, network and drawing, each alone and of one picture after another, and of all together.
+
+    The network alone runs on pictures in memory. The whole starts from the files and ends with drawings and JSON.
+    """
+    infer = _load_tool()
+    detector = Detector.load(load_checkpoint(weights), choose_device(device))
+    detector(load_image(paths[0]))  # warms up
+    parts, images = {}, [load_image(path) for path in paths]
+    parts["decoding"], _ = _measure(load_image, paths)
+    parts["network"], found = _measure(detector, images)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "drawing.jpg"
+        pairs = list(zip(images, found, strict=True))
+        parts["drawing"], _ = _measure(lambda pair: infer.save_drawing(*pair, target), pairs)
+        options = {"score_thresh": 0.5, "device": device, "batch_size": batch_size}
+        args = Namespace(paths=list(map(str, paths)), weights=weights, output=folder, **options)
+        before = memory_mb()
+        parts["whole"], _ = _measure(infer.infer, [args])
+        memory = {"before_mb": before, "after_mb": memory_mb()}
+    cores = len(os.sched_getaffinity(0))
+    possible = sum(parts[name]["cpu_seconds"] for name in ("decoding", "network", "drawing")) / cores
+    return {
+        "images": len(paths),
+        "parts": parts,
+        "memory": memory,
+        "of_network": parts["network"]["seconds"] / parts["whole"]["seconds"],
+        "of_cpu": possible / parts["whole"]["seconds"],
+    }
+
+
+def _measure(call: Callable[[Any], Any], items: Iterable[Any]) -> tuple[Cost, list[Any]]:
+    begun, cpu = time.perf_counter(), time.process_time()
+    results = [call(item) for item in items]
+    return {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}, results
+
+
+def _load_tool() -> ModuleType:
+    path = Path(__file__).resolve().parent.parent / "tools" / "infer.py"
+    spec = importlib.util.spec_from_file_location("infer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
