@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from backbones import create_backbone
+from benchmarks.models import ForcedProposals, set_case
 from detector.build import build_model, build_training
 from detector.engine import (
     LOSSES,
     LossMonitor,
     NonFiniteLossError,
     Training,
+    autocast,
     build_ema,
     build_schedule,
     coco_results,
@@ -22,6 +25,7 @@ from detector.engine import (
     to_device,
     train_one_epoch,
 )
+from detector.model.faster_rcnn import build_faster_rcnn
 
 CPU = torch.device("cpu")
 GROUP = "model.backbone={name: resnet18, width: 8, norm: group}"  # no state but the weights: images are independent
@@ -234,6 +238,23 @@ def test_bf16_trains_float32_weights_close_to_the_float32_step(model):
     assert any(not torch.equal(before[name], p) for name, p in weights(model).items())
     assert half[0] != losses[0]
     assert sum(half[0].values()) == pytest.approx(sum(losses[0].values()), rel=0.1)
+
+
+def test_bf16_losses_of_a_large_picture_are_within_two_percent_with_the_same_proposals():
+    torch.manual_seed(0)
+    # Eight bits cannot count 1333 pixels.
+    model = build_faster_rcnn(create_backbone("resnet18", width=16), 5, box_batch_size_per_image=128).train()
+    ForcedProposals(model.rpn)
+    set_case(model, (800, 1333), 2000)
+    boxes = torch.tensor([[100.0, 50, 700, 500], [900, 300, 1300, 780], [20, 600, 90, 700]])
+    batch = [torch.rand(3, 800, 1333)], [{"boxes": boxes, "labels": torch.tensor([1, 2, 4])}]
+    exact, half = {}, {}
+    for dtype, losses in ((None, exact), (torch.bfloat16, half)):
+        with autocast(CPU, dtype):
+            losses |= model(*copy.deepcopy(batch))
+    assert exact != half
+    for name, loss in exact.items():
+        assert float(half[name].detach()) == pytest.approx(float(loss.detach()), rel=0.02), name
 
 
 def test_a_scaled_loss_steps_by_the_same_gradients(model):
