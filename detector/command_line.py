@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from typing import IO, Any
 
+from .stop import sigterm_as_ctrl_c
+
 DEVICE_HELP = "cpu, cuda, cuda:1 (default: the GPU if there is one)"
 PATHS_HELP = "pictures, folders or patterns such as 'a/*.jpg'; key=value overrides a setting of the recipe"
 
@@ -43,13 +45,20 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def exit_status(
     call: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, failed: int = 1
 ) -> int:
-    """Run call(args) and return the exit status: its result, 0 for None, `failed` after an error.
+    """Run call(args) and return the exit status: its result, 0 for None, `failed` after an error, 130 after Ctrl-C or SIGTERM.
 
     An error that the user can mend is printed as one sentence; any other exception passes through.
     """
-    with redirect_stdout(SafeStream(sys.stdout)), redirect_stderr(SafeStream(sys.stderr)):
+    with (
+        redirect_stdout(SafeStream(sys.stdout)),
+        redirect_stderr(SafeStream(sys.stderr)),
+        sigterm_as_ctrl_c(),
+    ):
         try:
             return call(args) or 0
+        except KeyboardInterrupt as stop:
+            print(str(stop) or "stopped", file=sys.stderr)
+            return 130
         except (ValueError, OSError, TypeError, ImportError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             return failed

@@ -1,8 +1,11 @@
 """A recipe for somebody's pictures: each rule, and one command from a folder to a trained detector."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -232,3 +235,24 @@ def test_one_command_trains_from_a_folder_and_resumes(folder, tmp_path):
     done = subprocess.run([*evaluate, "--output", str(run / "val")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "AP" in json.loads((run / "val" / "metrics.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_its_processes_while_a_recipe_is_chosen_ends_the_command_in_a_sentence(
+    folder, tmp_path
+):
+    large = ("model.min_size=600", "model.max_size=800", "loader.num_workers=1")
+    command = [sys.executable, "tools/train.py", str(folder), "--offline", *large]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run = tmp_path / number.name
+        process = subprocess.Popen(
+            [*command, "--output", str(run)], cwd=ROOT, **pipes, start_new_session=True
+        )
+        deadline = time.monotonic() + 60
+        # After the split comes the timing of some updates.
+        while not (run / "val.txt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
+        os.killpg(process.pid, number)
+        assert (process.communicate(timeout=60)[1], process.returncode) == ("stopped\n", 130)

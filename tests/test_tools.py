@@ -17,6 +17,7 @@ from PIL import Image
 import detector.run
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from detector.command_line import exit_status
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 NAMES = ("circle", "cross", "triangle", "star")
@@ -502,3 +503,26 @@ def test_torchrun_is_refused_in_a_sentence(run_tool, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, error = run_tool("train", "configs/shapes.yaml", "--output", tmp_path / "run")
     assert status == 1 and "2 processes were started (torchrun)" in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_any_tool_in_a_sentence_with_130(number, capsys):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert exit_status(lambda args: signal.raise_signal(number), None) == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_while_the_data_are_read_ends_training_in_a_sentence(
+    run_tool, recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(detector.run, "build_dataset", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert run_tool("train", recipe, "--output", tmp_path / "run") == (130, "", "stopped\n")
+
+
+def test_an_ignored_sigterm_stays_ignored_in_a_tool():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert exit_status(lambda args: signal.raise_signal(signal.SIGTERM), None) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -20,7 +20,6 @@ from detector.config import Config, load_config
 from detector.data.find import FORMATS, is_recipe
 from detector.inference import choose_device
 from detector.run import Run, refuse_old_run
-from detector.stop import Interrupted
 from detector.tables import format_cell
 
 
@@ -49,27 +48,18 @@ def main() -> int:
     return exit_status(train, parser.parse_intermixed_args())
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace) -> None:
     if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError(f"{count} processes were started (torchrun): training runs in one process so far")
     device = choose_device(args.device)
     config = load_config(args.config, args.overrides) if is_recipe(args.config) else choose(args, device)
-    run = Run(config, args.output, device, resume=args.resume, start_from_path=args.start_from)
-    try:
-        metrics = run.train()
-    except Interrupted as stop:
-        print(stop)
-        return 130
-    except KeyboardInterrupt:
-        print("stopped at once; continue with --resume")
-        return 130
+    metrics = Run(config, args.output, device, resume=args.resume, start_from_path=args.start_from).train()
     if metrics:
         name = config.train.best_metric
         print(
             f"best {name} {format_cell(metrics[name])} (AP50 {format_cell(metrics['AP50'])}) after epoch {metrics['epoch']}"
         )
     print(f"weights, curves and pictures are in {args.output}")
-    return 0
 
 
 def choose(args: argparse.Namespace, device: torch.device) -> Config:
