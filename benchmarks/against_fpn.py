@@ -179,7 +179,7 @@ def train_ours(data: str, root: Path, seconds: float, seed: int) -> dict[str, fl
         alone = Path(folder) / "data"
         link_training_split(root / data, alone)
         overrides = [f"train.seed={seed}", "loader.num_workers=0"]
-        config, reasons = choose_recipe(
+        config, reasons, datasets = choose_recipe(
             alone,
             Path(folder) / "run",
             CPU,
@@ -188,7 +188,7 @@ def train_ours(data: str, root: Path, seconds: float, seed: int) -> dict[str, fl
             offline=True,
         )
         print(*reasons, sep="\n", flush=True)
-        Run(config, Path(folder) / "run", CPU).train()
+        Run(config, Path(folder) / "run", CPU, datasets=datasets).train()
         spent = time.process_time() - begun
         detector = Detector.load(Path(folder) / "run" / "best.safetensors", CPU)
         results, _ = Evaluation(scored, config, CPU).run(detector.model)

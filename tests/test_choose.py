@@ -27,8 +27,11 @@ from detector.choose.statistics import Machine, Objects
 from detector.choose.timing import Pace, choose_epochs
 from detector.choose.weights import find_weights
 from detector.config import load_config
-from detector.data.sources import build_dataset
+from detector.data.sources import build_dataset, build_datasets
+from detector.data.voc import VocSource
 from detector.model.anchor_fit import anchor_recall
+from detector.resume import fingerprint
+from detector.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Machine(torch.device("cpu"), cores=2, memory=24 * 2**30)
@@ -169,7 +172,7 @@ def folder(tmp_path):
 
 
 def test_a_recipe_is_chosen_with_a_reason_for_each_part_and_a_split(folder, tmp_path):
-    config, reasons = choose_recipe(
+    config, reasons, _ = choose_recipe(
         folder, tmp_path / "run", CPU.device, overrides=SMALL, minutes=1, offline=True
     )
     told = "\n".join(reasons)
@@ -197,16 +200,31 @@ def test_a_choice_is_a_function_of_the_data_but_for_the_epochs(folder, tmp_path,
     assert recipes[0] == recipes[1]
 
 
+@pytest.mark.parametrize("seconds_an_image", [0.01, 10.0])
+def test_annotations_are_read_once_and_give_the_data_that_the_recipe_names(
+    folder, tmp_path, monkeypatch, seconds_an_image
+):
+    read, asked = VocSource.read, []
+    monkeypatch.setattr(VocSource, "read", lambda *args: asked.append(args) or read(*args))
+    monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(seconds_an_image, 0.1))
+    run = tmp_path / "run"
+    config, _, datasets = choose_recipe(folder, run, CPU.device, overrides=SMALL, minutes=1, offline=True)
+    trained = Run(config, run, CPU.device, datasets=datasets).fingerprints
+    assert len(asked) == 1
+    named = build_datasets(config.data)
+    assert [trained["train"], trained["val"]] == [fingerprint(dataset) for dataset in named]
+
+
 def test_a_budget_that_is_too_short_gets_a_smaller_network(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(1.0, 0.1))
-    config, reasons = choose_recipe(folder, tmp_path / "run", CPU.device, minutes=1, offline=True)
+    config, reasons, _ = choose_recipe(folder, tmp_path / "run", CPU.device, minutes=1, offline=True)
     assert config.model.backbone == {"name": "resnet18", "width": 16}
     assert any("too few" in reason for reason in reasons)
 
 
 def test_a_budget_below_one_epoch_draws_its_pictures_from_all_of_them(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(10.0, 0.1))
-    config, reasons = choose_recipe(
+    config, reasons, _ = choose_recipe(
         folder, tmp_path / "run", CPU.device, overrides=SMALL, minutes=1, offline=True
     )
     dataset = build_dataset(config.data, "train")

@@ -16,6 +16,7 @@ from short_runs import CPU, lines, same_tensors, stop_after
 import detector.run
 from detector.checkpoint import load_checkpoint, load_training_state
 from detector.config import load_config
+from detector.data.sources import build_dataset
 from detector.describe import describe
 from detector.engine import NonFiniteLossError
 from detector.resume import check_resumable
@@ -91,7 +92,7 @@ def test_resuming_a_finished_run_does_nothing_and_gives_its_best(finished, tiny_
 
 def test_what_it_is_about_to_do_is_told(tiny_config):
     config = tiny_config("train.batch_size=3", "model.backbone.frozen_stages=1")
-    train_set = detector.run.build_dataset(config.data, "train")
+    train_set = build_dataset(config.data, "train")
     model = detector.run.build_model(config.model, 5)
     told = describe(config, model, train_set, None, CPU)
     counts = train_set.box_counts()

@@ -407,14 +407,15 @@ def test_a_full_disk_ends_infer_with_the_pictures_that_are_done(
     save = Image.Image.save
 
     def save_one(image, path, **options):
-        if any(Path(path).parent.glob("*.jpg")):
+        # Two threads draw, so the second picture may be first.
+        if "pictures_a" not in Path(path).name:
             raise OSError(28, "No space left on device")
         save(image, path, **options)
 
     monkeypatch.setattr(Image.Image, "save", save_one)
     status, _, error = run_tool("infer", "--weights", weights, pictures, "--output", tmp_path / "out")
     assert status == 1 and one_line(error) and "No space left" in error
-    assert 1 <= len(detections_of(tmp_path / "out")) < 4
+    assert len(detections_of(tmp_path / "out")) == 1
 
 
 def test_links_to_nothing_and_unlistable_folders_are_told_and_counted(
@@ -516,7 +517,7 @@ def test_a_signal_ends_any_tool_in_a_sentence_with_130(number, capsys):
 def test_a_signal_while_the_data_are_read_ends_training_in_a_sentence(
     run_tool, recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(detector.run, "build_dataset", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(detector.run, "build_datasets", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert run_tool("train", recipe, "--output", tmp_path / "run") == (130, "", "stopped\n")
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from detector.choose.recipe import choose_recipe
+from detector.choose.recipe import Choice, choose_recipe
 from detector.command_line import DEVICE_HELP, exit_status, make_parser
-from detector.config import Config, load_config
+from detector.config import load_config
 from detector.data.find import FORMATS, is_recipe
 from detector.inference import choose_device
 from detector.run import Run, refuse_old_run
@@ -52,8 +52,15 @@ def train(args: argparse.Namespace) -> None:
     if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError(f"{count} processes were started (torchrun): training runs in one process so far")
     device = choose_device(args.device)
-    config = load_config(args.config, args.overrides) if is_recipe(args.config) else choose(args, device)
-    metrics = Run(config, args.output, device, resume=args.resume, start_from_path=args.start_from).train()
+    datasets = None
+    if is_recipe(args.config):
+        config = load_config(args.config, args.overrides)
+    elif args.resume:
+        config = load_config(Path(args.output) / "config.yaml", args.overrides)
+    else:
+        config, _, datasets = choose(args, device)
+    options = {"resume": args.resume, "start_from_path": args.start_from, "datasets": datasets}
+    metrics = Run(config, args.output, device, **options).train()
     if metrics:
         name = config.train.best_metric
         print(
@@ -62,12 +69,10 @@ def train(args: argparse.Namespace) -> None:
     print(f"weights, curves and pictures are in {args.output}")
 
 
-def choose(args: argparse.Namespace, device: torch.device) -> Config:
-    """The recipe of the run to continue, or one for the pictures that `args` names."""
-    if args.resume:
-        return load_config(Path(args.output) / "config.yaml", args.overrides)
+def choose(args: argparse.Namespace, device: torch.device) -> Choice:
+    """Choose a recipe for the pictures that `args` names, and say why."""
     refuse_old_run(args.output)
-    config, reasons = choose_recipe(
+    choice = choose_recipe(
         args.config,
         args.output,
         device,
@@ -76,9 +81,9 @@ def choose(args: argparse.Namespace, device: torch.device) -> Config:
         minutes=args.minutes,
         offline=args.offline,
     )
-    print("chosen:", *(f"- {reason}" for reason in reasons), sep="\n", flush=True)
+    print("chosen:", *(f"- {reason}" for reason in choice.reasons), sep="\n", flush=True)
     print(f"the whole recipe is in {Path(args.output) / 'config.yaml'}; key=value changes any part of it")
-    return config
+    return choice
 
 
 if __name__ == "__main__":
