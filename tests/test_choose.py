@@ -1,18 +1,26 @@
 """A recipe for somebody's pictures: each rule, and one command from a folder to a trained detector."""
 
+import hashlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import ResNet18_Weights, resnet18
 
+from backbones import create_backbone
 from detector.choose import recipe as choosing
 from detector.choose.recipe import choose_recipe
 from detector.choose.rules import (
@@ -120,14 +128,102 @@ def test_a_gpu_gets_larger_batches_a_higher_rate_and_bf16():
     assert gpu["amp"] == "bf16" and "amp" not in cpu
 
 
-def test_weights_that_are_not_there_are_said_to_be_so_and_nothing_is_fetched_offline(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    weights, why = find_weights("resnet18", offline=True)
-    assert weights is None and "--offline" in why
-    cached = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
-    cached.parent.mkdir()
-    cached.touch()
-    assert find_weights("resnet18", offline=True) == ("imagenet_v1", f"imagenet_v1, in {cached}")
+# Published weights
+
+
+class Server(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A folder, and the address of a server of its files."""
+    folder = tmp_path_factory.mktemp("served")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def publish(server, tmp_path, monkeypatch):
+    """publish(tensors) -> the served file of ResNet-18's published weights, and where torch.hub will keep it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def publish(tensors):
+        torch.save(tensors, buffer := io.BytesIO())
+        name = f"resnet18-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pth"
+        monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, "url", f"{server[1]}/{name}")
+        (server[0] / name).write_bytes(buffer.getvalue())
+        return server[0] / name, tmp_path / "torch" / "hub" / "checkpoints" / name
+
+    return publish
+
+
+def test_published_weights_are_downloaded_once(publish, capsys):
+    served, cached = publish({"conv1.weight": torch.zeros(1)})
+    assert find_weights("resnet18", offline=True) == (
+        None,
+        f"{cached} does not hold the published ones, and --offline fetches none",
+    )
+    assert find_weights("resnet18") == ("imagenet_v1", f"imagenet_v1, now in {cached}")
+    assert "downloading resnet18's published weights from http://" in capsys.readouterr().out
+    served.unlink()
+    for offline in (False, True):
+        assert find_weights("resnet18", offline) == ("imagenet_v1", f"imagenet_v1, in {cached}")
+
+
+def test_a_damaged_file_in_the_cache_is_not_used_and_is_replaced_by_a_download(publish):
+    served, cached = publish({"conv1.weight": torch.zeros(1)})
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(served.read_bytes()[:-100])
+    assert find_weights("resnet18", offline=True) == (
+        None,
+        f"{cached} is damaged, and --offline fetches none",
+    )
+    assert find_weights("resnet18")[0] == "imagenet_v1" and cached.read_bytes() == served.read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["absent", "damaged", "no network"])
+def test_weights_that_cannot_be_downloaded_leave_nothing_and_a_sentence(publish, monkeypatch, fault):
+    served, cached = publish({"conv1.weight": torch.zeros(1)})
+    if fault == "absent":
+        served.unlink()
+    elif fault == "damaged":
+        served.write_bytes(b"PK" + bytes(50))
+    else:
+        monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, "url", f"http://127.0.0.1:9/{served.name}")
+    weights, why = find_weights("resnet18")
+    reason = {"absent": "404", "damaged": "invalid hash value", "no network": "refused"}[fault]
+    assert weights is None and "cannot be downloaded (" in why and reason in why and "\n" not in why
+    assert list(cached.parent.iterdir()) == []
+    with pytest.raises(
+        OSError, match=f"cannot be downloaded .*{reason}.*Fetch http.* by hand and put it into"
+    ):
+        create_backbone("resnet18", weights="imagenet_v1")
+
+
+def test_a_chosen_recipe_trains_from_cached_weights_else_from_random_ones_and_says_so(
+    publish, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(0.01, 0.01))
+    served, cached = publish(resnet18().state_dict())
+
+    def choose(name):
+        return choose_recipe(folder, tmp_path / name, CPU.device, overrides=SMALL[1:], offline=True)
+
+    config, reasons, _ = choose("without")
+    assert config.model.backbone == {"name": "resnet18", "width": 32}
+    assert any("from random weights, as" in reason and "--offline" in reason for reason in reasons)
+    cached.parent.mkdir(parents=True)
+    shutil.copy(served, cached)
+    config, reasons, datasets = choose("with")
+    assert config.model.backbone["weights"] == "imagenet_v1"
+    assert any(f"with published weights (imagenet_v1, in {cached})" in reason for reason in reasons)
+    model = Run(config, tmp_path / "with", CPU.device, datasets=datasets).training.model
+    assert torch.equal(model.backbone.stage1.conv1.weight, torch.load(cached)["conv1.weight"])
 
 
 # Epochs
