@@ -11,7 +11,7 @@ import numpy as np
 from ..config import ModelConfig
 from ..model.anchor_fit import best_anchor_ious, fit_anchors, grid_offsets
 from ..model.anchors import STRIDE
-from ..model.network_input import network_size
+from ..model.network_input import network_sizes
 from ..tables import format_table
 from .findings import Finding, printable
 from .part import Part
@@ -75,12 +75,9 @@ def training_boxes(parts: Sequence[Part], model: ModelConfig) -> tuple[np.ndarra
 
 def _factors(sizes: np.ndarray, model: ModelConfig) -> np.ndarray:
     """(N, 4) factors from pixels of each picture, (N, 2) height and width, to pixels of the network's input."""
-    different, row = np.unique(sizes, axis=0, return_inverse=True)
     rounding = model.conventions.resize_rounding
-    resized = np.array(
-        [network_size(h, w, model.min_size, model.max_size, rounding) for h, w in different.tolist()]
-    )
-    return (resized / different)[row.reshape(-1)][:, [1, 0, 1, 0]]
+    resized = network_sizes(sizes, model.min_size, model.max_size, rounding)
+    return (resized / sizes)[:, [1, 0, 1, 0]]
 
 
 def check_anchors(found: AnchorFit, source: str) -> list[Finding]:
