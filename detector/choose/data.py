@@ -24,12 +24,12 @@ def choose_data(
     """
     found = find_data(path, format)
     data: dict[str, Any] = {"root": str(found.root.absolute()), **found.splits}
-    if names := found.class_names or _names(_parsed(data), read):
+    if names := found.class_names or _names(parse_config(recipe_of(data)).data, read):
         data["class_names"] = list(names)
     remarks = list(found.remarks)
     if "val" in found.splits:
         return data, remarks
-    dataset = build_dataset(_parsed(data), "train", read=read)
+    dataset = build_dataset(parse_config(recipe_of(data)).data, "train", read=read)
     parts = split_dataset(dataset, seed, VAL_SHARE)
     lists = write_split(folder, dataset, parts)
     sources = found.splits["train"]
@@ -42,8 +42,9 @@ def choose_data(
     return data, remarks
 
 
-def _parsed(data: dict[str, Any]) -> DataConfig:
-    return parse_config({"model": {"backbone": "resnet18"}, "data": data}).data
+def recipe_of(data: dict[str, Any]) -> dict[str, Any]:
+    """The smallest recipe with these data."""
+    return {"model": {"backbone": "resnet18"}, "data": data}
 
 
 def _names(data: DataConfig, read: Reader) -> tuple[str, ...] | None:

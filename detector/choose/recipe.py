@@ -14,7 +14,7 @@ from ..data.dataset import DetectionDataset
 from ..data.file_source import read_once
 from ..data.sources import build_dataset, build_datasets
 from ..data.split import write_split
-from .data import choose_data
+from .data import choose_data, recipe_of
 from .rules import (
     Settings,
     choose_anchors,
@@ -64,7 +64,7 @@ def choose_recipe(
         raise ValueError(f"minutes is {minutes}; accepted: a positive number")
     read = read_once()
     data, remarks = choose_data(path, folder, read, format)
-    draft = _Draft({"model": {"backbone": "resnet18"}, "data": data}, overrides)
+    draft = _Draft(data, overrides)
     train_set, val_set = build_datasets(draft.config.data, read=read)
     machine, objects = look_at_machine(device), objects_of(train_set)
     weights = None, "model.backbone is given"
@@ -79,8 +79,7 @@ def choose_recipe(
 
     epochs, chosen = _time(draft, folder, train_set, val_set, device, seconds())
     if epochs < _TOO_FEW_EPOCHS and minutes is not None and weights[0] is None:
-        smaller = _Draft({"model": {"backbone": "resnet18"}, "data": data}, overrides)
-        size = max(_SMALLER["model"]["min_size"], 1)
+        smaller, size = _Draft(data, overrides), _SMALLER["model"]["min_size"]
         longest = math.ceil(size * draft.config.model.max_size / draft.config.model.min_size)
         reason = f"{epochs} epochs would be too few: resnet18 of width 16, and a short side of {size}"
         smaller.add({"model": {**_SMALLER["model"], "max_size": longest}}, reason)
@@ -95,9 +94,9 @@ def choose_recipe(
 class _Draft:
     """A recipe in the making: what was chosen so far, under the user's overrides."""
 
-    def __init__(self, recipe: dict[str, Any], overrides: Sequence[str]) -> None:
-        self.recipe, self.overrides, self.reasons = recipe, overrides, []
-        self.config = parse_config(recipe, overrides)
+    def __init__(self, data: dict[str, Any], overrides: Sequence[str]) -> None:
+        self.recipe, self.overrides, self.reasons = recipe_of(data), overrides, []
+        self.config = parse_config(self.recipe, overrides)
 
     def add(self, settings: Settings, reason: str) -> None:
         for section, values in settings.items():

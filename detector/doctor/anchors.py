@@ -13,7 +13,7 @@ from ..model.anchor_fit import best_anchor_ious, fit_anchors, grid_offsets
 from ..model.anchors import STRIDE
 from ..model.network_input import network_sizes
 from ..tables import format_table
-from .findings import Finding, printable
+from .findings import Finding
 from .part import Part
 
 # An object counts as reached by an anchor from this IoU on.
@@ -126,7 +126,7 @@ def _by_class(found: AnchorFit) -> tuple[list[tuple[str, np.ndarray]], str]:
     frequent = names[np.argsort(-counts, kind="stable")][:_MOST_CLASSES]
     others = len(names) - len(frequent)
     rest = f"The other {others} classes have fewer objects.\n" if others else ""
-    return [(printable(name), found.names == name) for name in frequent], rest
+    return [(name, found.names == name) for name in frequent], rest
 
 
 def _by_size(found: AnchorFit) -> list[tuple[str, np.ndarray]]:
