@@ -1,10 +1,12 @@
 """Load published weights by name, or weights from a file, into a backbone."""
 
+import hashlib
 import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -79,15 +81,45 @@ def torchvision_entry(name: str, weights: str) -> WeightsEnum:
     return get_model_weights(name)[weights.replace("imagenet_", "IMAGENET1K_").upper()]
 
 
+def cached_path(entry: WeightsEnum) -> Path:
+    """Where torch.hub keeps the file of torchvision's weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a published file is there, and its bytes have the hash that its name ends with."""
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest().startswith(_hash_of(path))
+
+
+def _hash_of(path: Path) -> str:
+    found = torch.hub.HASH_REGEX.search(path.name)
+    return found[1] if found else ""
+
+
+def fetch(entry: WeightsEnum, progress: bool = True) -> Path:
+    """The file of torchvision's weights in torch.hub's folder, downloaded if it is not there or damaged.
+
+    OSError: it cannot be downloaded, or arrives damaged.
+    """
+    path = cached_path(entry)
+    if not is_whole(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(entry.url, str(path), _hash_of(path), progress)
+        except (RuntimeError, HTTPException) as error:
+            raise OSError(first_line(error)) from error
+    return path
+
+
 def from_torchvision(name: str, weights: str, load: Callable[[WeightsEnum], T]) -> tuple[T, Preprocessing]:
     """load(entry) for torchvision's weights of a network, and their preprocessing.
 
     An OSError says what to fetch where the download fails.
     """
     entry = torchvision_entry(name, weights)
-    with downloading(entry.url, f"put it into {Path(torch.hub.get_dir()) / 'checkpoints'}"):
-        loaded = load(entry)
-    transforms = entry.transforms()
+    with downloading(entry.url, f"put it into {cached_path(entry).parent}"):
+        fetch(entry)
+    loaded, transforms = load(entry), entry.transforms()
     return loaded, Preprocessing(transforms.mean, transforms.std)
 
 
@@ -160,7 +192,7 @@ def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessin
         accepted = ", ".join(names) or "none are published"
         raise ValueError(f"{name} has no weights {weights!r}; accepted: {accepted}, or a file")
     if not from_timm:
-        return from_torchvision(name, weights, lambda e: e.get_state_dict(progress=True, check_hash=True))
+        return from_torchvision(name, weights, lambda entry: read_state_dict(cached_path(entry)))
     full_name = f"{_timm_architecture(name)}.{weights.removeprefix('timm/')}"
     network, preprocessing = timm_network(full_name, pretrained=True)
     return network.state_dict(), preprocessing

@@ -192,7 +192,7 @@ def train_ours(data: str, root: Path, seconds: float, seed: int) -> dict[str, fl
         overrides = [f"train.seed={seed}", "loader.num_workers=0"]
         # The choice times some steps. The budget is of the process, so its clock is too.
         with patch("time.perf_counter", time.process_time):
-            config, reasons = choose_recipe(
+            config, reasons, datasets = choose_recipe(
                 alone,
                 Path(folder) / "run",
                 CPU,
@@ -201,7 +201,7 @@ def train_ours(data: str, root: Path, seconds: float, seed: int) -> dict[str, fl
                 offline=True,
             )
         print(*reasons, sep="\n", flush=True)
-        Run(config, Path(folder) / "run", CPU).train()
+        Run(config, Path(folder) / "run", CPU, datasets=datasets).train()
         spent = time.process_time() - begun
         detector = Detector.load(Path(folder) / "run" / "best.safetensors", CPU)
         results, _ = Evaluation(scored, config, CPU).run(detector.model)

@@ -1,13 +1,12 @@
 """The command line of tools/benchmark.py: choose a measurement, print its table, and write its JSON and plot."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from detector.command_line import make_parser
+from detector.command_line import exit_status, make_parser
 from detector.config import load_config
 from detector.data.images import list_images
 from detector.files import write_json
@@ -44,12 +43,7 @@ RATES = {"of_network": "the network's own rate", "of_cpu": "what the parts' CPU 
 def main(description: str) -> int:
     """Parse the command line, measure, print and write. Returns the exit status."""
     args = parse_arguments(description)
-    try:
-        args.measure(args)
-    except (ValueError, OSError, TypeError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(args.measure, args)
 
 
 def parse_arguments(description: str) -> argparse.Namespace:

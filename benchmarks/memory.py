@@ -26,12 +26,12 @@ _RUN = (
 def peak_memory(
     task: str, settings: Settings, form: str, size: Sequence[int], count: int
 ) -> dict[str, float]:
-    """Call `run_alone` in a new process and return its result. RuntimeError: the process failed."""
+    """Call `run_alone` in a new process and return its result. ChildProcessError: the process failed."""
     command = [sys.executable, "-c", _RUN, json.dumps([task, asdict(settings), form, list(size), count])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        raise RuntimeError(f"the process that measures memory failed: {done.stderr.strip()[-2000:]}")
+        raise ChildProcessError(f"the process that measures memory failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

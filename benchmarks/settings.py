@@ -64,7 +64,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
     }
 
 

@@ -14,7 +14,7 @@ from .data.loader import TrainBatches
 from .data.tolerance import first_few
 from .files import write_atomically
 from .model.faster_rcnn import C4FasterRCNN
-from .model.network_input import network_size
+from .model.network_input import network_sizes
 from .tables import format_count, format_table
 
 
@@ -37,7 +37,7 @@ def describe(
     rows = [(name, *(c[name] for c in counts.values())) for name in train_set.class_names]
     lines.append(format_table(rows, header=("class", *counts)))
     size = (config.model.min_size, config.model.max_size, config.model.conventions.resize_rounding)
-    seen = Counter(network_size(int(h), int(w), *size) for h, w in train_set.image_sizes)
+    seen = Counter(map(tuple, network_sizes(train_set.image_sizes, *size).tolist()))
     common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in seen.most_common(3))
     more = f" and {len(seen) - 3} other sizes" if len(seen) > 3 else ""
     lines.append(f"input after resizing, height x width: {common}{more}")

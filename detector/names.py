@@ -1,4 +1,4 @@
-"""Names of the files and lines that are written for each picture."""
+"""Names of the files and lines that are written for each picture, and names of strangers as they are shown."""
 
 import os
 import re
@@ -8,6 +8,14 @@ from pathlib import Path
 
 # File systems take names of 255 bytes. The rest is for a number, a suffix, and the name of a file that is being written.
 _MAX_BYTES = 200
+
+CONTROL = "[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+"""Characters that could move the cursor, end a line, turn the direction of writing, or that no encoding takes."""
+
+
+def escaped(text: str, pattern: str = CONTROL) -> str:
+    """The text with such characters as escapes, for example \\x1b."""
+    return re.sub(pattern, lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def file_names(images: Sequence[Path]) -> dict[Path, str]:
@@ -39,18 +47,13 @@ def _cut(name: str) -> str:
 def image_ids(images: Sequence[Path]) -> dict[Path, str]:
     """An id for each picture: the number at the end of its file name, as in COCO.
 
-    If a name has no number, or two numbers agree, all ids are those of `file_names`, with tabs, line ends and bytes that
-    are not UTF-8 as escapes.
+    If a name has no number, or two numbers agree, all ids are those of `file_names`, `escaped`.
     """
     numbers = [re.search(r"(\d+)$", image.stem) for image in images]
     ids = [str(int(number[1])) for number in numbers if number]
     if len(ids) == len(images) and len(set(ids)) == len(ids):
         return dict(zip(images, ids, strict=True))
-    escapes = {ord(character): repr(character)[1:-1] for character in "\t\n\r"}
-    return {
-        image: name.translate(escapes).encode("utf-8", "backslashreplace").decode()
-        for image, name in file_names(images).items()
-    }
+    return {image: escaped(name) for image, name in file_names(images).items()}
 
 
 def drawing_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:

@@ -24,7 +24,8 @@ from .checkpoint import (
 )
 from .config import Config
 from .curves import plot_curves
-from .data.sources import build_dataset
+from .data.dataset import DetectionDataset
+from .data.sources import build_datasets
 from .data.unreadable import Unreadable
 from .describe import describe, write_problems
 from .doctor.check import quick_check
@@ -62,6 +63,7 @@ class Run:
     Args:
         resume: continue from training_state.pt where the run stopped.
         start_from_path: a checkpoint whose weights a new run starts from, as far as they fit. Not used by `resume`.
+        datasets: the data of `config` to train and to validate on, where they are read already.
 
     ValueError: the folder holds a run already, the settings or the data changed since it stopped, or there are no
         boxes to learn.
@@ -76,6 +78,7 @@ class Run:
         *,
         resume: bool = False,
         start_from_path: str | Path | None = None,
+        datasets: tuple[DetectionDataset, DetectionDataset | None] | None = None,
     ) -> None:
         self.config, self.folder, self.device = config, Path(folder), device
         state = newest_training_state(self.folder / STATE) if resume else refuse_old_run(self.folder)
@@ -83,10 +86,9 @@ class Run:
         if device.type == "cpu":
             # Activations and moments that fade out become denormal numbers, which would slow down every product.
             torch.set_flush_denormal(True)
-        self.train_set = build_dataset(config.data, "train")
+        self.train_set, self.val_set = datasets or build_datasets(config.data)
         self._check_classes(state)
         names = self.train_set.class_names
-        self.val_set = build_dataset(config.data, "val", names) if config.data.val else None
         self.fingerprints = {"train": fingerprint(self.train_set), "val": fingerprint(self.val_set)}
         if state is not None:
             version = state.get("version", 1)

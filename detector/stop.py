@@ -11,15 +11,28 @@ from . import processes
 _HEARD = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, and has saved the state that it resumes from."""
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, unless it is ignored or handled already."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopSignal:
     """A context whose `asked` becomes True at Ctrl-C, SIGTERM or SIGHUP.
 
     A second Ctrl-C or SIGTERM raises KeyboardInterrupt. A closing terminal may send SIGHUP twice, and torchrun passes on
-    what its processes heard already, so there a second one does nothing. A signal that was ignored before, as in a background job or under nohup, stays ignored.
+    what its processes heard already, so there a second one does nothing. A signal that was ignored before, as in a
+    background job or under nohup, stays ignored.
     """
 
     def __init__(self) -> None:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .names import escaped
+
 
 def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str] | None = None) -> str:
     """Rows as aligned text: columns of numbers to the right, others to the left; None is "-".
@@ -33,7 +35,11 @@ def format_cell(value: Any) -> str:
     """A value as text: a float with three digits, None as "-"."""
     if value is None:
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value).replace("\n", "\\n")
+    return f"{value:.3f}" if isinstance(value, float) else escaped(str(value))
+
+
+def format_percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _is_number(cell: str) -> bool:

@@ -354,15 +354,16 @@ def test_a_missing_weights_file_is_named(tmp_path):
 
 
 @pytest.fixture
-def downloads(monkeypatch):
+def downloads(monkeypatch, tmp_path):
     """Addresses that would have been fetched; a ResNet-18 comes back from each."""
     fetched = []
 
-    def fetch(url, *args, **kwargs):
+    def fetch(url, path, *_):
         fetched.append(url)
-        return torchvision_network("resnet18").state_dict()
+        torch.save(torchvision_network("resnet18").state_dict(), path)
 
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fetch)
     return fetched
 
 

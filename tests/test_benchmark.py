@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,9 +13,12 @@ import torch
 
 from backbones.kernels.winograd import WinogradConv2d
 from benchmarks import Settings, coco_backends, growth, inference, limit, models
+from benchmarks.steady_memory import RECIPE, draw_data, processes_of, slope, watch
 from benchmarks.timing import Stopwatch
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, save_checkpoint
+from detector.config import parse_config
+from detector.data.sources import build_datasets
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
 SIZE = (64, 96)
@@ -265,3 +271,29 @@ def test_a_line_is_fitted():
     fit = growth.fit_line([1, 2, 3], [5, 7, 9])
     assert fit == pytest.approx({"slope": 2, "intercept": 3, "r_squared": 1})
     assert growth.fit_line([1], [1]) is None
+
+
+# Memory of a long training
+
+
+def test_the_pictures_of_a_long_training_have_many_sizes(tmp_path):
+    data = parse_config({**RECIPE, "data": draw_data(tmp_path, 10)}).data
+    train_set, val_set = build_datasets(data)
+    sizes = {tuple(size) for size in [*train_set.image_sizes.tolist(), *val_set.image_sizes.tolist()]}
+    assert len(sizes) == len(train_set) + len(val_set) >= 10
+    assert not train_set.problems and not train_set.left_out
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_memory_is_watched_in_a_process_and_those_that_it_starts():
+    child = "import time; held = bytearray(50 * 2**20); time.sleep(9)"
+    start = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    with subprocess.Popen([sys.executable, "-c", start, child]) as process:
+        try:
+            seen = watch(process, minutes=1 / 60, every=0.1)
+        finally:
+            for pid in processes_of(process.pid):
+                os.kill(pid, signal.SIGKILL)
+    assert set(seen) == {"main", "worker 1"}
+    assert seen["worker 1"][-1][1] > 50 > seen["main"][-1][1] > 1
+    assert [slope([(0, 900), (1, 10), (2, 11), (3, 12)]), slope([(0, 1)])] == [60, None]

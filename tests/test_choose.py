@@ -1,15 +1,26 @@
 """A recipe for somebody's pictures: each rule, and one command from a folder to a trained detector."""
 
+import hashlib
+import io
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import ResNet18_Weights, resnet18
 
+from backbones import create_backbone
 from detector.choose import recipe as choosing
 from detector.choose.recipe import choose_recipe
 from detector.choose.rules import (
@@ -24,8 +35,11 @@ from detector.choose.statistics import Machine, Objects
 from detector.choose.timing import Pace, choose_epochs
 from detector.choose.weights import find_weights
 from detector.config import load_config
-from detector.data.sources import build_dataset
+from detector.data.sources import build_dataset, build_datasets
+from detector.data.voc import VocSource
 from detector.model.anchor_fit import anchor_recall
+from detector.resume import fingerprint
+from detector.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Machine(torch.device("cpu"), cores=2, memory=24 * 2**30)
@@ -114,14 +128,102 @@ def test_a_gpu_gets_larger_batches_a_higher_rate_and_bf16():
     assert gpu["amp"] == "bf16" and "amp" not in cpu
 
 
-def test_weights_that_are_not_there_are_said_to_be_so_and_nothing_is_fetched_offline(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    weights, why = find_weights("resnet18", offline=True)
-    assert weights is None and "--offline" in why
-    cached = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
-    cached.parent.mkdir()
-    cached.touch()
-    assert find_weights("resnet18", offline=True) == ("imagenet_v1", f"imagenet_v1, in {cached}")
+# Published weights
+
+
+class Server(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A folder, and the address of a server of its files."""
+    folder = tmp_path_factory.mktemp("served")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def publish(server, tmp_path, monkeypatch):
+    """publish(tensors) -> the served file of ResNet-18's published weights, and where torch.hub will keep it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def publish(tensors):
+        torch.save(tensors, buffer := io.BytesIO())
+        name = f"resnet18-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pth"
+        monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, "url", f"{server[1]}/{name}")
+        (server[0] / name).write_bytes(buffer.getvalue())
+        return server[0] / name, tmp_path / "torch" / "hub" / "checkpoints" / name
+
+    return publish
+
+
+def test_published_weights_are_downloaded_once(publish, capsys):
+    served, cached = publish({"conv1.weight": torch.zeros(1)})
+    assert find_weights("resnet18", offline=True) == (
+        None,
+        f"{cached} does not hold the published ones, and --offline fetches none",
+    )
+    assert find_weights("resnet18") == ("imagenet_v1", f"imagenet_v1, now in {cached}")
+    assert "downloading resnet18's published weights from http://" in capsys.readouterr().out
+    served.unlink()
+    for offline in (False, True):
+        assert find_weights("resnet18", offline) == ("imagenet_v1", f"imagenet_v1, in {cached}")
+
+
+def test_a_damaged_file_in_the_cache_is_not_used_and_is_replaced_by_a_download(publish):
+    served, cached = publish({"conv1.weight": torch.zeros(1)})
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(served.read_bytes()[:-100])
+    assert find_weights("resnet18", offline=True) == (
+        None,
+        f"{cached} is damaged, and --offline fetches none",
+    )
+    assert find_weights("resnet18")[0] == "imagenet_v1" and cached.read_bytes() == served.read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["absent", "damaged", "no network"])
+def test_weights_that_cannot_be_downloaded_leave_nothing_and_a_sentence(publish, monkeypatch, fault):
+    served, cached = publish({"conv1.weight": torch.zeros(1)})
+    if fault == "absent":
+        served.unlink()
+    elif fault == "damaged":
+        served.write_bytes(b"PK" + bytes(50))
+    else:
+        monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, "url", f"http://127.0.0.1:9/{served.name}")
+    weights, why = find_weights("resnet18")
+    reason = {"absent": "404", "damaged": "invalid hash value", "no network": "refused"}[fault]
+    assert weights is None and "cannot be downloaded (" in why and reason in why and "\n" not in why
+    assert list(cached.parent.iterdir()) == []
+    with pytest.raises(
+        OSError, match=f"cannot be downloaded .*{reason}.*Fetch http.* by hand and put it into"
+    ):
+        create_backbone("resnet18", weights="imagenet_v1")
+
+
+def test_a_chosen_recipe_trains_from_cached_weights_else_from_random_ones_and_says_so(
+    publish, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(0.01, 0.01))
+    served, cached = publish(resnet18().state_dict())
+
+    def choose(name):
+        return choose_recipe(folder, tmp_path / name, CPU.device, overrides=SMALL[1:], offline=True)
+
+    config, reasons, _ = choose("without")
+    assert config.model.backbone == {"name": "resnet18", "width": 32}
+    assert any("from random weights, as" in reason and "--offline" in reason for reason in reasons)
+    cached.parent.mkdir(parents=True)
+    shutil.copy(served, cached)
+    config, reasons, datasets = choose("with")
+    assert config.model.backbone["weights"] == "imagenet_v1"
+    assert any(f"with published weights (imagenet_v1, in {cached})" in reason for reason in reasons)
+    model = Run(config, tmp_path / "with", CPU.device, datasets=datasets).training.model
+    assert torch.equal(model.backbone.stage1.conv1.weight, torch.load(cached)["conv1.weight"])
 
 
 # Epochs
@@ -166,7 +268,7 @@ def folder(tmp_path):
 
 
 def test_a_recipe_is_chosen_with_a_reason_for_each_part_and_a_split(folder, tmp_path):
-    config, reasons = choose_recipe(
+    config, reasons, _ = choose_recipe(
         folder, tmp_path / "run", CPU.device, overrides=SMALL, minutes=1, offline=True
     )
     told = "\n".join(reasons)
@@ -194,16 +296,31 @@ def test_a_choice_is_a_function_of_the_data_but_for_the_epochs(folder, tmp_path,
     assert recipes[0] == recipes[1]
 
 
+@pytest.mark.parametrize("seconds_an_image", [0.01, 10.0])
+def test_annotations_are_read_once_and_give_the_data_that_the_recipe_names(
+    folder, tmp_path, monkeypatch, seconds_an_image
+):
+    read, asked = VocSource.read, []
+    monkeypatch.setattr(VocSource, "read", lambda *args: asked.append(args) or read(*args))
+    monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(seconds_an_image, 0.1))
+    run = tmp_path / "run"
+    config, _, datasets = choose_recipe(folder, run, CPU.device, overrides=SMALL, minutes=1, offline=True)
+    trained = Run(config, run, CPU.device, datasets=datasets).fingerprints
+    assert len(asked) == 1
+    named = build_datasets(config.data)
+    assert [trained["train"], trained["val"]] == [fingerprint(dataset) for dataset in named]
+
+
 def test_a_budget_that_is_too_short_gets_a_smaller_network(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(1.0, 0.1))
-    config, reasons = choose_recipe(folder, tmp_path / "run", CPU.device, minutes=1, offline=True)
+    config, reasons, _ = choose_recipe(folder, tmp_path / "run", CPU.device, minutes=1, offline=True)
     assert config.model.backbone == {"name": "resnet18", "width": 16}
     assert any("too few" in reason for reason in reasons)
 
 
 def test_a_budget_below_one_epoch_draws_its_pictures_from_all_of_them(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(10.0, 0.1))
-    config, reasons = choose_recipe(
+    config, reasons, _ = choose_recipe(
         folder, tmp_path / "run", CPU.device, overrides=SMALL, minutes=1, offline=True
     )
     dataset = build_dataset(config.data, "train")
@@ -232,3 +349,24 @@ def test_one_command_trains_from_a_folder_and_resumes(folder, tmp_path):
     done = subprocess.run([*evaluate, "--output", str(run / "val")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "AP" in json.loads((run / "val" / "metrics.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_its_processes_while_a_recipe_is_chosen_ends_the_command_in_a_sentence(
+    folder, tmp_path
+):
+    large = ("model.min_size=600", "model.max_size=800", "loader.num_workers=1")
+    command = [sys.executable, "tools/train.py", str(folder), "--offline", *large]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run = tmp_path / number.name
+        process = subprocess.Popen(
+            [*command, "--output", str(run)], cwd=ROOT, **pipes, start_new_session=True
+        )
+        deadline = time.monotonic() + 60
+        # After the split comes the timing of some updates.
+        while not (run / "val.txt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
+        os.killpg(process.pid, number)
+        assert (process.communicate(timeout=60)[1], process.returncode) == ("stopped\n", 130)

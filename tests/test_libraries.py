@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+import backbones.weights
 from backbones import Preprocessing, backbone_options, create_backbone, list_backbones
 from backbones.cut import libraries
 from backbones.cut.split import layer_path
@@ -135,6 +136,7 @@ def test_frozen_norm_keeps_the_statistics_of_its_weights(name, tmp_path):
 
 def test_published_weights_come_from_the_library_by_their_name_with_their_preprocessing(monkeypatch):
     asked = []
+    monkeypatch.setattr(backbones.weights, "fetch", lambda entry: None)
     create, get = timm.create_model, libraries.get_model
     monkeypatch.setattr(
         timm, "create_model", lambda n, pretrained: asked.append((n, pretrained)) or create(n)
@@ -195,11 +197,12 @@ def test_a_recipe_takes_a_cut_network_and_checks_its_options():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18"])
-def test_weights_that_cannot_be_downloaded_say_which_file_to_put_where(name, monkeypatch):
+def test_weights_that_cannot_be_downloaded_say_which_file_to_put_where(name, monkeypatch, tmp_path):
     def refuse(*args, **options):
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     with pytest.raises(
         OSError,
         match=r"Name or service.*Fetch http\S*resnet18-\w+\.pth by hand and put it into .*checkpoints",

@@ -17,6 +17,7 @@ import detector.run
 from detector.build import build_batches
 from detector.checkpoint import load_checkpoint, load_training_state
 from detector.config import load_config
+from detector.data.sources import build_dataset
 from detector.describe import describe
 from detector.engine import NonFiniteLossError
 from detector.resume import check_resumable
@@ -92,7 +93,7 @@ def test_resuming_a_finished_run_does_nothing_and_gives_its_best(finished, tiny_
 
 def test_what_it_is_about_to_do_is_told(tiny_config):
     config = tiny_config("train.batch_size=3", "model.backbone.frozen_stages=1")
-    train_set = detector.run.build_dataset(config.data, "train")
+    train_set = build_dataset(config.data, "train")
     model = detector.run.build_model(config.model, 5)
     _, batches, _ = build_batches(config, train_set, CPU)
     told = describe(config, model, train_set, None, batches, CPU)

@@ -17,6 +17,7 @@ from PIL import Image
 import detector.run
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from detector.command_line import exit_status
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 NAMES = ("circle", "cross", "triangle", "star")
@@ -406,14 +407,15 @@ def test_a_full_disk_ends_infer_with_the_pictures_that_are_done(
     save = Image.Image.save
 
     def save_one(image, path, **options):
-        if any(Path(path).parent.glob("*.jpg")):
+        # Two threads draw, so the second picture may be first.
+        if "pictures_a" not in Path(path).name:
             raise OSError(28, "No space left on device")
         save(image, path, **options)
 
     monkeypatch.setattr(Image.Image, "save", save_one)
     status, _, error = run_tool("infer", "--weights", weights, pictures, "--output", tmp_path / "out")
     assert status == 1 and one_line(error) and "No space left" in error
-    assert 1 <= len(detections_of(tmp_path / "out")) < 4
+    assert len(detections_of(tmp_path / "out")) == 1
 
 
 def test_links_to_nothing_and_unlistable_folders_are_told_and_counted(
@@ -496,3 +498,26 @@ def test_train_refuses_milestones_of_a_cosine(run_tool, recipe, tmp_path):
     ]
     status, _, error = run_tool("train", recipe, *arguments)
     assert status == 1 and one_line(error) and "'cosine', which has none; set train.milestones=[]" in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_any_tool_in_a_sentence_with_130(number, capsys):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert exit_status(lambda args: signal.raise_signal(number), None) == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_while_the_data_are_read_ends_training_in_a_sentence(
+    run_tool, recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(detector.run, "build_datasets", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert run_tool("train", recipe, "--output", tmp_path / "run") == (130, "", "stopped\n")
+
+
+def test_an_ignored_sigterm_stays_ignored_in_a_tool():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert exit_status(lambda args: signal.raise_signal(signal.SIGTERM), None) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)

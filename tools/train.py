@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 
 from detector import processes
-from detector.choose.recipe import choose_recipe
+from detector.choose.recipe import Choice, choose_recipe
 from detector.command_line import DEVICE_HELP, exit_status, make_parser
-from detector.config import Config, load_config
+from detector.config import load_config
 from detector.data.find import FORMATS, is_recipe
 from detector.inference import choose_device
 from detector.run import Run, refuse_old_run
-from detector.stop import Interrupted
 from detector.tables import format_cell
 
 
@@ -50,40 +49,34 @@ def main() -> int:
     return exit_status(train, parser.parse_intermixed_args())
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
-    config = load_config(args.config, args.overrides) if is_recipe(args.config) else choose(args, device)
-    run = Run(config, args.output, device, resume=args.resume, start_from_path=args.start_from)
-    try:
-        metrics = run.train()
-    except Interrupted as stop:
-        print(stop)
-        return 130
-    except KeyboardInterrupt:
-        print("stopped at once; continue with --resume")
-        return 130
+    datasets = None
+    if is_recipe(args.config):
+        config = load_config(args.config, args.overrides)
+    elif args.resume:
+        config = load_config(Path(args.output) / "config.yaml", args.overrides)
+    else:
+        config, _, datasets = choose(args, device)
+    options = {"resume": args.resume, "start_from_path": args.start_from, "datasets": datasets}
+    metrics = Run(config, args.output, device, **options).train()
     if metrics:
         name = config.train.best_metric
         print(
             f"best {name} {format_cell(metrics[name])} (AP50 {format_cell(metrics['AP50'])}) after epoch {metrics['epoch']}"
         )
     print(f"weights, curves and pictures are in {args.output}")
-    return 0
 
 
-def choose(args: argparse.Namespace, device: torch.device) -> Config:
-    """The recipe of the run to continue, or one for the pictures that `args` names."""
-    if args.resume:
-        return load_config(Path(args.output) / "config.yaml", args.overrides)
+def choose(args: argparse.Namespace, device: torch.device) -> Choice:
+    """Choose a recipe for the pictures that `args` names, and say why."""
     refuse_old_run(args.output)
     options = {name: getattr(args, name) for name in ("overrides", "format", "minutes", "offline")}
-    count = processes.world_size()
-    config, reasons = processes.from_main(
-        lambda: choose_recipe(args.config, args.output, device, num_processes=count, **options)
-    )
-    print("chosen:", *(f"- {reason}" for reason in reasons), sep="\n", flush=True)
+    options["num_processes"] = processes.world_size()
+    choice = processes.from_main(lambda: choose_recipe(args.config, args.output, device, **options))
+    print("chosen:", *(f"- {reason}" for reason in choice.reasons), sep="\n", flush=True)
     print(f"the whole recipe is in {Path(args.output) / 'config.yaml'}; key=value changes any part of it")
-    return config
+    return choice
 
 
 if __name__ == "__main__":

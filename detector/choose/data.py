@@ -3,33 +3,33 @@
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, parse_config
-from ..data.file_source import FileSource
-from ..data.find import Found, find_data
-from ..data.sources import build_dataset
+from ..config import parse_config
+from ..data.file_source import FileSource, Reader
+from ..data.find import find_data
+from ..data.sources import DataConfig, build_dataset
 from ..data.split import split_dataset, write_split
 
 VAL_SHARE = 0.2
 
 
 def choose_data(
-    path: str | Path, folder: str | Path, format: str | None = None, seed: int = 0
+    path: str | Path, folder: str | Path, read: Reader, format: str | None = None, seed: int = 0
 ) -> tuple[dict[str, Any], list[str]]:
     """The section `data` for the pictures at `path`, and a sentence for each decision.
 
-    A split that has to be made is written to `folder` as train.txt and val.txt.
+    A split that has to be made is written to `folder` as train.txt and val.txt. read: reads the annotations.
 
     Raises:
         ValueError, FileNotFoundError: as `find_data` and `build_dataset`.
     """
     found = find_data(path, format)
     data: dict[str, Any] = {"root": str(found.root.absolute()), **found.splits}
-    if names := found.class_names or _names(found):
+    if names := found.class_names or _names(parse_config(recipe_of(data)).data, read):
         data["class_names"] = list(names)
     remarks = list(found.remarks)
     if "val" in found.splits:
         return data, remarks
-    dataset = build_dataset(parse_config(_with_model(data)).data, "train")
+    dataset = build_dataset(parse_config(recipe_of(data)).data, "train", read=read)
     parts = split_dataset(dataset, seed, VAL_SHARE)
     lists = write_split(folder, dataset, parts)
     sources = found.splits["train"]
@@ -42,21 +42,19 @@ def choose_data(
     return data, remarks
 
 
-def _with_model(data: dict[str, Any]) -> dict[str, Any]:
+def recipe_of(data: dict[str, Any]) -> dict[str, Any]:
     """The smallest recipe with these data."""
     return {"model": {"backbone": "resnet18"}, "data": data}
 
 
-def _names(found: Found) -> tuple[str, ...] | None:
+def _names(data: DataConfig, read: Reader) -> tuple[str, ...] | None:
     """The names of all sources' objects, or None where a source has a list of classes of its own."""
-    config: Config = parse_config(_with_model({"root": str(found.root), **found.splits}))
     names: set[str] = set()
-    for split in found.splits:
-        for source in getattr(config.data, split):
-            if not isinstance(source, FileSource):
-                return None
-            read = source.read(config.data.root)
-            if read.category_ids is not None:
-                return None
-            names |= {o.name.strip() for o in read.objects if o.name.strip()}
+    for source in (*data.train, *(data.val or ()), *(data.test or ())):
+        if not isinstance(source, FileSource):
+            return None
+        found = read(source, data.root)
+        if found.category_ids is not None:
+            return None
+        names |= {o.name.strip() for o in found.objects if o.name.strip()}
     return tuple(sorted(names)) or None

@@ -4,16 +4,17 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..config import Config, parse_config
 from ..data.dataset import DetectionDataset
-from ..data.sources import build_dataset
+from ..data.file_source import read_once
+from ..data.sources import build_dataset, build_datasets
 from ..data.split import write_split
-from .data import choose_data
+from .data import choose_data, recipe_of
 from .rules import (
     Settings,
     choose_anchors,
@@ -33,6 +34,14 @@ _TOO_FEW_EPOCHS = 10
 _SMALLER = {"model": {"backbone": {"name": "resnet18", "width": 16}, "min_size": 224}}
 
 
+class Choice(NamedTuple):
+    """A recipe, a sentence for each choice, and the data to train and to validate on, as the recipe has them."""
+
+    config: Config
+    reasons: list[str]
+    datasets: tuple[DetectionDataset, DetectionDataset | None]
+
+
 def choose_recipe(
     path: str | Path,
     folder: str | Path,
@@ -43,8 +52,8 @@ def choose_recipe(
     minutes: float | None = None,
     offline: bool = False,
     num_processes: int = 1,
-) -> tuple[Config, list[str]]:
-    """The recipe for the pictures at `path`, and a sentence for each choice. `overrides` come before any choice.
+) -> Choice:
+    """Choose the recipe for the pictures at `path`. `overrides` come before any choice.
 
     folder: receives the lists of a split, if one has to be made. minutes: a budget of time, this choice included.
     num_processes: that will share the training.
@@ -55,10 +64,10 @@ def choose_recipe(
     started = time.monotonic()
     if minutes is not None and not 0 < minutes < math.inf:
         raise ValueError(f"minutes is {minutes}; accepted: a positive number")
-    data, remarks = choose_data(path, folder, format)
-    draft = _Draft({"model": {"backbone": "resnet18"}, "data": data}, overrides)
-    train_set = build_dataset(draft.config.data, "train")
-    val_set = build_dataset(draft.config.data, "val", train_set.class_names)
+    read = read_once()
+    data, remarks = choose_data(path, folder, read, format)
+    draft = _Draft(data, overrides)
+    train_set, val_set = build_datasets(draft.config.data, read=read)
     machine, objects = look_at_machine(device, num_processes), objects_of(train_set)
     weights = None, "model.backbone is given"
     if not any(override.startswith("model.backbone") for override in overrides):
@@ -72,8 +81,7 @@ def choose_recipe(
 
     epochs, chosen = _time(draft, folder, train_set, val_set, machine, device, seconds())
     if epochs < _TOO_FEW_EPOCHS and minutes is not None and weights[0] is None:
-        smaller = _Draft({"model": {"backbone": "resnet18"}, "data": data}, overrides)
-        size = max(_SMALLER["model"]["min_size"], 1)
+        smaller, size = _Draft(data, overrides), _SMALLER["model"]["min_size"]
         longest = math.ceil(size * draft.config.model.max_size / draft.config.model.min_size)
         reason = f"{epochs} epochs would be too few: resnet18 of width 16, and a short side of {size}"
         smaller.add({"model": {**_SMALLER["model"], "max_size": longest}}, reason)
@@ -83,15 +91,17 @@ def choose_recipe(
             _time(smaller, folder, train_set, val_set, machine, device, seconds()),
         )
     draft.add(*chosen)
-    return draft.config, [*remarks, *draft.reasons]
+    if "data" in chosen[0]:
+        train_set = build_dataset(draft.config.data, "train", read=read)
+    return Choice(draft.config, [*remarks, *draft.reasons], (train_set, val_set))
 
 
 class _Draft:
     """A recipe in the making: what was chosen so far, under the user's overrides."""
 
-    def __init__(self, recipe: dict[str, Any], overrides: Sequence[str]) -> None:
-        self.recipe, self.overrides, self.reasons = recipe, overrides, []
-        self.config = parse_config(recipe, overrides)
+    def __init__(self, data: dict[str, Any], overrides: Sequence[str]) -> None:
+        self.recipe, self.overrides, self.reasons = recipe_of(data), overrides, []
+        self.config = parse_config(self.recipe, overrides)
 
     def add(self, settings: Settings, reason: str) -> None:
         for section, values in settings.items():
@@ -115,14 +125,14 @@ def _time(
     draft: _Draft,
     folder: str | Path,
     train_set: DetectionDataset,
-    val_set: DetectionDataset,
+    val_set: DetectionDataset | None,
     machine: Machine,
     device: torch.device,
     seconds: float | None,
 ) -> tuple[int, tuple[Settings, str]]:
     """The number of epochs, and the settings that follow from it."""
     pace = measure_pace(draft.config, train_set, device).shared_by(machine.num_processes)
-    epochs, used, (settings, reason) = choose_epochs(pace, len(train_set), len(val_set), seconds)
+    epochs, used, (settings, reason) = choose_epochs(pace, len(train_set), len(val_set or ()), seconds)
     updates = epochs * max(1, used // (draft.config.train.batch_size * machine.num_processes))
     settings["train"]["warmup_steps"] = min(200, max(1, updates // 10))
     if used < len(train_set):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..data.dataset import DetectionDataset
-from ..model.network_input import network_size
+from ..model.network_input import network_sizes
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,7 @@ class Objects:
 
     def shapes_at(self, min_size: int, max_size: int) -> np.ndarray:
         """(M, 2) widths and heights at the network's size."""
-        pairs, inverse = np.unique(self.sizes, axis=0, return_inverse=True)
-        resized = np.array([network_size(int(h), int(w), min_size, max_size) for h, w in pairs])
-        scales = (resized / pairs)[inverse.reshape(-1)]
+        scales = network_sizes(self.sizes, min_size, max_size) / self.sizes
         return (self.boxes[:, 2:] - self.boxes[:, :2]) * scales[:, ::-1]
 
 

@@ -1,5 +1,7 @@
 """A source of pictures and annotations in files, and what a recipe may say of any of them."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from .file_index import picture_key
 from .records import Annotations
 
 MAX_BYTES = 2 * 1024**3
+
+
+Reader = Callable[["FileSource", Path], Annotations]
 
 
 class FileSource(Section):
@@ -30,10 +35,26 @@ class FileSource(Section):
         """What the files say."""
         raise NotImplementedError
 
-    def load(self, root: Path, *, check_pictures: bool = True, **options: Any) -> DetectionDataset:
-        """The data set; options are those of `Annotations.to_dataset`. No picture is missed here: see `settle_sizes`."""
+    def load(
+        self,
+        root: Path,
+        *,
+        check_pictures: bool = True,
+        read: Reader = lambda source, root: source.read(root),
+        **options: Any,
+    ) -> DetectionDataset:
+        """The data set; options are those of `Annotations.to_dataset`. No picture is missed here: see `settle_sizes`.
+
+        read: what `read_once` gives; by default, the files are read anew.
+        """
         used = read_list(root / self.pictures, root, self.max_bytes) if self.pictures else None
-        return self.read(root).to_dataset(limit=self.limit, pictures=used, **options)
+        return read(self, root).to_dataset(limit=self.limit, pictures=used, **options)
+
+
+def read_once() -> Reader:
+    """A function that reads the files of each source once. It keeps what they say for as long as it lives."""
+    kept = cache(lambda source, root: source.read(root))
+    return lambda source, root: kept(source.model_copy(update={"limit": None, "pictures": None}), root)
 
 
 def read_list(path: Path, root: Path, max_bytes: int = MAX_BYTES) -> set[str]:

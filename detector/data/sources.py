@@ -54,12 +54,14 @@ def build_dataset(
     class_names: tuple[str, ...] | None = None,
     *,
     check_pictures: bool = True,
+    **options: Any,
 ) -> DetectionDataset:
     """The "train", "val" or "test" data of a configuration.
 
     class_names: foreground names in the order of their labels; None: those of the configuration. Pass the names of
         the first split read, so that all splits agree.
     check_pictures: read the headers of all pictures, and settle their sizes; False if only annotations are used.
+    options: those of the sources' `load`.
 
     Raises:
         ValueError: the configuration has no such split, a source cannot be read, or `settle_sizes` refuses pictures.
@@ -68,7 +70,7 @@ def build_dataset(
     sources = getattr(data, split)
     if not sources:
         raise ValueError(f"the config has no data.{split}")
-    options = {
+    options |= {
         "class_names": class_names or data.class_names,
         "strict": data.strict,
         "use_difficult": data.difficult,
@@ -83,3 +85,13 @@ def build_dataset(
     if not check_pictures:
         return dataset
     return settle_sizes(dataset, strict=data.strict, max_pixels=data.max_pixels)
+
+
+def build_datasets(data: DataConfig, **options: Any) -> tuple[DetectionDataset, DetectionDataset | None]:
+    """The data to train and to validate on, with the same classes; None where there is no data.val.
+
+    Options and errors are those of `build_dataset`.
+    """
+    train_set = build_dataset(data, "train", **options)
+    val_set = build_dataset(data, "val", train_set.class_names, **options) if data.val else None
+    return train_set, val_set

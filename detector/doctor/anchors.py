@@ -11,9 +11,9 @@ import numpy as np
 from ..config import ModelConfig
 from ..model.anchor_fit import best_anchor_ious, fit_anchors, grid_offsets
 from ..model.anchors import STRIDE
-from ..model.network_input import network_size
+from ..model.network_input import network_sizes
 from ..tables import format_table
-from .findings import Finding, printable
+from .findings import Finding
 from .part import Part
 
 # An object counts as reached by an anchor from this IoU on.
@@ -75,12 +75,9 @@ def training_boxes(parts: Sequence[Part], model: ModelConfig) -> tuple[np.ndarra
 
 def _factors(sizes: np.ndarray, model: ModelConfig) -> np.ndarray:
     """(N, 4) factors from pixels of each picture, (N, 2) height and width, to pixels of the network's input."""
-    different, row = np.unique(sizes, axis=0, return_inverse=True)
     rounding = model.conventions.resize_rounding
-    resized = np.array(
-        [network_size(h, w, model.min_size, model.max_size, rounding) for h, w in different.tolist()]
-    )
-    return (resized / different)[row.reshape(-1)][:, [1, 0, 1, 0]]
+    resized = network_sizes(sizes, model.min_size, model.max_size, rounding)
+    return (resized / sizes)[:, [1, 0, 1, 0]]
 
 
 def check_anchors(found: AnchorFit, source: str) -> list[Finding]:
@@ -129,7 +126,7 @@ def _by_class(found: AnchorFit) -> tuple[list[tuple[str, np.ndarray]], str]:
     frequent = names[np.argsort(-counts, kind="stable")][:_MOST_CLASSES]
     others = len(names) - len(frequent)
     rest = f"The other {others} classes have fewer objects.\n" if others else ""
-    return [(printable(name), found.names == name) for name in frequent], rest
+    return [(name, found.names == name) for name in frequent], rest
 
 
 def _by_size(found: AnchorFit) -> list[tuple[str, np.ndarray]]:

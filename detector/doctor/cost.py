@@ -10,7 +10,7 @@ import torch
 from ..build import build_model
 from ..config import Config
 from ..model.anchors import STRIDE
-from ..model.network_input import network_size
+from ..model.network_input import network_sizes
 from ..model.speed import apply_speed
 from ..progress import memory_mb
 from ..tables import format_duration
@@ -59,11 +59,7 @@ def time_step(parts: Sequence[Part], config: Config, device: torch.device) -> st
 
 def _common_size(parts: Sequence[Part], config: Config) -> tuple[int, int]:
     """The most frequent (height, width) of training pictures at the network's size."""
-    sizes, counts = np.unique(
-        np.concatenate([part.sizes for part in parts if part.split == "train"]), axis=0, return_counts=True
-    )
-    model, resized = config.model, Counter()
-    for (height, width), count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        rounding = model.conventions.resize_rounding
-        resized[network_size(height, width, model.min_size, model.max_size, rounding)] += count
-    return resized.most_common(1)[0][0]
+    model = config.model
+    sizes = np.concatenate([part.sizes for part in parts if part.split == "train"])
+    resized = network_sizes(sizes, model.min_size, model.max_size, model.conventions.resize_rounding)
+    return Counter(map(tuple, resized.tolist())).most_common(1)[0][0]

@@ -1,9 +1,11 @@
 """Findings: what the doctor says, as text and as JSON."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from ..names import escaped
 
 Severity = Literal["error", "warning", "note"]
 # From the worst to the mildest.
@@ -49,20 +51,12 @@ def format_findings(findings: Sequence[Finding], shown: int = 3) -> str:
     groups: dict[tuple[Severity, str], list[Finding]] = defaultdict(list)
     for finding in sort_findings(findings):
         groups[finding.severity, finding.kind].append(finding)
-    lines = [", ".join(f"{_count(findings, severity)} {severity}s" for severity in SEVERITIES)]
+    counts = Counter(finding.severity for finding in findings)
+    lines = [", ".join(f"{counts[severity]} {severity}s" for severity in SEVERITIES)]
     for (severity, kind), members in groups.items():
         lines.append(f"\n{severity}: {kind} ({len(members)})")
-        lines += [f"  {printable(member.what)}" for member in members[:shown]]
+        lines += [f"  {escaped(member.what)}" for member in members[:shown]]
         if len(members) > shown:
             lines.append(f"  and {len(members) - shown} more")
         lines.append(f"  -> {members[0].advice}")
     return "\n".join(lines)
-
-
-def _count(findings: Sequence[Finding], severity: Severity) -> int:
-    return sum(finding.severity == severity for finding in findings)
-
-
-def printable(text: str) -> str:
-    """Text without control characters: names of files and classes may hold a terminal's commands."""
-    return "".join(c if c.isprintable() else "?" for c in text)

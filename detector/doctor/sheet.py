@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.images import load_image
+from ..names import escaped
 from ..sheets import save_tiles
 from ..visualize import draw_boxes, fit, tile
-from .findings import Finding, printable, sort_findings
+from .findings import Finding, sort_findings
 from .opened import Opened
 from .part import Part
 
@@ -51,7 +52,7 @@ def _draw(finding: Finding, parts: Sequence[Part]) -> np.ndarray:
     if finding.other is not None:
         drawn = tile([drawn, _with_objects(finding.other, parts)], columns=2)
     caption = Image.new("RGB", (drawn.shape[1], 2 * _FONT_SIZE + 8), "white")
-    text = f"{finding.severity}: {finding.kind}\n{printable(Path(finding.file).name)}"
+    text = f"{finding.severity}: {finding.kind}\n{escaped(Path(finding.file).name)}"
     ImageDraw.Draw(caption).text((2, 2), text, fill="black", font=ImageFont.load_default(size=_FONT_SIZE))
     return np.vstack([np.array(caption), drawn])
 
@@ -63,7 +64,7 @@ def _with_objects(path: str, parts: Sequence[Part]) -> np.ndarray:
         rows = np.flatnonzero((part.paths == path)[part.rows] & np.isfinite(part.boxes).all(axis=1))
         if len(rows):
             boxes.append(part.boxes[rows])
-            names += [printable(name) for name in part.names[rows]]
+            names += [escaped(name) for name in part.names[rows]]
             break
     return _fit(load_image(path), np.concatenate(boxes), names)
 

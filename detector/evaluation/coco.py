@@ -18,7 +18,7 @@ import numpy as np
 from backbones.messages import shown
 
 from ..files import read_json
-from ..tables import format_table
+from ..tables import format_percent, format_table
 
 COCO_METRICS = {
     "AP": "IoU 0.50:0.95",
@@ -76,11 +76,14 @@ def evaluate_coco(ground_truth: dict, results: list[dict], *, backend: str = "au
 def format_coco(metrics: Mapping[str, Any]) -> str:
     """Format the result of `evaluate_coco` as two tables in percent: the twelve numbers, then the classes."""
     numbers = format_table(
-        [(name, _percent(metrics[name]), condition) for name, condition in COCO_METRICS.items()],
+        [(name, format_percent(metrics[name]), condition) for name, condition in COCO_METRICS.items()],
         header=("COCO, %", "", "over"),
     )
     classes = format_table(
-        [(name, _percent(row["AP"]), _percent(row["AP50"])) for name, row in metrics["per_class"].items()],
+        [
+            (name, format_percent(row["AP"]), format_percent(row["AP50"]))
+            for name, row in metrics["per_class"].items()
+        ],
         header=("class", "AP", "AP50"),
     )
     return f"{numbers}\n\n{classes}"
@@ -227,7 +230,3 @@ def _per_class(coco_eval: Any, names: Mapping[int, str]) -> dict[str, dict[str, 
 def _measured(value: float) -> float | None:
     """A backend's number, or None for -1, by which both backends say that there was no ground truth."""
     return None if value < 0 else float(value)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..tables import format_table
+from ..tables import format_percent, format_table
 from .coco import check_results, class_names_by_id
 
 RECALLS = np.arange(0.0, 1.1, 0.1)
@@ -73,9 +73,10 @@ def evaluate_voc(ground_truth: dict, results: list[dict], *, iou_threshold: floa
 def format_voc(metrics: Mapping[str, Any]) -> str:
     """Format the result of `evaluate_voc` as a table in percent, with a line for each class and the mean last."""
     rows = [
-        (name, _percent(row["ap11"]), _percent(row["ap_all"])) for name, row in metrics["per_class"].items()
+        (name, format_percent(row["ap11"]), format_percent(row["ap_all"]))
+        for name, row in metrics["per_class"].items()
     ]
-    rows.append(("mean", _percent(metrics["mAP_11point"]), _percent(metrics["mAP_allpoint"])))
+    rows.append(("mean", format_percent(metrics["mAP_11point"]), format_percent(metrics["mAP_allpoint"])))
     return format_table(rows, header=("VOC AP, %", "11-point", "all-point"))
 
 
@@ -176,7 +177,3 @@ def _average_precision(right: np.ndarray, num_objects: int) -> dict[str, float |
 def _mean(values: list[float | None]) -> float | None:
     measured = [value for value in values if value is not None]
     return float(np.mean(measured)) if measured else None
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"

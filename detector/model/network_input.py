@@ -29,6 +29,13 @@ def network_size(
     return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
 
 
+def network_sizes(sizes: np.ndarray, min_size: int, max_size: int, rounding: str = "floor") -> np.ndarray:
+    """`network_size` of many images: (N, 2) heights and widths -> (N, 2). It computes equal ones once."""
+    different, row = np.unique(sizes, axis=0, return_inverse=True)
+    resized = [network_size(h, w, min_size, max_size, rounding) for h, w in different.tolist()]
+    return np.array(resized).reshape(-1, 2)[row.reshape(-1)]
+
+
 def _nearest_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
     """`network_size` in Detectron2's order of operations.
 
