@@ -58,9 +58,10 @@ def put(path, text, encoding="utf-8", newline="\n"):
 
 
 def xml(name, shift=0, filename=None, size=True, form="{}"):
-    """The XML of a picture; shift: added to xmin and ymin, for pixels counted from 1."""
+    """The XML of a picture; shift: 1 for VOC's own files, which count pixels from 1."""
     (width, height), boxes = PICTURES[name]
     lines = [f"<filename>{filename or name}</filename>"]
+    lines += ["<source><database>The VOC2007 Database</database></source>"] * shift
     lines += [f"<size><width>{width}</width><height>{height}</height></size>"] if size else []
     for label, (xmin, ymin, xmax, ymax) in boxes:
         corners = zip(CORNERS, (xmin + shift, ymin + shift, xmax, ymax), strict=True)

@@ -11,12 +11,16 @@ from .records import Annotations, Object, Picture
 
 @dataclass(frozen=True, slots=True)
 class Filed:
-    """What a file says of one picture. size: (height, width); None: as the picture has it."""
+    """What a file says of one picture.
+
+    size: (height, width); None: as the picture has it. origin: the data set that the file says it is of.
+    """
 
     file: Path
     path: str
     size: tuple[int, int] | None
     objects: list[Object]
+    origin: str = ""
 
 
 def gather(
