@@ -30,10 +30,14 @@ class FileSource(Section):
         """What the files say."""
         raise NotImplementedError
 
-    def load(self, root: Path, *, check_pictures: bool = True, **options: Any) -> DetectionDataset:
+    def load(self, root: Path, **options: Any) -> DetectionDataset:
         """The data set; options are those of `Annotations.to_dataset`. No picture is missed here: see `settle_sizes`."""
+        return self.select(self.read(root), root, **options)
+
+    def select(self, found: Annotations, root: Path, **options: Any) -> DetectionDataset:
+        """The data set of what was read, with the pictures that this source uses."""
         used = read_list(root / self.pictures, root, self.max_bytes) if self.pictures else None
-        return self.read(root).to_dataset(limit=self.limit, pictures=used, **options)
+        return found.to_dataset(limit=self.limit, pictures=used, **options)
 
 
 def read_list(path: Path, root: Path, max_bytes: int = MAX_BYTES) -> set[str]:
