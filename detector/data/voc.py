@@ -142,7 +142,7 @@ def _object(filed: Object, size: tuple[int, int], one_based: bool) -> Object:
     """An object of a picture with `size` (height, width), with its box as xyxy pixels from 0."""
     xmin, ymin, xmax, ymax = filed.box
     fault = remark = None
-    if xmax <= xmin or ymax <= ymin:
+    if one_based and -1 < min(xmax - xmin, ymax - ymin) <= 0:
         # With both ends included, xmax = xmin is one pixel wide, but it comes from a slip of the mouse.
         fault = "has a box that has no area"
     elif any(size) and (xmax > size[1] or ymax > size[0]):
