@@ -1,6 +1,7 @@
 """Read YOLO's text files, one a picture with a line for each object, into a DetectionDataset."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,11 @@ from pydantic import Field
 from ..files import read_text
 from .file_index import FileIndex, is_picture
 from .file_source import FileSource
-from .filed import Filed, gather, number
+from .filed import Filed, gather, number, read_each
 from .records import Annotations, Object
+
+# The number of a line, its class number and its text. None: the first word is no class number.
+_Line = tuple[int, int | None, str]
 
 
 class YoloSource(FileSource):
@@ -36,23 +40,19 @@ class YoloSource(FileSource):
         """What the text files say."""
         names = read_names(root / self.names, self.max_bytes) if self.names else None
         labels = FileIndex(root / self.labels if self.labels else root)
-        read, bare = [], []
-        for picture in self._pictures(root):
-            label = next(filter(None, map(labels.exact, self._label_names(picture))), None)
-            file = labels.folder / label if label else Path(root / picture)
-            bare += [] if label else [picture]
-            read.append((file, picture, self._lines(file) if label else []))
+        read, problems = read_each(self._pictures(root), partial(self._lines, labels))
+        bare = [picture for picture, file, _ in read if file is None]
         if read and len(bare) == len(read):
             raise ValueError(f"{root / self.images}: no picture has a text file of its objects")
         ids = sorted({id for *_, lines in read for _, id, _ in lines} - {None})
         known = names or {id: f"class_{id}" for id in ids}
         filed = []
-        for file, picture, lines in read:
+        for picture, file, lines in read:
             objects = [_object(*line, known, self.keypoints) for line in lines]
-            filed.append(Filed(file, os.path.join(root, picture), None, objects))
+            filed.append(Filed(file or root / picture, os.path.join(root, picture), None, objects))
         category_ids = {name: id for id, name in sorted(known.items())}
         source = str(root / self.images)
-        found = gather(source, filed, "line {}", fractions=True, category_ids=category_ids)
+        found = gather(source, filed, "line {}", fractions=True, category_ids=category_ids, problems=problems)
         found.unknown_ids = [id for id in ids if id not in known]
         if bare:
             found.notes.append(
@@ -79,10 +79,14 @@ class YoloSource(FileSource):
             return [os.path.relpath(path, self.images), os.path.basename(path)]
         return [swapped(path, "images", "labels"), path]
 
-    def _lines(self, path: Path) -> list[tuple[int, int | None, str]]:
-        """The number of each line, its class number and its text. None: the first word is no class number."""
-        lines = enumerate(read_text(path, self.max_bytes).splitlines(), start=1)
-        return [(index, _class_number(line), line) for index, line in lines if line.strip()]
+    def _lines(self, labels: FileIndex, picture: str) -> tuple[str, Path | None, list[_Line]]:
+        """The picture, its text file and the lines of that. None: it has no file."""
+        label = next(filter(None, map(labels.exact, self._label_names(picture))), None)
+        if label is None:
+            return picture, None, []
+        file = labels.folder / label
+        lines = enumerate(read_text(file, self.max_bytes).splitlines(), start=1)
+        return picture, file, [(index, _class_number(line), line) for index, line in lines if line.strip()]
 
 
 def _class_number(line: str) -> int | None:
