@@ -57,7 +57,7 @@ class _State(BaseModel):
     version: _Count = 1
     awaits_evaluation: bool = False
     skipped: _Count = 0
-    data: dict[str, dict[str, Any] | None] = {}
+    data: dict[str, dict[str, int | str] | None] = {}
     preprocessing: Preprocessing | None = None
 
 

@@ -16,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from .data.loader import Batch
 from .model.faster_rcnn import C4FasterRCNN
 from .model.losses import LOSSES
+from .state_fit import check_fit, check_moments
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -135,7 +136,7 @@ class Training:
         return {**parts, **counters, **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        parts = {name: getattr(self, name).load_state_dict for name in self._parts}
+        parts = {name: partial(_load, getattr(self, name)) for name in self._parts}
         for name, load in {**parts, "torch_rng": torch.set_rng_state}.items():
             if name not in state:
                 raise ValueError(
@@ -188,6 +189,14 @@ class Training:
         return ["model", "optimizer", "schedule", "scaler"] + (["ema"] if self.ema is not None else [])
 
     _counters = ("epoch", "batch", "step", "best", "evaluations_since_best", "awaits_evaluation", "skipped")
+
+
+def _load(part: Any, saved: Any) -> None:
+    """Load the state of one part of a training. ValueError: it is not of such a part."""
+    check_fit(saved, part.state_dict())
+    part.load_state_dict(saved)
+    if isinstance(part, torch.optim.Optimizer):
+        check_moments(part)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
