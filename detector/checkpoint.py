@@ -10,11 +10,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from zipfile import ZipFile, is_zipfile
 
 import torch
-from pydantic import BaseModel, Json, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 from torch import Tensor
 
 from backbones import IMAGENET, Preprocessing
@@ -34,13 +34,31 @@ VERSION = 2
 # Settings that version 1 kept in the section `model`.
 _SPEED = ("shared_projection", "sparse_roi_align", "fold_norms", "activation_checkpointing")
 
-# What every training state holds. Parts that only some versions or recipes have are not listed.
-_STATE = {
-    **dict.fromkeys(("model", "optimizer", "schedule", "scaler", "config"), dict),
-    **dict.fromkeys(("epoch", "batch", "step", "evaluations_since_best"), int),
-    "best": (int, float),
-    "class_names": (list, tuple),
-}
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+
+
+class _State(BaseModel):
+    """What a training state holds. Parts with a default are not in every version."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    scaler: dict[str, Any]
+    config: dict[str, Any]
+    epoch: _Count
+    batch: _Count
+    step: _Count
+    evaluations_since_best: _Count
+    best: Annotated[float, Field(strict=True)]
+    class_names: tuple[str, ...]
+    version: _Count = 1
+    awaits_evaluation: bool = False
+    skipped: _Count = 0
+    data: dict[str, dict[str, int | str] | None] = {}
+    preprocessing: Preprocessing | None = None
+    batch_images: _Count | None = None
 
 
 @dataclass(frozen=True)
@@ -200,8 +218,10 @@ def _load_checked(path: Path) -> Any:
 
 def _check_state(state: dict[str, Any], path: Path) -> None:
     """Raise a ValueError where a training state lacks a part, or has one of another kind."""
-    wrong = [key for key, kind in _STATE.items() if not isinstance(state.get(key), kind)]
-    if wrong:
-        raise ValueError(f"{path} is no training state: {', '.join(wrong)} missing or of another kind")
+    try:
+        _State.model_validate(state)
+    except ValidationError as error:
+        wrong = ", ".join(dict.fromkeys(str(each["loc"][0]) for each in error.errors()))
+        raise ValueError(f"{path} is no training state: {wrong} missing or of another kind") from None
     if state.get("version", 1) > VERSION:
         raise ValueError(f"{path} is of version {state['version']}; this program reads up to {VERSION}")

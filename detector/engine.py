@@ -18,6 +18,7 @@ from . import processes
 from .data.loader import Batch
 from .model.faster_rcnn import C4FasterRCNN
 from .model.losses import LOSSES
+from .state_fit import check_fit, check_moments
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -142,7 +143,7 @@ class Training:
                     f"the training state has no {name}: resume with the config it was saved with"
                 )
             try:
-                getattr(self, name).load_state_dict(state[name])
+                _load(getattr(self, name), state[name])
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
                 raise ValueError(
                     f"the training state's {name} does not fit the config: resume with the config it was saved with"
@@ -181,6 +182,14 @@ class Training:
         return ["model", "optimizer", "schedule", "scaler"] + (["ema"] if self.ema is not None else [])
 
     _counters = ("epoch", "batch", "step", "best", "evaluations_since_best", "awaits_evaluation", "skipped")
+
+
+def _load(part: Any, saved: Any) -> None:
+    """Load the state of one part of a training. ValueError: it is not of such a part."""
+    check_fit(saved, part.state_dict())
+    part.load_state_dict(saved)
+    if isinstance(part, torch.optim.Optimizer):
+        check_moments(part)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -92,11 +92,12 @@ class Run:
         self.fingerprints = {"train": fingerprint(self.train_set), "val": fingerprint(self.val_set)}
         if state is not None:
             version = state.get("version", 1)
-            saved = parse_stored_config(state["config"], version, "the saved run's config")
+            source = f"the config in {self.folder / STATE}"
+            saved = parse_stored_config(state["config"], version, source)
             check_resumable(saved, config)
             # Earlier states are of one process.
             images = config.train.batch_size * processes.world_size()
-            check_same_batches(state.get("batch_images", saved.train.batch_size), images)
+            check_same_batches(state.get("batch_images") or saved.train.batch_size, images)
             check_same_data(state.get("data", {}), self.fingerprints)
 
         torch.manual_seed(config.train.seed)
@@ -116,7 +117,10 @@ class Run:
         self.training = build_training(config, model, num_batches=len(self.batches), device=device)
         self.is_new = state is None
         if state is not None:
-            self.training.load_state_dict(state)
+            try:
+                self.training.load_state_dict(state)
+            except ValueError as error:
+                raise ValueError(f"{self.folder / STATE}: {error}") from error
         self.saved_at, self.saved_step = time.monotonic(), self.training.step
         self.guard = NonFiniteGuard(self.training, self.folder / "nonfinite", self.train_set, config.train)
 

@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 
 from detector.data.coco import CocoSource, load_coco
 from detector.data.dataset import DetectionDataset, concatenate
+from detector.data.memory import available_memory
 
 CONTENT = {
     "images": [
@@ -177,6 +178,16 @@ def test_json_nested_deep_and_files_above_max_bytes_are_refused(write):
     path.write_text('{"images": ' + "[" * 100_000 + "]" * 100_000)
     with pytest.raises(ValueError, match=r"a\.json: not valid JSON \(recursion limit exceeded"):
         load_coco(images_dir, path)
+
+
+def test_a_file_that_would_not_fit_into_memory_is_refused_before_it_is_parsed(write, monkeypatch):
+    files = write()
+    assert available_memory() > 2**20
+    monkeypatch.setattr("detector.data.memory.available_memory", lambda: 1000)
+    with pytest.raises(
+        ValueError, match=r"a\.json: reading it takes about .* GiB of memory, and 0\.0 GiB are free"
+    ):
+        load_coco(*files)
 
 
 def test_links_out_of_the_root_are_followed_and_paths_out_of_it_are_not(write, tmp_path):

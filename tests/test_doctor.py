@@ -83,6 +83,10 @@ def data(tmp_path):
     return Data(tmp_path)
 
 
+def bbox_of(annotation):
+    return annotation["bbox"]
+
+
 def named(findings, kind):
     """(file name, index) of the findings of a kind."""
     return [(Path(f.file).name, f.index) for f in findings if f.kind == kind]
@@ -128,7 +132,7 @@ def true_boxes():
 
 
 def test_boxes_of_the_right_format_are_not_suspected(true_boxes):
-    assert guess_format(*true_boxes) is None
+    assert guess_format(*true_boxes) == []
 
 
 @pytest.mark.parametrize(
@@ -153,7 +157,7 @@ def test_boxes_of_the_right_format_are_not_suspected(true_boxes):
 )
 def test_a_wrong_box_format_is_named(true_boxes, misread, expected):
     boxes, sizes = true_boxes
-    assert guess_format(np.stack(misread(*boxes.T), axis=1), sizes) == expected
+    assert guess_format(np.stack(misread(*boxes.T), axis=1), sizes) == [expected]
 
 
 def test_a_wrong_format_is_one_finding_not_one_for_each_box(tmp_path):
@@ -192,6 +196,26 @@ def test_labels_off_by_one_are_found(data, shift, said):
         annotation["category_id"] += shift
     found = [f for f in data.findings("none") if f.kind == "labels off by one"]
     assert len(found) == 1 and said in found[0].what
+
+
+def test_yolos_class_numbers_off_by_one_are_found(tmp_path):
+    for number in range(2):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{number}.jpg")
+        (tmp_path / f"{number}.txt").write_text(f"{number + 1} 0.5 0.5 0.5 0.5")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    source = {"format": "yolo", "images": ".", "names": "names.txt"}
+    recipe = {"model": {"backbone": "resnet18"}, "data": {"root": str(tmp_path), "train": source}}
+    what = {f.kind: f.what for f in examine(parse_config(recipe), pictures="none").findings}
+    assert "1.txt: line 1 () has the class '2', which names lack" in what["object that cannot be used"]
+    assert "class id 2 is used but not listed, and 'cat' has no object" in what["labels off by one"]
+
+
+def test_ids_that_annotations_share_are_a_note_and_both_are_used(data):
+    for annotation, id in zip(data.splits["train"][1], [5, 6, 5, 6], strict=False):
+        annotation["id"] = id
+    (found,) = data.findings("none")
+    assert "annotations[0] and annotations[2] share id 5, and 2 of 4 repeat one in all" in found.what
+    assert found.severity == "note"
 
 
 def test_an_annotation_file_that_cannot_be_read_is_a_finding_with_the_readers_sentence(data):
@@ -484,6 +508,48 @@ def test_clean_annotations_leave_out_every_fault_and_say_so(data, check_data):
     assert dataset.image_sizes[scaled].tolist() == [2 * HEIGHT, 2 * WIDTH]
     np.testing.assert_allclose(dataset.target(scaled)["boxes"], [[32, 32, 96, 96], [64, 32, 128, 96]])
     assert [80, 10, 96, 30] in dataset.target(0)["boxes"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("misread", "said"),
+    [
+        (lambda x, y, w, h: [x, y, x + w, y + h], ["corners (x1, y1, x2, y2), read as x, y, width, height"]),
+        (
+            lambda x, y, w, h: [x / WIDTH, y / HEIGHT, w / WIDTH, h / HEIGHT],
+            ["shares of the picture's width"],
+        ),
+        (
+            lambda x, y, w, h: [x / WIDTH, y / HEIGHT, (x + w) / WIDTH, (y + h) / HEIGHT],
+            ["shares of the picture's width", "corners (x1, y1, x2, y2), read as x, y, width, height"],
+        ),
+    ],
+)
+def test_boxes_of_one_wrong_format_are_converted_by_fix(tmp_path, check_data, misread, said):
+    data = Data(tmp_path, num_train=12, num_val=4)
+    # Boxes at the right and at the bottom, where one format alone fits.
+    moved = {
+        split: [[x + 32, y + 16, w, h] for x, y, w, h in map(bbox_of, rows)]
+        for split, (_, rows) in data.splits.items()
+    }
+    for split, (_, annotations) in data.splits.items():
+        for annotation, bbox in zip(annotations, moved[split], strict=True):
+            annotation |= {"bbox": misread(*bbox), "area": 7}
+    status, out, _ = check_data(data.recipe(), "--fix", data.root / "clean")
+    assert status == 2 and all(
+        f"train: boxes are converted, as they looked like {words}" in out for words in said
+    )
+    clean = json.loads((data.root / "clean/train.json").read_text())["annotations"]
+    np.testing.assert_allclose([entry["bbox"] for entry in clean], moved["train"])
+    assert {round(entry["area"]) for entry in clean} == {32 * 32}
+
+
+def test_boxes_that_fit_no_single_format_are_not_converted(data, check_data):
+    rng = np.random.default_rng(0)
+    for _, annotations in data.splits.values():
+        for annotation in annotations:
+            annotation["bbox"] = (rng.uniform(0, 2, 4) - 1).tolist()
+    status, _, err = check_data(data.recipe(), "--fix", data.root / "clean")
+    assert status == 2 and "give the right format first" in err and not (data.root / "clean").exists()
 
 
 def test_clean_annotations_are_refused_where_a_split_would_be_empty(data, check_data):

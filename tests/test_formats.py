@@ -58,9 +58,10 @@ def put(path, text, encoding="utf-8", newline="\n"):
 
 
 def xml(name, shift=0, filename=None, size=True, form="{}"):
-    """The XML of a picture; shift: added to xmin and ymin, for pixels counted from 1."""
+    """The XML of a picture; shift: 1 for VOC's own files, which count pixels from 1."""
     (width, height), boxes = PICTURES[name]
     lines = [f"<filename>{filename or name}</filename>"]
+    lines += ["<source><database>The VOC2007 Database</database></source>"] * shift
     lines += [f"<size><width>{width}</width><height>{height}</height></size>"] if size else []
     for label, (xmin, ymin, xmax, ymax) in boxes:
         corners = zip(CORNERS, (xmin + shift, ymin + shift, xmax, ymax), strict=True)
@@ -535,6 +536,7 @@ DAMAGE = [
     (yolo_beside, "one.txt", "0 a b c d\n", "one.txt: line 1 .* is not four finite numbers"),
     (yolo_beside, "one.txt", "1e400 0.5 0.5 1 1\n", "one.txt: line 1 .*has the class '1e400'"),
     (yolo_beside, "one.txt", "0 9 9 1 1\n", "one.txt: line 1 .* lies outside the image"),
+    (yolo_beside, "one.txt", b"\xff\xfe\x00", "one.txt: not a text in UTF-8, .*; the file is left out"),
     (labelme_folder, "annotated/0.json", "{", "0.json: the file is not labelme's: Invalid JSON.*left out"),
     (labelme_folder, "annotated/0.json", "[" * 9000, "0.json: the file is not labelme's: .*recursion limit"),
     (labelme_folder, "annotated/0.json", labelme("one.jpg", lambda *b: {"points": []}), "not four finite"),
@@ -552,7 +554,7 @@ def test_what_is_damaged_is_left_out_with_a_sentence_and_its_neighbours_stay(
     tmp_path, write, file, text, message
 ):
     data = only_train(tmp_path, write)
-    put(tmp_path / file, text)
+    put(tmp_path / file, text) if isinstance(text, str) else (tmp_path / file).write_bytes(text)
     dataset = build_dataset(data, "train")
     assert re.search(message, dataset.problems[0], re.S), dataset.problems
     names = [Path(path).name for path in dataset.image_paths]

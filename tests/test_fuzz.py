@@ -11,16 +11,24 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save
+from short_runs import CPU, stop_after
 
 from backbones.weights import read_state_dict, stored_preprocessing
-from detector.checkpoint import load_checkpoint
+from detector.checkpoint import load_checkpoint, newest_training_state
 from detector.config import load_config
 from detector.convert.class_names import read_class_names
 from detector.convert.read import read_foreign
 from detector.data.coco import load_coco
+from detector.data.csv import CsvSource
+from detector.data.find import find_data
+from detector.data.labelme import LabelmeSource
+from detector.data.sources import DataConfig, build_dataset
 from detector.data.voc import load_voc
+from detector.data.yolo import YoloSource, read_names
 from detector.evaluation.coco import load_results
 from detector.features import read_boxes
+from detector.run import Run
+from detector.stop import Interrupted
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -96,16 +104,16 @@ TOKENS = [
 
 
 @st.composite
-def altered(draw, value):
+def altered(draw, value, odd=ODD):
     """The value with one part, at any depth, replaced or taken away."""
     if not isinstance(value, (dict, list)) or not value or draw(st.integers(0, 5)) == 0:
-        return draw(ODD)
+        return draw(odd)
     key = draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
     changed = value.copy()
     if draw(st.integers(0, 4)) == 0:
         del changed[key]
     else:
-        changed[key] = draw(altered(value[key]))
+        changed[key] = draw(altered(value[key], odd))
     return changed
 
 
@@ -166,6 +174,40 @@ def altered_xml(draw):
     )
 
 
+LABELME = {
+    "imagePath": "a.jpg",
+    "imageHeight": 10,
+    "imageWidth": 20,
+    "shapes": [
+        {"label": "cat", "points": [[1, 2], [3, 4], [2, 9]], "shape_type": "polygon"},
+        {"label": "dog", "points": [[5, 5], [7, 5]], "shape_type": "circle"},
+    ],
+}
+YOLO_YAML = {
+    "path": ".",
+    "train": "JPEGImages",
+    "val": ["JPEGImages"],
+    "nc": 2,
+    "names": {0: "cat", 1: "dog"},
+}
+YOLO = b"0 0.5 0.5 0.2 0.4\n1 0.1 0.1 0.4 0.2 0.3 0.9\n"
+CSV = b"filename,width,height,class,xmin,ymin,xmax,ymax\na.jpg,20,10,cat,1,2,3,4\na.jpg,20,10,dog,2,2,9,9\n"
+RETINANET = b"a.jpg,1,2,3,4,cat\nb.jpg,,,,,\n"
+
+
+def loader(source, **options):
+    """Load the folder of a file, or the folder above it, which holds the pictures."""
+    made = source(format=source.model_fields["format"].annotation.__args__[0], **options)
+    return lambda path: made.load(path.parent.parent)
+
+
+def read_found(path):
+    """Find the data in the folder above, and read them."""
+    found = find_data(path.parent.parent)
+    config = DataConfig(root=found.root, **found.splits)
+    return [build_dataset(config, split) for split in found.splits]
+
+
 def read_coco(path):
     return load_coco(path.parent, path, check_pictures=False)
 
@@ -174,6 +216,12 @@ def read_voc(path):
     return load_voc(path.parent.parent, "train", one_based=False, check_pictures=False)
 
 
+STATE = {
+    **dict.fromkeys(("model", "optimizer", "schedule", "scaler", "config"), {"a": torch.zeros(2)}),
+    **dict.fromkeys(("epoch", "batch", "step", "evaluations_since_best"), 1),
+    "best": 0.5,
+    "class_names": ["cat"],
+}
 WEIGHTS = {"a.weight": torch.zeros(3), "b": {"c": [1, "x"]}}
 CASES = {
     "config": ("recipe.yaml", load_config, altered(RECIPE).map(as_yaml)),
@@ -181,6 +229,7 @@ CASES = {
     "checkpoint": ("best.safetensors", load_checkpoint, altered_metadata()),
     "checkpoint's bytes": ("best.safetensors", load_checkpoint, damaged(checkpoint_bytes(METADATA))),
     "preprocessing": ("w.safetensors", stored_preprocessing, altered_metadata()),
+    "training state's bytes": ("training_state.pt", newest_training_state, damaged(torch_bytes(STATE))),
     "torch file": ("w.pth", read_state_dict, damaged(torch_bytes(WEIGHTS))),
     "old torch file": (
         "w.pth",
@@ -204,6 +253,28 @@ CASES = {
     "class names": ("names.txt", read_class_names, damaged(b'["cat", "dog"]')),
     "voc": ("Annotations/a.xml", read_voc, altered_xml()),
     "voc's bytes": ("Annotations/a.xml", read_voc, damaged(XML.encode())),
+    "yolo's bytes": (
+        "labels/a.txt",
+        loader(YoloSource, images="JPEGImages", labels="labels"),
+        damaged(YOLO),
+    ),
+    "yolo's names": ("data.yaml", lambda path: read_names(path, 10**6), altered(YOLO_YAML).map(as_yaml)),
+    "csv's bytes": ("tables/a.csv", loader(CsvSource, annotations="tables/a.csv"), damaged(CSV)),
+    "csv's bytes without header": (
+        "tables/a.csv",
+        loader(CsvSource, annotations="tables/a.csv"),
+        damaged(RETINANET),
+    ),
+    "labelme": ("labels/a.json", loader(LabelmeSource), altered(LABELME).map(as_json)),
+    "labelme's bytes": ("labels/a.json", loader(LabelmeSource), damaged(as_json(LABELME))),
+    "found coco": ("labels/a.json", read_found, altered(COCO).map(as_json)),
+    "found coco's bytes": ("labels/a.json", read_found, damaged(as_json(COCO))),
+    "found labelme": ("labels/a.json", read_found, altered(LABELME).map(as_json)),
+    "found yolo": ("labels/data.yaml", read_found, altered(YOLO_YAML).map(as_yaml)),
+    "found yolo's bytes": ("labels/data.yaml", read_found, damaged(as_yaml(YOLO_YAML))),
+    "found texts": ("labels/a.txt", read_found, damaged(YOLO)),
+    "found csv": ("tables/a.csv", read_found, damaged(CSV)),
+    "found voc": ("labels/a.xml", read_found, damaged(XML.encode())),
 }
 
 
@@ -227,5 +298,35 @@ def test_a_damaged_file_is_read_or_refused_by_name(case, examples, tmp_path):
         except (ValueError, FileNotFoundError) as error:
             assert path.name in str(error) or str(tmp_path) in str(error)
             assert len(str(error)) < 5000 and "weights_only" not in str(error)
+
+    check()
+
+
+ODD_PARTS = ODD | st.sampled_from([torch.zeros(()), torch.zeros(3, 5), torch.ones(2, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize("examples", [20, pytest.param(1000, marks=pytest.mark.slow)])
+def test_an_altered_training_state_resumes_or_is_refused_by_name(varied, examples, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 1)
+    with pytest.raises(Interrupted):
+        Run(varied, tmp_path, CPU).train()
+    path = tmp_path / "training_state.pt"
+    (tmp_path / "training_state.previous.pt").unlink()
+    whole = torch.load(path)
+
+    @hypothesis.settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 1000)
+    @hypothesis.given(altered(whole, ODD_PARTS))
+    def check(state):
+        torch.save(state, path)
+        try:
+            training = Run(varied, tmp_path, CPU, resume=True).training
+        except (ValueError, FileNotFoundError) as error:
+            assert str(tmp_path) in str(error) or "--resume continues" in str(error)
+            return
+        for parameter in training.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        training.optimizer.step()
+        training.schedule.step()
+        training.ema.update_parameters(training.model)
 
     check()

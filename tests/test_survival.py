@@ -367,6 +367,23 @@ def test_a_state_whose_parts_hold_something_else_is_refused_in_a_sentence(stoppe
         Run(varied, stopped, CPU, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        # A fused step would read past its end.
+        ("optimizer", lambda part: part["state"][0].update(exp_avg=torch.zeros(1))),
+        ("optimizer", lambda part: part["param_groups"][0].pop("betas")),
+        ("schedule", lambda part: part.update(last_epoch="3")),
+    ],
+)
+def test_a_state_that_a_later_step_would_fail_on_is_refused_with_its_file(stopped, varied, part, change):
+    state = state_of(stopped)
+    change(state[part])
+    torch.save(state, stopped / "training_state.pt")
+    with pytest.raises(ValueError, match=rf"training_state\.pt: the training state's {part} does not fit"):
+        Run(varied, stopped, CPU, resume=True)
+
+
 # Two runs in one folder
 
 HOLD = """

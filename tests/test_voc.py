@@ -132,10 +132,15 @@ def test_a_coordinate_below_1_contradicts_one_based(write):
     assert load_voc(root, "train", one_based=False).notes == ()
 
 
-def test_whole_coordinates_that_reach_the_width_and_never_0_are_noted(write):
-    assert "look counted from 1" in load_voc(write({"a": [CAT]}), "train", one_based=False).notes[0]
-    for other in (("cat", (1, 1, 39, 30)), ("cat", (0, 1, 40, 30)), ("cat", (1.5, 1, 40, 30))):
-        assert load_voc(write({"a": [other]}), "train", one_based=False).notes == ()
+PASCAL = "<source><database>The VOC2007 Database</database></source>"
+
+
+def test_files_of_voc_that_are_taken_as_counted_from_0_are_noted(write):
+    body = PASCAL + SIZE + object_xml(*CAT)
+    dataset = load_voc(write({"a": body}), "train", one_based=False)
+    assert "the files name 'The VOC2007 Database', which counts pixels from 1" in dataset.notes[0]
+    other = PASCAL + SIZE + object_xml("cat", (0, 1, 40, 30))
+    assert load_voc(write({"a": other}), "train", one_based=False).notes == ()
 
 
 @pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>"])
@@ -224,13 +229,41 @@ def test_a_size_that_is_none_is_read_from_the_picture_and_a_box_of_such_numbers_
     assert dataset.image_sizes.tolist() == [[30, 40]] and len(dataset.boxes) == 1
 
 
-def test_one_based_auto_is_decided_by_the_data_and_said(write):
-    dataset = load_voc(write({"a": [CAT, DOG]}), "train", one_based="auto")
-    assert dataset.boxes.tolist() == [[0, 0, 40, 30], [10, 5, 20, 25]]
-    assert "one_based is true, as coordinates are whole" in dataset.notes[0]
-    dataset = load_voc(write({"a": [DOG, ("cat", (0, 1, 40, 30))]}), "train", one_based="auto")
-    assert dataset.boxes.tolist() == [[11, 6, 20, 25], [0, 1, 40, 30]]
-    assert "one_based is false, as coordinates are fractions, hold 0" in dataset.notes[0]
+@pytest.mark.parametrize(
+    ("source", "corners", "box", "said"),
+    [
+        (PASCAL, (1, 1, 40, 30), [0, 0, 40, 30], "counted from 1, as the files name 'The VOC2007 Database' and no"),
+        # VOC2012 has a few boxes with fractions.
+        (PASCAL, (1.5, 1, 39.5, 30), [0.5, 0, 39.5, 30], "counted from 1, as the files name"),
+        # The head of VOC's files is copied by tools that count from 0.
+        (PASCAL, (0, 1, 40, 30), [0, 1, 40, 30], "counted from 0, as 1 objects have a coordinate below 1"),
+        ("", (0.5, 1, 40, 30), [0.5, 1, 40, 30], "counted from 0, as 1 objects have a coordinate below 1"),
+        ("", (1, 1, 40, 30), [1, 1, 40, 30], "taken as counted from 0, as the files do not name VOC. If they"),
+    ],
+)  # fmt: skip
+def test_one_based_auto_is_decided_by_the_data_and_said(write, source, corners, box, said):
+    root = write({"a": source + SIZE + object_xml("cat", corners)})
+    dataset = load_voc(root, "train", one_based="auto")
+    assert dataset.boxes.tolist() == [box] and said in dataset.notes[0]
+
+
+@pytest.mark.parametrize("name", ["bccd", "foda"])
+def test_labelimgs_and_cvats_files_are_counted_from_0(shared, name):
+    root = shared / "data" / name
+    found, filed = (load_voc(root, "train", one_based=counting) for counting in ("auto", False))
+    assert (found.boxes == filed.boxes).all()
+
+
+def test_vocs_own_numbers_are_counted_from_1(shared, write):
+    lines = (shared / "data/voc07_eval/voc07_test.txt").read_text().splitlines()[:200]
+    files = {}
+    for line in lines:
+        name, *numbers = line.split()
+        boxes = [numbers[start : start + 4] for start in range(0, len(numbers), 5)]
+        size = "<size><width>500</width><height>500</height></size>"
+        files[name] = PASCAL + size + "".join(object_xml("thing", box) for box in boxes)
+    dataset = load_voc(write(files), "train", one_based="auto")
+    assert dataset.problems == () and dataset.boxes.min() == 0 and dataset.boxes.max() == 500
 
 
 def test_two_files_of_one_picture_are_not_joined(write):
@@ -258,8 +291,8 @@ def test_bccds_splits_hold_the_published_numbers_of_images_and_boxes(shared):
     assert sets[0].boxes.min() == 0 and sets[0].boxes.max() == 640
 
 
-def test_bccd_taken_as_filed_is_noted_to_look_one_based(shared):
-    assert "look counted from 1" in load_voc(shared / "data/bccd", "train", one_based=False).notes[0]
+def test_bccd_taken_as_filed_has_no_note(shared):
+    assert load_voc(shared / "data/bccd", "train", one_based=False).notes == ()
 
 
 def test_foda_loads_with_fractional_coordinates_and_is_refused_as_one_based(shared):

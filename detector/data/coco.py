@@ -1,6 +1,7 @@
 """Read COCO's annotation JSON into a DetectionDataset."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,7 @@ from .dataset import DetectionDataset
 from .file_index import FileIndex, key
 from .file_source import MAX_BYTES, FileSource
 from .filed import sizes_of
+from .memory import check_memory
 from .records import Annotations, Object, Picture
 
 # Ids and sizes are whole numbers that numpy and pycocotools can hold, and seeds can be made of.
@@ -38,6 +40,7 @@ class _Category(TypedDict):
 
 @with_config(ConfigDict(strict=True))
 class _Annotation(TypedDict):
+    id: NotRequired[Any]
     image_id: _Id
     category_id: _Id
     bbox: NotRequired[Any]
@@ -115,6 +118,7 @@ def read_coco(
     content = _read_json(path, max_bytes)
     images = sorted(content["images"], key=lambda image: image["id"])
     pictures, notes = _find_pictures(images, FileIndex(images_dir, root), path)
+    notes += _shared_ids(content["annotations"], path)
     names = {category["id"]: category["name"] for category in content["categories"]}
     objects, problems = _match(content["annotations"], images, names, path)
     unknown = sorted({entry["category_id"] for entry in content["annotations"]} - set(names))
@@ -149,12 +153,27 @@ def _find_pictures(images: list[_Image], files: FileIndex, path: Path) -> tuple[
     return pictures, [f"{path}: {len(moved)} pictures have other paths than the file says: {moved[0]}"]
 
 
+def _shared_ids(annotations: list[_Annotation], path: Path) -> list[str]:
+    """A note if annotations share ids. Nothing here needs these ids, but other programs keep one annotation of each."""
+    ids = [entry["id"] for entry in annotations if type(entry.get("id")) is int]
+    if (num_shared := len(ids) - len(set(ids))) == 0:
+        return []
+    id = next(id for id, count in Counter(ids).items() if count > 1)
+    rows = [row for row, entry in enumerate(annotations) if entry.get("id") == id]
+    return [
+        f"{path}: annotations[{rows[0]}] and annotations[{rows[1]}] share id {id}, "
+        f"and {num_shared} of {len(ids)} repeat one in all; both are used"
+    ]
+
+
 def _read_json(path: Path, max_bytes: int) -> _Content:
     """Parse the file, and check the type of every key that is read later.
 
     Image ids, category ids and category names must be unique. A fault is a ValueError.
     """
     text = read_text(path, max_bytes)
+    # Measured on files of 300 MB, with polygons and without.
+    check_memory(path, 5 * len(text) + 1000 * text.count('"image_id"'))
     try:
         content = _CONTENT.validate_json(text)
         if any("bbox" not in entry for entry in content["annotations"]):

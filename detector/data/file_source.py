@@ -39,7 +39,6 @@ class FileSource(Section):
         self,
         root: Path,
         *,
-        check_pictures: bool = True,
         read: Reader = lambda source, root: source.read(root),
         **options: Any,
     ) -> DetectionDataset:
@@ -47,8 +46,12 @@ class FileSource(Section):
 
         read: what `read_once` gives; by default, the files are read anew.
         """
+        return self.select(read(self, root), root, **options)
+
+    def select(self, found: Annotations, root: Path, **options: Any) -> DetectionDataset:
+        """The data set of what was read, with the pictures that this source uses."""
         used = read_list(root / self.pictures, root, self.max_bytes) if self.pictures else None
-        return read(self, root).to_dataset(limit=self.limit, pictures=used, **options)
+        return found.to_dataset(limit=self.limit, pictures=used, **options)
 
 
 def read_once() -> Reader:

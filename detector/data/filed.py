@@ -4,19 +4,26 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from .images import read_sizes
 from .records import Annotations, Object, Picture
 
+_File, _Read = TypeVar("_File"), TypeVar("_Read")
+
 
 @dataclass(frozen=True, slots=True)
 class Filed:
-    """What a file says of one picture. size: (height, width); None: as the picture has it."""
+    """What a file says of one picture.
+
+    size: (height, width); None: as the picture has it. origin: the data set that the file says it is of.
+    """
 
     file: Path
     path: str
     size: tuple[int, int] | None
     objects: list[Object]
+    origin: str = ""
 
 
 def gather(
@@ -68,7 +75,7 @@ def sizes_of(pictures: list[tuple[str, tuple[int, int] | None]]) -> list[tuple[i
     return [size or tuple(next(read)) for _, size in pictures]
 
 
-def read_each(files: Iterable[Path], read: Callable[[Path], Filed]) -> tuple[list[Filed], list[str]]:
+def read_each(files: Iterable[_File], read: Callable[[_File], _Read]) -> tuple[list[_Read], list[str]]:
     """read(file) of each file, and a sentence for each that cannot be read. ValueError: none can be."""
     done, problems = [], []
     for file in files:

@@ -14,7 +14,6 @@ from ..files import read_text
 from .csv import read_rows
 from .file_index import FileIndex, key
 from .file_source import MAX_BYTES
-from .voc import counts_from_one
 from .yolo import read_names, read_yaml, swapped
 
 Sources = dict[str, list[dict]]
@@ -40,14 +39,7 @@ class Layout:
 
 def voc_sources(layout: Layout) -> Sources:
     """Sources of VOC folders with lists of their splits, or else of XML files anywhere."""
-    one_based = counts_from_one(map(layout.path, layout.files))
-    reason = (
-        "all are whole, none is 0, some are the width"
-        if one_based
-        else "some are 0 or fractions, or none is the width"
-    )
-    layout.remarks.append(f"pixels are counted from {int(one_based)}: of the coordinates, {reason}")
-    base = {"format": "voc", "one_based": one_based}
+    base = {"format": "voc", "one_based": "auto"}
     sources: Sources = defaultdict(list)
     filed = [file for file in layout.files if "Annotations/" in file]
     for directory in sorted({file.rpartition("Annotations/")[0] for file in filed}):

@@ -67,7 +67,6 @@ class Annotations:
         pictures: Collection[str] | None = None,
         strict: bool = False,
         use_difficult: bool = True,
-        inspect: Callable[["Annotations"], object] | None = None,
     ) -> DetectionDataset:
         """Make the data set. Objects that cannot be used are left out, with a sentence each in `problems`.
 
@@ -75,13 +74,10 @@ class Annotations:
         limit: keep only this many images, the first ones that have a box to learn; None: keep all images.
         pictures: keep only these, as `picture_key` has their paths. Classes are still those of all pictures.
         strict: raise a ValueError if there is any problem. use_difficult: train on difficult objects too.
-        inspect: is called with these annotations first, while nothing is left out.
 
         Raises:
             ValueError: a class is unknown or named twice, there is none, or `strict` finds a problem.
         """
-        if inspect is not None:
-            inspect(self)
         self._strip_names()
         names, notes = self._select_classes(class_names)
         label_of = {name: label for label, name in enumerate(names, start=1)}

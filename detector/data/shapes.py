@@ -8,7 +8,7 @@ The data set is meant for a first run: it needs no download, and a small network
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import cv2
 import numpy as np
@@ -17,8 +17,9 @@ from pydantic import Field
 
 from ..files import write_json
 from ..settings import Count, checked
-from .coco import load_coco
-from .dataset import DetectionDataset
+from .coco import read_coco
+from .file_source import FileSource
+from .records import Annotations
 
 CLASS_NAMES = ("circle", "cross", "triangle", "star")
 
@@ -67,16 +68,16 @@ def generate_shapes(
     (root / _PARTIAL_NAME).unlink()
 
 
-class ShapesSource(generate_shapes.settings):
+class ShapesSource(generate_shapes.settings, FileSource):
     """The generated shapes, written below data.root when they are not there yet."""
 
     format: Literal["shapes"]
     split: Literal["train", "val"]
 
-    def load(self, root: Path, **options: Any) -> DetectionDataset:
-        """Generate the data set if it is absent, and read it. Options are those of `load_coco`."""
-        generate_shapes(root, **self.model_dump(exclude={"format", "split"}))
-        return load_coco(root / self.split, root / "annotations" / f"{self.split}.json", **options)
+    def read(self, root: Path) -> Annotations:
+        """What the annotations say. The data set is generated if it is absent."""
+        generate_shapes(root, **self.model_dump(include=set(generate_shapes.settings.model_fields)))
+        return read_coco(root / self.split, root / "annotations" / f"{self.split}.json", root)
 
 
 def _read_settings(path: Path) -> dict | None:

@@ -1,11 +1,10 @@
 """Read Pascal VOC's XML, in VOC's folders or any others, into a DetectionDataset."""
 
-import contextlib
 import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ class VocSource(FileSource):
     images: str = "JPEGImages"
     one_based: Counting = Field(
         True,
-        description="pixels count from 1 and include the last, as in VOC; checked against the data. auto: by the data",
+        description="pixels count from 1 and include the last, as in VOC; checked against the data. auto: as VOC's own files do, and others do not",
     )
 
     def read(self, root: Path) -> Annotations:
@@ -62,7 +61,7 @@ def load_voc(
         split: None: every XML below `Annotations`.
         one_based: pixels are counted from 1 and the last one is included, as in VOC. A box is then
             (xmin - 1, ymin - 1, xmax, ymax). If False, coordinates are taken as filed. The data is checked for both.
-            "auto": as the data look.
+            "auto": True for files that name VOC as their source, unless a coordinate is below 1.
         check_pictures: check that the folder of pictures exists. A picture that cannot be read has size 0 if its XML
             does not say one.
         options: `class_names`, `limit`, `strict` and `use_difficult` of `Annotations.to_dataset`. Without
@@ -94,45 +93,45 @@ def read_voc(
     filed, problems = read_each(files, parse)
     source = str(folder) if split is None else f"{folder}, split {split!r}"
     found = gather(source, filed, "object[{}]", problems=problems)
-    return _count_from_zero(found, one_based)
+    origins = Counter(each.origin for each in filed).most_common(1)
+    return _count_from_zero(found, one_based, origins[0][0] if origins else "")
 
 
-def counts_from_one(files: Iterable[Path]) -> bool:
-    """Whether the pixels of XML files look counted from 1, judged by all that can be read."""
-    filed, sizes = [], []
-    for file in files:
-        with contextlib.suppress(ValueError):
-            tree = parse_xml(file)
-            boxes = [_parse_object(0, element).box for element in tree.findall("object")]
-            filed += boxes
-            sizes += [_filed_size(tree) or (np.inf, np.inf)] * len(boxes)
-    return _looks_one_based(np.array(filed).reshape(-1, 4), np.array(sizes).reshape(-1, 2))
+def _count_from_zero(found: Annotations, one_based: Counting, origin: str) -> Annotations:
+    """The same with boxes as xyxy pixels from 0, checked against what `one_based` claims.
 
-
-def _count_from_zero(found: Annotations, one_based: Counting) -> Annotations:
-    """The same with boxes as xyxy pixels from 0, checked against what `one_based` claims."""
+    origin: the data set that most of the files name as their source.
+    """
     filed = np.array([o.box for o in found.objects], np.float64).reshape(-1, 4)
     sizes = [found.pictures[o.picture].size for o in found.objects]
-    looks_one_based = _looks_one_based(filed, np.array(sizes).reshape(-1, 2))
+    below = np.flatnonzero(((filed < 1) & np.isfinite(filed)).any(axis=1))
+    looks_one_based = "voc" in origin.lower() and not len(below)
     if one_based == "auto":
         one_based = looks_one_based
-        reason = (
-            "are whole, none is 0, and some reach" if one_based else "are fractions, hold 0, or never reach"
-        )
+        found.notes.append(f"{found.source}: {_reason(one_based, origin, len(below))}")
+    elif one_based and len(below):
+        _refuse_zero_based(filed, below, found)
+    elif looks_one_based and not one_based:
         found.notes.append(
-            f"{found.source}: one_based is {str(one_based).lower()}, as coordinates {reason} the image's width"
-        )
-    elif one_based:
-        _refuse_zero_based(filed, found)
-    elif looks_one_based:
-        found.notes.append(
-            "one_based is false, yet all coordinates are whole, none is 0, and some reach the image's width; "
-            "they look counted from 1, as VOC's are, or clamped to 1 by their tool (as labelImg does)"
+            f"one_based is false, yet the files name {origin!r}, which counts pixels from 1, and no coordinate is below 1"
         )
     describe = found.describe
     found.describe = lambda shown: describe(replace(shown, box=_shifted(shown.box, one_based)))
     found.objects = [_object(o, size, one_based) for o, size in zip(found.objects, sizes, strict=True)]
     return found
+
+
+def _reason(one_based: bool, origin: str, num_below: int) -> str:
+    """Why "auto" counts pixels as it does."""
+    if one_based:
+        return f"pixels are counted from 1, as the files name {origin!r} and no coordinate is below 1"
+    if num_below:
+        return f"pixels are counted from 0, as {num_below} objects have a coordinate below 1"
+    # labelImg counts from 0, but writes 1 for 0. Its numbers cannot be told from VOC's.
+    return (
+        "pixels are taken as counted from 0, as the files do not name VOC. "
+        "If they are counted from 1, boxes lack a pixel at the left and the top: set one_based: true"
+    )
 
 
 def _shifted(box: tuple[float, ...], pixels: int) -> tuple[float, ...]:
@@ -143,7 +142,7 @@ def _object(filed: Object, size: tuple[int, int], one_based: bool) -> Object:
     """An object of a picture with `size` (height, width), with its box as xyxy pixels from 0."""
     xmin, ymin, xmax, ymax = filed.box
     fault = remark = None
-    if xmax <= xmin or ymax <= ymin:
+    if one_based and -1 < min(xmax - xmin, ymax - ymin) <= 0:
         # With both ends included, xmax = xmin is one pixel wide, but it comes from a slip of the mouse.
         fault = "has a box that has no area"
     elif any(size) and (xmax > size[1] or ymax > size[0]):
@@ -207,7 +206,7 @@ def _parse(folder: Path, images: FileIndex, max_bytes: int, path: Path) -> Filed
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     objects = [_parse_object(index, element) for index, element in enumerate(tree.findall("object"))]
-    return Filed(path, picture, _filed_size(tree), objects)
+    return Filed(path, picture, _filed_size(tree), objects, _text(tree.find("source/database")))
 
 
 def _filed_size(tree: ElementTree.Element) -> tuple[int, int] | None:
@@ -236,21 +235,11 @@ def _text(element: ElementTree.Element | None) -> str:
     return "" if element is None or element.text is None else element.text.strip()
 
 
-def _refuse_zero_based(filed: np.ndarray, found: Annotations) -> None:
-    """Raise a ValueError if a coordinate of (M, 4) as filed is below 1: pixels counted from 1 have none."""
-    rows = np.flatnonzero(((filed < 1) & np.isfinite(filed)).any(axis=1))
-    if len(rows):
-        place, _ = found.describe(found.objects[rows[0]])
-        corner = int(np.argmax(filed[rows[0]] < 1))
-        raise ValueError(
-            f"{place} has {_CORNERS[corner]} {filed[rows[0], corner]:g}, below 1, as have "
-            f"{len(rows) - 1} other objects: the pixels are not counted from 1; set one_based: false"
-        )
-
-
-def _looks_one_based(filed: np.ndarray, sizes: np.ndarray) -> bool:
-    """Whether (M, 4) coordinates as filed look counted from 1. `sizes` is (M, 2) height, width of the images."""
-    sound = np.isfinite(filed).all(axis=1) & (sizes[:, 1] > 0)
-    filed, sizes = filed[sound], sizes[sound]
-    whole = len(filed) > 0 and bool((filed == np.round(filed)).all())
-    return whole and bool(filed.min() >= 1 and (filed[:, 2] >= sizes[:, 1]).any())
+def _refuse_zero_based(filed: np.ndarray, below: np.ndarray, found: Annotations) -> None:
+    """Raise a ValueError for the rows `below` of (M, 4) as filed: pixels counted from 1 have none below 1."""
+    place, _ = found.describe(found.objects[below[0]])
+    corner = int(np.argmax(filed[below[0]] < 1))
+    raise ValueError(
+        f"{place} has {_CORNERS[corner]} {filed[below[0], corner]:g}, below 1, as have "
+        f"{len(below) - 1} other objects: the pixels are not counted from 1; set one_based: false"
+    )

@@ -1,6 +1,7 @@
 """Read YOLO's text files, one a picture with a line for each object, into a DetectionDataset."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,11 @@ from pydantic import Field
 from ..files import read_text
 from .file_index import FileIndex, is_picture
 from .file_source import FileSource
-from .filed import Filed, gather, number
+from .filed import Filed, gather, number, read_each
 from .records import Annotations, Object
+
+# The number of a line, its class number and its text. None: the first word is no class number.
+_Line = tuple[int, int | None, str]
 
 
 class YoloSource(FileSource):
@@ -36,21 +40,20 @@ class YoloSource(FileSource):
         """What the text files say."""
         names = read_names(root / self.names, self.max_bytes) if self.names else None
         labels = FileIndex(root / self.labels if self.labels else root)
-        filed, bare = [], []
-        for picture in self._pictures(root):
-            label = next(filter(None, map(labels.exact, self._label_names(picture))), None)
-            file = labels.folder / label if label else Path(root / picture)
-            objects = self._objects(file, names) if label else []
-            bare += [] if label else [picture]
-            filed.append(Filed(file, os.path.join(root, picture), None, objects))
-        if filed and len(bare) == len(filed):
+        read, problems = read_each(self._pictures(root), partial(self._lines, labels))
+        bare = [picture for picture, file, _ in read if file is None]
+        if read and len(bare) == len(read):
             raise ValueError(f"{root / self.images}: no picture has a text file of its objects")
-        ids = names or {
-            int(o.name.removeprefix("class_")): o.name for f in filed for o in f.objects if o.name
-        }
-        category_ids = {name: id for id, name in sorted(ids.items())}
+        ids = sorted({id for *_, lines in read for _, id, _ in lines} - {None})
+        known = names or {id: f"class_{id}" for id in ids}
+        filed = []
+        for picture, file, lines in read:
+            objects = [_object(*line, known, self.keypoints) for line in lines]
+            filed.append(Filed(file or root / picture, os.path.join(root, picture), None, objects))
+        category_ids = {name: id for id, name in sorted(known.items())}
         source = str(root / self.images)
-        found = gather(source, filed, "line {}", fractions=True, category_ids=category_ids)
+        found = gather(source, filed, "line {}", fractions=True, category_ids=category_ids, problems=problems)
+        found.unknown_ids = [id for id in ids if id not in known]
         if bare:
             found.notes.append(
                 f"{source}: {len(bare)} pictures have no text file, so no objects, such as {bare[0]}"
@@ -76,24 +79,31 @@ class YoloSource(FileSource):
             return [os.path.relpath(path, self.images), os.path.basename(path)]
         return [swapped(path, "images", "labels"), path]
 
-    def _objects(self, path: Path, names: dict[int, str] | None) -> list[Object]:
-        """The objects of one text file."""
-        lines = enumerate(read_text(path, self.max_bytes).splitlines(), start=1)
-        return [self._object(index, line, names) for index, line in lines if line.strip()]
+    def _lines(self, labels: FileIndex, picture: str) -> tuple[str, Path | None, list[_Line]]:
+        """The picture, its text file and the lines of that. None: it has no file."""
+        label = next(filter(None, map(labels.exact, self._label_names(picture))), None)
+        if label is None:
+            return picture, None, []
+        file = labels.folder / label
+        lines = enumerate(read_text(file, self.max_bytes).splitlines(), start=1)
+        return picture, file, [(index, _class_number(line), line) for index, line in lines if line.strip()]
 
-    def _object(self, index: int, line: str, names: dict[int, str] | None) -> Object:
-        """One line. An unknown class and a wrong count of numbers are faults."""
-        id, *values = map(number, line.split())
-        known = id.is_integer() and 0 <= id < 2**31 and (names is None or int(id) in names)
-        if not known:
-            return Object(
-                -1, index, "", (0, 0, 0, 0), fault=f"has the class {line.split()[0][:20]!r}, which names lack"
-            )
-        name = names[int(id)] if names else f"class_{int(id)}"
-        if box := parse_box(values, self.keypoints):
-            return Object(-1, index, name, box)
-        fault = f"has {len(values)} numbers behind the class; accepted are 4, or 6 and more for a polygon"
-        return Object(-1, index, name, (0, 0, 0, 0), fault=fault)
+
+def _class_number(line: str) -> int | None:
+    id = number(line.split(maxsplit=1)[0])
+    return int(id) if id.is_integer() and 0 <= id < 2**31 else None
+
+
+def _object(index: int, id: int | None, line: str, names: dict[int, str], keypoints: bool) -> Object:
+    """One line. An unknown class and a wrong count of numbers are faults."""
+    word, *numbers = line.split()
+    if id not in names:
+        fault = f"has the class {word[:20]!r}, which names lack"
+        return Object(-1, index, "", (0, 0, 0, 0), fault=fault)
+    if box := parse_box(list(map(number, numbers)), keypoints):
+        return Object(-1, index, names[id], box)
+    fault = f"has {len(numbers)} numbers behind the class; accepted are 4, or 6 and more for a polygon"
+    return Object(-1, index, names[id], (0, 0, 0, 0), fault=fault)
 
 
 def parse_box(values: list[float], keypoints: bool = False) -> tuple[float, ...] | None:

@@ -1,5 +1,7 @@
 """Find a wrong format of boxes by statistics: another reading of the same numbers fits the pictures better."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from .findings import Finding
@@ -31,34 +33,78 @@ READINGS = {
 }
 
 
+_SHARES = "shares of the picture's width and height (0 to 1), read as pixels"
+
+
 def check_box_format(part: Part) -> list[Finding]:
     """One finding if the boxes look filed in another format than they were read in, else none."""
-    boxes, sizes = part.boxes[~part.crowd], part.sizes[part.rows][~part.crowd]
-    sound = np.isfinite(boxes).all(axis=1)
-    filed = guess_format(boxes[sound], sizes[sound])
-    if filed is None:
+    filed = _guess(part)
+    if not filed:
         return []
-    what = f"{part.source} ({part.split}): the boxes look like {filed}"
-    advice = "Read the file with the right format, or file the boxes in the format that its readers expect."
+    what = f"{part.source} ({part.split}): the boxes look like {' or '.join(filed)}"
+    advice = (
+        "Read the file with the right format, or file the boxes in the format that its readers expect. "
+        "--fix writes them converted where only one format fits."
+    )
     return [Finding("error", "wrong box format", part.source, None, what, advice)]
 
 
-def guess_format(boxes: np.ndarray, sizes: np.ndarray) -> str | None:
-    """What the numbers of boxes (M, 4), read as xyxy, look like; None: they look right.
+def convert(part: Part) -> tuple[Part, list[str]]:
+    """The part with the boxes that its numbers mean, and a sentence for each conversion; none if they look right.
+
+    ValueError: no format fits, or several do.
+    """
+    fixed, told = part, []
+    # Shares may be in another format too.
+    for _ in range(2):
+        if len(filed := _guess(fixed)) == 1:
+            fixed = _read_as(filed[0], fixed)
+            told.append(f"{part.split}: boxes are converted, as they looked like {filed[0]}")
+    fits = not told or _share_fitting(fixed.boxes, fixed.sizes[fixed.rows]) >= _MISREAD
+    if _guess(fixed) or not fits:
+        raise ValueError(
+            f"{part.source} ({part.split}): the boxes look like {' or '.join(_guess(part))}, which does not fit "
+            "alone: give the right format first, there is nothing to clean before"
+        )
+    return fixed, told
+
+
+def _read_as(filed: str, part: Part) -> Part:
+    """The part with the boxes that were filed in another format."""
+    if filed == _SHARES:
+        boxes = part.boxes * part.sizes[part.rows][:, [1, 0, 1, 0]]
+    else:
+        boxes = np.stack(READINGS[filed](*part.boxes.T), axis=1)
+    # The file's areas, and faults of boxes without area, are of the numbers as they were read.
+    flat = (part.boxes[:, 2:] - part.boxes[:, :2] <= 1).any(axis=1).tolist()
+    objects = [
+        replace(o, area=None, fault=None if is_flat else o.fault)
+        for o, is_flat in zip(part.objects, flat, strict=True)
+    ]
+    return replace(part, boxes=boxes, objects=tuple(objects))
+
+
+def _guess(part: Part) -> list[str]:
+    boxes, sizes = part.boxes[~part.crowd], part.sizes[part.rows][~part.crowd]
+    sound = np.isfinite(boxes).all(axis=1)
+    return guess_format(boxes[sound], sizes[sound])
+
+
+def guess_format(boxes: np.ndarray, sizes: np.ndarray) -> list[str]:
+    """What the numbers of boxes (M, 4), read as xyxy, may be; nothing: they look right, or like no known format.
 
     sizes: (M, 2) height, width of each box's picture.
     """
     if len(boxes) < _MIN_BOXES:
-        return None
+        return []
     if np.abs(boxes).max() <= 2 and sizes.min() > 2:
-        return "shares of the picture's width and height (0 to 1), read as pixels"
+        return [_SHARES]
     if _share_fitting(boxes, sizes) >= _MISREAD:
-        return None
+        return []
     shares = {
         filed: _share_fitting(np.stack(read(*boxes.T), axis=1), sizes) for filed, read in READINGS.items()
     }
-    best = max(shares, key=shares.get)
-    return best if shares[best] >= _FITTING else None
+    return [filed for filed, share in shares.items() if share >= _FITTING]
 
 
 def _share_fitting(boxes: np.ndarray, sizes: np.ndarray) -> float:

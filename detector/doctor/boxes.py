@@ -31,7 +31,8 @@ _KINDS = {
 def check_boxes(part: Part) -> list[Finding]:
     """A finding for each faulty or odd box. A box has one finding, its worst. Crowds are not checked."""
     masks = _masks(part.boxes, part.sizes[part.rows], _codes(part.names), part.rows)
-    told = part.crowd.copy()
+    # The reader's own faults come first: they say why a box is not what it should be.
+    told = part.crowd | part.refused
     findings = []
     for kind, mask in masks.items():
         severity, fault, advice = _KINDS[kind]
@@ -93,12 +94,12 @@ def _other_faults(part: Part, told: np.ndarray) -> list[Finding]:
     findings = [
         part.find(row, "error", "object that cannot be used", o.fault, "Mend it. Training leaves it out.")
         for row, o in enumerate(part.objects)
-        if o.fault and not told[row]
+        if o.fault
     ]
     findings += [
         part.find(row, "note", "odd object", o.remark, "Check that this is meant.")
         for row, o in enumerate(part.objects)
-        if o.remark and not (o.fault or told[row])
+        if o.remark and not told[row]
     ]
     skipped = "The list of pictures or of classes is not complete. Complete it, or remove the entry."
     findings += [

@@ -13,7 +13,7 @@ from ..data.dataset import DetectionDataset, concatenate
 from ..data.headers import scale_of
 from ..data.records import Annotations, Picture
 from ..files import write_atomically, write_json
-from .box_format import check_box_format
+from .box_format import convert
 from .boxes import usable
 from .duplicates import equal_pictures, splits_of
 from .opened import Opened
@@ -25,15 +25,16 @@ def write_clean(folder: Path, root: Path, parts: Sequence[Part], opened: Mapping
 
     Left out are pictures that are absent, unreadable or of another size than annotated, training pictures that val or
     test holds too, and boxes that are faulty or repeated. Boxes are clipped to their pictures, and scaled if the
-    picture was. All splits get the same class list.
+    picture was. Boxes that were read in a wrong format are converted. All splits get the same class list.
 
-    ValueError: a split would be left without pictures, or boxes are filed in another format than they were read in.
+    ValueError: a split would be left without pictures, or boxes were filed in another format, and it is not clear in
+        which.
     """
-    if misread := [finding.what for part in parts for finding in check_box_format(part)]:
-        raise ValueError(f"{misread[0]}: give the right format first, there is nothing to clean before")
+    converted = [convert(part) for part in parts]
+    parts = [part for part, _ in converted]
     names = tuple(dict.fromkeys(name for part in parts for name in _class_names(part)))
     shared = _shared_with_validation(parts, opened)
-    cleaned, told = {}, []
+    cleaned, told = {}, [sentence for _, sentences in converted for sentence in sentences]
     for split in dict.fromkeys(part.split for part in parts):
         of_split = [part for part in parts if part.split == split]
         dataset, dropped = _clean_split(of_split, opened, names, shared if split == "train" else set())

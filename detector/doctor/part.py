@@ -112,18 +112,15 @@ def read_parts(data: DataConfig) -> tuple[list[Part], list[Finding]]:
     parts, findings = [], []
     for split in SPLITS:
         for source in getattr(data, split) or ():
-            taken: list[Part] = []
-
-            def take(found: Annotations, split: str = split, taken: list[Part] = taken) -> None:
-                taken.append(part_of_annotations(split, found))
-
-            options = {"class_names": data.class_names, "check_pictures": False, "inspect": take}
             try:
-                dataset = source.load(data.root, **options)
+                found = source.read(data.root)
+                # The data set leaves objects out of what was read.
+                part = part_of_annotations(split, found)
+                dataset = source.select(found, data.root, class_names=data.class_names)
             except (ValueError, OSError) as error:
                 findings.append(_unread(split, str(data.root), error))
             else:
-                parts.append(_used(taken[0], dataset, data.class_names))
+                parts.append(_used(part, dataset, data.class_names))
     return parts, findings
 
 
