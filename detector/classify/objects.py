@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import cv2
@@ -53,25 +54,10 @@ def cut_objects(
             f"the detection data have no object to cut out: {len(dataset)} pictures, {len(dataset.boxes)} boxes"
         )
     shapes = (dataset.boxes[:, 2:] - dataset.boxes[:, :2])[learned]
-
-    def cut(index: int) -> tuple[np.ndarray, np.ndarray] | str:
-        """The crops (M, size, size, 3) and labels (M,) of a picture, or why it cannot be decoded."""
-        try:
-            image = dataset.image(index)
-        except (ValueError, OSError) as error:
-            if strict:
-                raise
-            return str(error)
-        rows = np.arange(dataset.offsets[index], dataset.offsets[index + 1])
-        rng = np.random.default_rng((seed, int(dataset.image_ids[index])))
-        places = list(_free_places(rng, image.shape[:2], dataset.boxes[rows], shapes, background, max_iou))
-        rows = rows[learned[rows]]
-        crops = [cut_square(image, box, context, size) for box in [*dataset.boxes[rows], *places]]
-        labels = [*(dataset.labels[rows] - 1), *[len(names) - 1] * len(places)]
-        return np.array(crops, np.uint8).reshape(-1, size, size, 3), np.array(labels, np.int64)
-
+    easy = replace(dataset, use_difficult=False)
+    cutter = _Cutter(easy, shapes, size, context, background, max_iou, seed)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(cut, range(len(dataset))))
+        found = list(pool.map(cutter.crops if strict else cutter.crops_or_reason, range(len(dataset))))
     left_out = tuple(reason for reason in found if isinstance(reason, str))
     refuse_many(left_out, len(dataset))
     crops, labels = map(np.concatenate, zip(*(f for f in found if not isinstance(f, str)), strict=True))
@@ -107,24 +93,45 @@ def cut_square(image: np.ndarray, box: np.ndarray, context: float, size: int) ->
     return cv2.resize(inside, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
 
 
-def _free_places(
-    rng: np.random.Generator,
-    image_size: tuple[int, int],
-    boxes: np.ndarray,
-    shapes: np.ndarray,
-    count: int,
-    max_iou: float,
-) -> Iterator[np.ndarray]:
-    """Boxes (4,) xyxy within the picture that hardly overlap `boxes` (M, 4), with a random one of `shapes` (S, 2).
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts one picture after another, by the settings of `cut_objects`. shapes: (S, 2) width and height of objects."""
 
-    There are fewer than `count` where the tries find no room.
-    """
-    for _ in range(count):
-        for _ in range(_TRIES):
-            shape, place = shapes[rng.integers(len(shapes))], rng.random(2)
-            room = np.array(image_size[::-1]) - shape
-            box = np.concatenate([place * room, place * room + shape])
-            overlaps = box_iou(torch.from_numpy(box[None]), torch.from_numpy(boxes))
-            if (room >= 0).all() and not (overlaps > max_iou).any():
-                yield box
-                break
+    dataset: DetectionDataset
+    shapes: np.ndarray
+    size: int
+    context: float
+    background: int
+    max_iou: float
+    seed: int
+
+    def crops_or_reason(self, index: int) -> tuple[np.ndarray, np.ndarray] | str:
+        """The crops of a picture, or why it cannot be decoded."""
+        try:
+            return self.crops(index)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    def crops(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The crops (M, size, size, 3) uint8 of a picture and their labels (M,) int64, background last."""
+        image, target = self.dataset.image(index), self.dataset.target(index)
+        places = list(self._free_places(index))
+        boxes = [*target["boxes"], *places]
+        crops = np.array([cut_square(image, box, self.context, self.size) for box in boxes], np.uint8)
+        labels = np.append(target["labels"] - 1, [len(self.dataset.class_names)] * len(places))
+        return crops.reshape(-1, self.size, self.size, 3), labels.astype(np.int64)
+
+    def _free_places(self, index: int) -> Iterator[np.ndarray]:
+        """Boxes (4,) xyxy for background. There are fewer than asked for where the tries find no room."""
+        data = self.dataset
+        boxes = torch.from_numpy(data.boxes[data.offsets[index] : data.offsets[index + 1]])
+        rng = np.random.default_rng((self.seed, int(data.image_ids[index])))
+        for _ in range(self.background):
+            for _ in range(_TRIES):
+                shape, place = self.shapes[rng.integers(len(self.shapes))], rng.random(2)
+                room = data.image_sizes[index, ::-1] - shape
+                box = np.concatenate([place * room, place * room + shape])
+                overlaps = box_iou(torch.from_numpy(box[None]), boxes)
+                if (room >= 0).all() and not (overlaps > self.max_iou).any():
+                    yield box
+                    break
