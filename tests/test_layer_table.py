@@ -12,6 +12,7 @@ from torch import nn
 
 from backbones import cifar_resnet, create_backbone, list_backbones
 from backbones.layer_table import bottleneck_weights, count_layers, layer_table
+from backbones.receptive_field import ReachMode
 from backbones.summary import count_parameters
 
 DEEP = re.compile(r"101|152|161|169|201|wide")
@@ -101,6 +102,31 @@ def test_a_receptive_field_is_the_rows_that_get_a_gradient(name, options):
     features[0, :, features.shape[2] // 2].sum().backward()
     seen = images.grad[0].abs().sum((0, 2)).nonzero()
     assert int(seen.max() - seen.min()) + 1 == layer_table(backbone.float(), (64, 64))[3].receptive_field
+
+
+def conv(x, kernel, **options):
+    return nn.functional.conv2d(x, torch.ones(1, x.shape[1], kernel, 1), **options)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda x: conv(conv(x, 3, padding=(2, 0), dilation=2), 5, stride=3),
+        lambda x: nn.functional.avg_pool2d(conv(nn.functional.pad(x, (1, 0, 2, 1)), 4, stride=2), 3, 2, 1),
+        lambda x: conv(nn.functional.avg_pool2d(x, 2)[:, :, 1::2, ::2], 3),
+        lambda x: torch.cat([conv(x, 3, padding=(1, 0))[:, :, :39], conv(x, 4, padding=(1, 0))], 1),
+    ],
+    ids=["dilation", "padding above", "slice", "concatenation"],
+)
+def test_a_reach_is_exactly_the_rows_that_are_read(network):
+    images, row = torch.rand(1, 1, 40, 40, requires_grad=True), 3
+    with ReachMode(images):
+        features = network(images)
+    reach = features.reach
+    features[:, :, row].sum().backward()
+    seen = images.grad[0, 0].sum(1).nonzero().ravel()
+    first, last = (row * reach.stride + end for end in (reach.first, reach.last))
+    assert (int(seen.min()), int(seen.max())) == (first, last) and reach.rows == last - first + 1
 
 
 def average_like(pool):
