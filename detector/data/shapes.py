@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
-import cv2
 import numpy as np
 from PIL import Image
 from pydantic import Field
@@ -18,6 +17,7 @@ from pydantic import Field
 from ..files import write_json
 from ..settings import Count, checked
 from .coco import read_coco
+from .drawing import blend, cover, draw_background, outline_of, random_color
 from .file_source import FileSource
 from .records import Annotations
 
@@ -28,7 +28,6 @@ _VERSION = 2
 _SETTINGS_NAME = "shapes.json"
 _PARTIAL_NAME = "shapes.json.partial"  # marks a folder that is being written
 _MAX_OBJECTS = 5
-_SUBPIXEL_BITS = 4  # OpenCV draws in 1/16 pixels
 _HALF = 128  # a pixel belongs to a shape that covers at least half of it
 
 
@@ -141,7 +140,7 @@ def draw_picture(
     A box is xyxy in whole pixels. It is tight around the pixels that are covered at least half by the shape; the area
     is the number of these pixels.
     """
-    canvas = _draw_background(generator, size)
+    canvas = draw_background(generator, size)
     objects, shadow_offset = [], size / 80
     num_objects = int(generator.integers(1, _MAX_OBJECTS + 1)) if generator.random() > 0.06 else 0
     boxes = np.empty((0, 4))
@@ -150,50 +149,12 @@ def draw_picture(
         if placed is None:
             continue
         label, outline, mask, box = placed
-        _blend(canvas, _cover(outline + shadow_offset, size) // 4, np.zeros(3))
+        blend(canvas, cover(outline + shadow_offset, size) // 4, np.zeros(3))
         _fill(generator, canvas, mask, box)
         boxes = np.concatenate([boxes, [box]])
         objects.append((label, box, int((mask >= _HALF).sum())))
     noise = generator.normal(0, generator.uniform(1, 5), canvas.shape)
     return np.clip(np.round(canvas + noise), 0, 255).astype(np.uint8), objects
-
-
-def _draw_background(generator: np.random.Generator, size: int) -> np.ndarray:
-    """A cloudy gradient of two colours, at times striped, with a few thin lines: (size, size, 3) float32."""
-    rows, columns = np.mgrid[0:size, 0:size].astype(np.float32) / size
-    angle = generator.uniform(0, 2 * np.pi)
-    along = columns * np.cos(angle) + rows * np.sin(angle)
-    blend = 0.6 * (along - along.min()) / np.ptp(along) + 0.4 * _clouds(generator, size)
-    if generator.random() < 0.4:
-        frequency = generator.uniform(8, 30)
-        blend += 0.12 * np.sin(2 * np.pi * frequency * (columns * np.sin(angle) - rows * np.cos(angle)))
-    start, end = (_random_color(generator, saturation=(0.1, 0.45), value=(0.35, 0.95)) for _ in range(2))
-    canvas = (start + np.clip(blend, 0, 1)[:, :, None] * (end - start)).astype(np.float32)
-    for _ in range(generator.integers(0, 4)):
-        ends = _fixed_point(generator.uniform(-0.1, 1.1, (2, 2)) * size)
-        # OpenCV smooths edges on 8-bit images only.
-        line = np.zeros((size, size), np.uint8)
-        cv2.line(line, *ends.tolist(), 255, 1, cv2.LINE_AA, _SUBPIXEL_BITS)
-        _blend(canvas, line, _random_color(generator, saturation=(0, 0.5), value=(0.2, 1)))
-    return canvas
-
-
-def _clouds(generator: np.random.Generator, size: int) -> np.ndarray:
-    """Smooth noise of three scales, from 0 to 1: (size, size) float32."""
-    total = np.zeros((size, size), np.float32)
-    for cells in (3, 6, 14):
-        coarse = generator.random((cells, cells), np.float32) / cells
-        total += cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
-    return (total - total.min()) / np.ptp(total)
-
-
-def _random_color(
-    generator: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]
-) -> np.ndarray:
-    """A colour of any hue: (3,) float32 RGB, 0..255."""
-    hue = generator.uniform(0, 360)
-    color = np.float32([[[hue, generator.uniform(*saturation), generator.uniform(*value)]]])
-    return cv2.cvtColor(color, cv2.COLOR_HSV2RGB)[0, 0] * 255
 
 
 def _place(
@@ -207,8 +168,8 @@ def _place(
     for _ in range(20):
         diameter = size * np.exp(generator.uniform(np.log(0.14), np.log(0.5)))
         center = generator.uniform(0.04, 0.96, 2) * size
-        outline = center + diameter / 2 * _outline(CLASS_NAMES[label - 1], generator.uniform(-0.3, 0.3))
-        mask = _cover(outline, size)
+        outline = center + diameter / 2 * outline_of(CLASS_NAMES[label - 1], generator.uniform(-0.3, 0.3))
+        mask = cover(outline, size)
         box = _tight_box(mask >= _HALF)
         whole = np.prod(np.ptp(outline, axis=0))
         if box is None or _largest_overlap(box, boxes) >= 0.1:
@@ -217,34 +178,6 @@ def _place(
         if (box[2] - box[0]) * (box[3] - box[1]) / whole > 0.55:
             return label, outline, mask, box
     return None
-
-
-def _outline(name: str, angle: float) -> np.ndarray:
-    """Corners of a shape of diameter 2 about the origin, y down, turned by `angle`: (P, 2) float64."""
-    if name == "cross":
-        # The outer corners lie on the circle.
-        x = np.array([-1, 1, 1, 3, 3, 1, 1, -1, -1, -3, -3, -1]) / 10**0.5
-        y = np.roll(x, 3)
-        return np.stack(
-            [x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], axis=1
-        )
-    num_corners, inner = {"circle": (64, 1.0), "triangle": (3, 1.0), "star": (10, 0.45)}[name]
-    turns = 2 * np.pi * np.arange(num_corners) / num_corners
-    radii = np.where(np.arange(num_corners) % 2, inner, 1.0)
-    return np.stack([np.sin(turns + angle) * radii, -np.cos(turns + angle) * radii], axis=1)
-
-
-def _cover(outline: np.ndarray, size: int) -> np.ndarray:
-    """A filled outline's coverage of each pixel, in 255ths: (P, 2) -> (size, size) uint8."""
-    canvas = np.zeros((size, size), np.uint8)
-    # OpenCV puts the centre of a pixel at a whole number; our coordinates put it at a half.
-    cv2.fillPoly(canvas, [_fixed_point(outline - 0.5)], 255, cv2.LINE_AA, _SUBPIXEL_BITS)
-    return canvas
-
-
-def _fixed_point(points: np.ndarray) -> np.ndarray:
-    """(P, 2) pixels -> (P, 2) int32 in OpenCV's units of 1/16 pixel."""
-    return np.round(points * 2**_SUBPIXEL_BITS).astype(np.int32)
 
 
 def _tight_box(covered: np.ndarray) -> tuple[int, int, int, int] | None:
@@ -270,17 +203,9 @@ def _fill(generator: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, 
     canvas: (size, size, 3) float32, changed in place; mask: (size, size) uint8 coverage; box: xyxy.
     """
     behind = canvas[mask >= _HALF].mean(axis=0)
-    candidates = [_random_color(generator, saturation=(0.65, 1), value=(0.45, 1)) for _ in range(4)]
+    candidates = [random_color(generator, saturation=(0.65, 1), value=(0.45, 1)) for _ in range(4)]
     color = max(candidates, key=lambda candidate: float(np.abs(candidate - behind).sum()))
     height = np.linspace(1.12, 0.88, box[3] - box[1], dtype=np.float32)
     shade = np.ones(len(canvas), np.float32)
     shade[box[1] : box[3]] = height
-    _blend(canvas, mask, np.clip(color * shade[:, None, None], 0, 255))
-
-
-def _blend(canvas: np.ndarray, mask: np.ndarray, color: np.ndarray) -> None:
-    """Lay a colour, (3,) or (size, size, 3), over the canvas in place, weighted by the mask.
-
-    canvas: (size, size, 3) float32; mask: (size, size) uint8, 255 is opaque.
-    """
-    canvas += mask[:, :, None].astype(np.float32) / 255 * (color - canvas).astype(np.float32)
+    blend(canvas, mask, np.clip(color * shade[:, None, None], 0, 255))

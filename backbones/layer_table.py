@@ -1,0 +1,128 @@
+"""A network stage by stage, as Table 1 of He et al. 2015 (arXiv 1512.03385) shows it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .densenet import DenseLayer
+from .inception import Inception
+from .receptive_field import ReachMode
+from .residual import ResidualBlock
+from .summary import count_parameters, multiply_accumulates
+
+IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One row of the table.
+
+    layers: the convolutions of each block, or of a stem, such as "1x1 64, 3x3 64, 1x1 256"; None: not known.
+    blocks: the number of units; None where there are none, or they are not known, as in networks cut by tracing.
+    output: channels, height and width.
+    macs: multiply-accumulates.
+    receptive_field: pixels of the image along its height; None: all of them.
+    depth: convolutions and linear layers on the longest path from the image.
+    """
+
+    stage: str
+    layers: str | None
+    blocks: int | None
+    output: tuple[int, ...]
+    parameters: int
+    macs: int
+    receptive_field: int | None
+    stride: int | None
+    depth: int
+
+
+def layer_table(network: Backbone | nn.Sequential, image_size: tuple[int, int]) -> list[StageRow]:
+    """The stages of a backbone, with a classifier of 1000 classes, or those of a CIFAR network.
+
+    The network may be on the meta device, which computes no numbers. image_size: height and width.
+    """
+    image = torch.zeros(1, 3, *image_size, device=next(network.parameters()).device)
+    was_training = network.training
+    network.eval()
+    with torch.no_grad(), ReachMode(image):
+        rows = _rows(_stages(network), image)
+    network.train(was_training)
+    return rows
+
+
+def _rows(stages: dict[str, nn.Module], features: Tensor) -> list[StageRow]:
+    rows = []
+    for name, stage in stages.items():
+        macs = multiply_accumulates(stage, features)
+        features = stage(features)
+        reach, size = features.reach, (*features.shape[1:], 1, 1)[:3]
+        stride = None if reach.pooled else reach.stride
+        found = _layers(stage), len(_blocks(stage)) or None, size, count_parameters(stage), macs
+        rows.append(StageRow(name, *found, reach.rows, stride, reach.layers))
+    return rows
+
+
+def _stages(network: Backbone | nn.Sequential) -> dict[str, nn.Module]:
+    """The modules of each row, in order."""
+    if isinstance(network, Backbone):
+        modules = (*network.trunk.stages, network.roi_head.stage5)
+        stages = {"conv1" if k == 1 else f"conv{k}_x": stage for k, stage in enumerate(modules, start=1)}
+        classifier = nn.Linear(network.roi_head.out_channels, IMAGENET_CLASSES)
+        classifier.to(next(network.parameters()).device)
+    else:
+        stages = dict(network.named_children())
+        classifier = stages.pop("fc")
+        del stages["pool"], stages["flatten"]
+    return stages | {"pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), "fc": classifier}
+
+
+def _blocks(stage: nn.Module) -> list[nn.Module]:
+    """The units of a stage. Those of a network that is cut by tracing are not known."""
+    return [
+        module for module in stage.modules() if isinstance(module, (ResidualBlock, DenseLayer, Inception))
+    ]
+
+
+def _layers(stage: nn.Module) -> str | None:
+    """The convolutions of the last block's branch, or those of a stage without blocks."""
+    return ", ".join(map(_text, _convs([stage, *_blocks(stage)][-1]))) or None
+
+
+def _convs(block: nn.Module) -> list[nn.Conv2d]:
+    return [layer for layer in getattr(block, "branch", block).children() if isinstance(layer, nn.Conv2d)]
+
+
+def _text(conv: nn.Conv2d) -> str:
+    """A convolution as "3x3 64", with its groups as "3x3 128 C=32"."""
+    groups = f" C={conv.groups}" if conv.groups > 1 else ""
+    return f"{'x'.join(map(str, conv.kernel_size))} {conv.out_channels}{groups}"
+
+
+def count_layers(rows: list[StageRow]) -> str:
+    """The layers with weights on the longest path, as the paper counts them: "1 + 3 x (3 + 4 + 23 + 3) + 1 = 101".
+
+    Where the blocks differ in their layers, the terms are the stages' layers.
+    """
+    before = [0, *(row.depth for row in rows)]
+    added = [row.depth - start for row, start in zip(rows, before, strict=False)]
+    each = {layers / row.blocks for row, layers in zip(rows, added, strict=True) if row.blocks}
+    terms = [str(layers) for layers in added if layers]
+    if len(each) == 1:
+        blocks = [str(row.blocks) for row in rows if row.blocks]
+        first = next(i for i, row in enumerate(rows) if row.blocks)
+        terms[first : first + len(blocks)] = [f"{each.pop():g} x ({' + '.join(blocks)})"]
+    return f"{' + '.join(terms)} = {rows[-1].depth}"
+
+
+def bottleneck_weights(network: nn.Module) -> tuple[int, int, int] | None:
+    """Channels and weights of the first bottleneck that keeps its size, and the weights of two 3x3 layers so wide.
+
+    None: the network has no such unit.
+    """
+    for block in network.modules():
+        convs = _convs(block) if isinstance(block, ResidualBlock) else []
+        if len(convs) == 3 and convs[0].in_channels == (channels := convs[-1].out_channels):
+            return channels, sum(conv.weight.numel() for conv in convs), 2 * 9 * channels**2
+    return None

@@ -1,0 +1,85 @@
+"""Read a folder of class folders: root/train/CLASS/* and root/val/CLASS/*, or root/CLASS/* alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..data.images import list_images, read_sizes
+from ..data.tolerance import refuse_many
+from ..settings import Section
+from .pictures import FilePictures, check_classes
+
+# Where the folder has no splits, every fifth picture of a class is for validation.
+_FIFTH = 5
+
+
+class FolderSource(Section):
+    """A folder of class folders."""
+
+    format: Literal["folder"]
+    root: Path
+    strict: bool = False
+
+    def load(self, split: str, class_names: tuple[str, ...] | None = None) -> FilePictures:
+        return load_folder(self.root, split, class_names, strict=self.strict)
+
+
+def load_folder(
+    root: str | Path, split: str, class_names: Sequence[str] | None = None, *, strict: bool = False
+) -> FilePictures:
+    """The pictures of a split, with the folders' names as classes in sorted order.
+
+    Where root/train is absent, root holds the class folders. A fifth of each class's pictures, chosen at random but
+    always the same, is then "val"; the others are "train".
+
+    class_names: those of the training pictures; a folder of another name is refused.
+    strict: refuse the first unreadable picture instead of leaving it out.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there are fewer than two classes, a class has no picture, a folder's name is not a class, or more
+            than a twentieth of the pictures cannot be read.
+    """
+    root = Path(root)
+    has_splits = (root / "train").is_dir()
+    folder = root / split if has_splits else root
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; accepted: {root} with a folder for each class")
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    class_names = tuple(class_names or names)
+    check_classes(class_names, str(folder))
+    if unknown := [name for name in names if name not in class_names]:
+        raise ValueError(
+            f"{folder / unknown[0]}: is no class of the training pictures: {', '.join(class_names)}"
+        )
+    problems: list[str] = []
+    paths = {name: np.array(list_images(folder / name, problems), dtype=str) for name in names}
+    if not has_splits:
+        paths = {name: _part(found, split) for name, found in paths.items()}
+    labels = np.repeat([class_names.index(name) for name in names], list(map(len, paths.values())))
+    return _readable(np.concatenate(list(paths.values())), labels, class_names, tuple(problems), strict)
+
+
+def _part(paths: np.ndarray, split: str) -> np.ndarray:
+    """The pictures of a class that are for this split, of all pictures of the class in sorted order."""
+    order = np.random.default_rng(len(paths)).permutation(len(paths))
+    is_val = order % _FIFTH == _FIFTH - 1
+    return paths[~is_val if split == "train" else is_val]
+
+
+def _readable(
+    paths: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], notes: tuple[str, ...], strict: bool
+) -> FilePictures:
+    """The pictures whose header can be read."""
+    _, reasons = read_sizes(paths.tolist())
+    if strict and reasons:
+        raise ValueError(
+            f"{next(iter(reasons.values()))} (strict refuses any; {len(reasons)} cannot be read)"
+        )
+    left_out = tuple(reasons.values())
+    refuse_many(left_out, len(paths))
+    kept = np.ones(len(paths), bool)
+    kept[list(reasons)] = False
+    return FilePictures(paths[kept], labels[kept].astype(np.int64), class_names, notes, left_out)

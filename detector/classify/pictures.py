@@ -1,0 +1,86 @@
+"""Pictures of one class each, as an array or as files.
+
+Letters: N pictures of h x w pixels, K classes. Labels are 0..K-1: a classifier has no background of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from backbones import Preprocessing
+
+from ..data.images import load_image
+
+# Mean and standard deviation of so many pictures differ little from those of all.
+_MEASURED = 5000
+
+
+@dataclass(eq=False, repr=False)
+class ArrayPictures(Dataset):
+    """Pictures of one size in memory; an item is (image (3, h, w) uint8 RGB, label)."""
+
+    images: np.ndarray  # (N, 3, h, w) uint8 RGB
+    labels: np.ndarray  # (N,) int64 in 0..K-1
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # a sentence for each picture that is left out, with its file
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self.images[index]), int(self.labels[index])
+
+    def image(self, index: int) -> np.ndarray:
+        """(h, w, 3) uint8 RGB."""
+        return self.images[index].transpose(1, 2, 0)
+
+
+@dataclass(eq=False, repr=False)
+class FilePictures(Dataset):
+    """Pictures of any size that are decoded when they are asked for; an item is that of `ArrayPictures`."""
+
+    paths: np.ndarray  # (N,) str
+    labels: np.ndarray  # (N,) int64 in 0..K-1
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = np.ascontiguousarray(self.image(index).transpose(2, 0, 1))
+        return torch.from_numpy(image), int(self.labels[index])
+
+    def image(self, index: int) -> np.ndarray:
+        """(h, w, 3) uint8 RGB. A picture that cannot be decoded is a ValueError with its path."""
+        return load_image(str(self.paths[index]))
+
+
+Pictures = ArrayPictures | FilePictures
+
+
+def check_classes(class_names: Sequence[str], source: str) -> None:
+    """Raise a ValueError where there are fewer than two classes."""
+    if len(class_names) < 2:
+        found = f"one class, {class_names[0]!r}" if class_names else "no class"
+        raise ValueError(f"{source} has {found}; a classifier needs two or more")
+
+
+def measure_preprocessing(pictures: Pictures) -> Preprocessing:
+    """Mean and standard deviation per channel, of at most 5000 of the pictures, as a backbone's preprocessing."""
+    count = min(_MEASURED, len(pictures))
+    counts = np.zeros((3, 256))
+    for index in np.linspace(0, len(pictures) - 1, count).astype(int):
+        image = pictures.image(index)
+        counts += [np.bincount(image[..., k].ravel(), minlength=256) / image[..., k].size for k in range(3)]
+    values, shares = np.arange(256) / 255, counts / count
+    mean = shares @ values
+    std = np.sqrt(np.maximum(shares @ values**2 - mean**2, 0))
+    # A constant channel keeps its scale.
+    return Preprocessing(*(tuple(np.round(m, 4).tolist()) for m in (mean, np.where(std < 1e-3, 1, std))))
