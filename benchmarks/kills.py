@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from detector import run
+from detector import run, training_run
 from detector.checkpoint import load_checkpoint, load_training_state, newest_training_state
 from detector.command_line import make_parser
 from detector.config import parse_config
@@ -62,7 +62,7 @@ def train(values: dict[str, Any], folder: Path, resume: bool) -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
     # Drawing takes longer than the training, and no state depends on it.
-    run.plot_curves = lambda log_path, png_path: None
+    training_run.plot_curves = lambda log_path, png_path: None
     run.Run(parse_config(values), folder, torch.device("cpu"), resume=resume).train()
 
 
@@ -107,9 +107,9 @@ def unreadable_files(folder: Path) -> list[str]:
 
 def ending(folder: Path) -> dict[str, Any]:
     """All that a finished run leaves for later: its state, its best weights and their metrics."""
-    state = newest_training_state(folder / run.STATE)
+    state = newest_training_state(folder / training_run.STATE)
     best = load_checkpoint(folder / "best.safetensors").state_dict
-    return {**state, "best_weights": best, "metrics": read_json(folder / run.BEST_METRICS)}
+    return {**state, "best_weights": best, "metrics": read_json(folder / training_run.BEST_METRICS)}
 
 
 def is_same(one: Any, two: Any) -> bool:

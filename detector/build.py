@@ -1,6 +1,7 @@
 """Build the detector that a configuration describes, its batches and its training."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from .config import Config, ModelConfig
 from .data.dataset import DetectionDataset
 from .data.loader import TrainBatches, TransformedDataset, build_loader
 from .data.transforms import TrainTransform
-from .engine import Training, build_ema, build_schedule, parameter_groups
+from .engine import DetectorTask, Task, Training, build_ema, build_schedule, parameter_groups
 from .model.faster_rcnn import C4FasterRCNN, build_faster_rcnn
 
 
@@ -45,8 +46,12 @@ def build_batches(
     return augmented, batches, loader
 
 
-def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device: torch.device) -> Training:
-    """Build the optimizer, schedule, gradient scaler and weight averages of a model. num_batches: of an epoch.
+def build_training(
+    config: Any, model: nn.Module, num_batches: int, device: torch.device, task: Task | None = None
+) -> Training:
+    """Build the optimizer, schedule, gradient scaler and weight averages of a model.
+
+    config: with a section `train`. num_batches: of an epoch. task: None: that of a detector.
 
     ValueError: the schedule is a cosine, and milestones are given.
     """
@@ -76,4 +81,4 @@ def build_training(config: Config, model: C4FasterRCNN, num_batches: int, device
     )
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     ema = None if options.ema is None else build_ema(model, options.ema)
-    return Training(model, optimizer, schedule, scaler, ema)
+    return Training(model, task or DetectorTask(model), optimizer, schedule, scaler, ema)

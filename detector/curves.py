@@ -1,6 +1,7 @@
 """The curves of a run as a picture, drawn from its `metrics.jsonl`."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from .files import write_atomically
 from .model.losses import LOSSES
 from .run_log import read_log
 
+_SCORES = {"average precision": ("AP", "AP50", "AP75"), "accuracy": ("top1", "top5", "mean_accuracy")}
+
 
 def plot_curves(log_path: str | Path, png_path: str | Path) -> None:
-    """Draw a run's `metrics.jsonl` over its steps: losses, average precision where evaluated, learning rate.
+    """Draw a run's `metrics.jsonl` over its steps: losses, scores where evaluated, learning rate.
 
     Losses are running means; the single values of the total are drawn faintly behind it. The picture is written
     whole or not at all.
@@ -24,8 +27,9 @@ def plot_curves(log_path: str | Path, png_path: str | Path) -> None:
     train = [record for record in records if record["kind"] == "train"]
     val = [record for record in records if record["kind"] == "val"]
     panels = [("loss", lambda axes: _plot_losses(axes, train, val))]
-    if any(record.get("AP") is not None or record.get("AP50") is not None for record in val):
-        panels.append(("average precision", lambda axes: _plot_precision(axes, val)))
+    for title, names in _SCORES.items():
+        if any(record.get(name) is not None for record in val for name in names):
+            panels.append((title, partial(_plot_scores, val=val, names=names)))
     panels.append(("learning rate", lambda axes: _plot_series(axes, train, "lr", color="0.3")))
     figure = Figure(figsize=(9, 3.2 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -41,7 +45,7 @@ def plot_curves(log_path: str | Path, png_path: str | Path) -> None:
 def _plot_losses(axes: Any, train: list[dict], val: list[dict]) -> None:
     _plot_series(axes, train, "loss", color="0.75", linewidth=0.6)
     _plot_series(axes, train, "loss", smooth=True, color="black", label="loss")
-    for name in LOSSES:
+    for name in (*LOSSES, "cross_entropy"):
         _plot_series(axes, train, name, smooth=True, label=name)
     _plot_series(axes, val, "loss", color="tab:purple", marker="o", markersize=4, label="validation loss")
     total, validation = _series(train, "loss")[1], _series(val, "loss")[1]
@@ -53,8 +57,8 @@ def _plot_losses(axes: Any, train: list[dict], val: list[dict]) -> None:
         axes.legend(fontsize="small", ncols=2)
 
 
-def _plot_precision(axes: Any, val: list[dict]) -> None:
-    for name in ("AP", "AP50", "AP75"):
+def _plot_scores(axes: Any, val: list[dict], names: tuple[str, ...]) -> None:
+    for name in names:
         _plot_series(axes, val, name, marker="o", markersize=4, label=name)
     axes.set_ylim(0, 1)
     axes.legend(fontsize="small")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,29 +23,67 @@ from .state_fit import check_fit, check_moments
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Task(Protocol):
+    """What a training computes of a batch, and the names of its losses."""
+
+    losses: tuple[str, ...]
+
+    def __call__(
+        self, network: nn.Module, batch: Any, device: torch.device, key: tuple[int, int, int]
+    ) -> dict[str, Tensor]:
+        """The losses of `network`. key: (seed, epoch, batch), for what is drawn at random."""
+
+    def name(self, batch: Any) -> str:
+        """The pictures of a batch, in words."""
+
+    def count(self, batch: Any) -> int:
+        """The number of pictures of a batch."""
+
+
+class DetectorTask:
+    """The training of a detector. Anchors and regions are sampled by (seed, epoch, image id)."""
+
+    losses = LOSSES
+
+    def __init__(self, model: C4FasterRCNN) -> None:
+        self.model = model
+
+    def __call__(
+        self, network: nn.Module, batch: Batch, device: torch.device, key: tuple[int, int, int]
+    ) -> dict[str, Tensor]:
+        images, targets = to_device(batch, device)
+        self.model.seed_sampling([(*key[:2], target["image_id"]) for target in targets])
+        return network(images, targets)
+
+    def name(self, batch: Batch) -> str:
+        return f"image ids {[target['image_id'] for target in batch[1]]}"
+
+    def count(self, batch: Batch) -> int:
+        return len(batch[0])
+
+
 @dataclass
 class Pass:
     """A batch that went through the model in training. `run()` computes its losses again, with the same samples."""
 
-    batch: Batch
-    losses: Tensor  # (4,) in the order of LOSSES
+    batch: Any
+    losses: Tensor  # in the order of the task's
     run: Callable[[], dict[str, Tensor]]
 
 
 class NonFiniteLossError(FloatingPointError):
-    """An update whose loss or gradients are infinite or NaN; the message has the image ids and the four losses.
+    """An update whose loss or gradients are infinite or NaN; the message has the pictures and the losses.
 
     cause: the first batch of the update with such a loss, or the first batch. is_loss: whether it has such a loss.
     """
 
-    def __init__(self, passes: list[Pass]) -> None:
+    def __init__(self, passes: list[Pass], task: Task) -> None:
         bad = [p for p in passes if not p.losses.isfinite().all()]
         self.is_loss, self.cause = bool(bad), (bad or passes)[0]
-        ids = [target["image_id"] for target in self.cause.batch[1]]
-        numbers = zip(LOSSES, self.cause.losses.tolist(), strict=True)
+        numbers = zip(task.losses, self.cause.losses.tolist(), strict=True)
         losses = ", ".join(f"{name} {value:.4g}" for name, value in numbers)
         what = "loss" if bad else "gradient"
-        super().__init__(f"a {what} is not finite at image ids {ids}: {losses}.")
+        super().__init__(f"a {what} is not finite at {task.name(self.cause.batch)}: {losses}.")
 
 
 def stop_at_nonfinite(error: NonFiniteLossError) -> None:
@@ -107,7 +145,8 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
 class Training:
     """The state of a training, which changes with each update and from which a run resumes."""
 
-    model: C4FasterRCNN
+    model: nn.Module
+    task: Task
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
@@ -129,7 +168,7 @@ class Training:
         return self.optimizer.param_groups[0]["lr"]
 
     @property
-    def evaluated_model(self) -> C4FasterRCNN:
+    def evaluated_model(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,12 +256,13 @@ class LossMonitor:
     On a CPU it reads every step. Elsewhere it reads seldom, because reading waits for the device.
     """
 
-    def __init__(self, device: torch.device, interval: int) -> None:
+    def __init__(self, device: torch.device, interval: int, names: tuple[str, ...] = LOSSES) -> None:
+        self.names = names
         self.interval = 1 if device.type == "cpu" else interval
         self.pending: list[Tensor] = []
 
     def add(self, losses: Tensor) -> list[dict[str, float]]:
-        """Add a step's (4,) losses. Returns the steps that are read now, or [] if it is not yet time to read."""
+        """Add a step's losses, in the order of their names. Returns the steps that are read now, or [] if it is not yet time to read."""
         self.pending.append(losses)
         return self.read() if len(self.pending) >= self.interval else []
 
@@ -231,33 +271,31 @@ class LossMonitor:
         if not self.pending:
             return []
         values, self.pending = processes.mean(torch.stack(self.pending)).tolist(), []
-        return [dict(zip(LOSSES, row, strict=True)) for row in values if all(map(math.isfinite, row))]
+        return [dict(zip(self.names, row, strict=True)) for row in values if all(map(math.isfinite, row))]
 
 
 def forward(
     training: Training,
     network: nn.Module,
-    batch: Batch,
+    batch: Any,
     device: torch.device,
     key: tuple[int, int, int],
     amp_dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """The losses of a batch in training, by `network(images, targets)`.
+    """The losses of a batch in training.
 
-    key: (seed, epoch, batch). Anchors and regions are sampled by (seed, epoch, image id). What else is random, such as
-    dropout, draws from the key and the number of the process.
+    key: (seed, epoch, batch). What draws from torch's global state, such as dropout, depends on the key and the number
+    of the process.
     """
-    images, targets = to_device(batch, device)
-    training.model.seed_sampling([(*key[:2], target["image_id"]) for target in targets])
     draw = np.random.SeedSequence((*key, processes.rank()))
     torch.manual_seed(int(draw.generate_state(1, np.uint64)[0]))
     with autocast(device, amp_dtype):
-        return network(images, targets)
+        return training.task(network, batch, device, key)
 
 
 def train_one_epoch(
     training: Training,
-    loader: Iterable[Batch],
+    loader: Iterable[Any],
     device: torch.device,
     *,
     num_batches: int,
@@ -271,7 +309,7 @@ def train_one_epoch(
 ) -> bool:
     """Train on the rest of an epoch: the batches that `loader` still has of the epoch's `num_batches`.
 
-    The loss is the sum of torchvision's four. Each update has the gradients of `accumulate` batches; the epoch's
+    The loss is the sum of the task's. Each update has the gradients of `accumulate` batches; the epoch's
     last update may have fewer. `on_step(losses, num_images)` is called after each batch, with the losses that were
     read after it. When it returns True, training stops after the current update. Returns whether the epoch was
     finished.
@@ -282,7 +320,8 @@ def train_one_epoch(
     Several processes train with the mean of their gradients. They skip the same updates, and the losses read are their
     means. `on_step` must return the same on all of them.
     """
-    network, monitor, stop = training.network, LossMonitor(device, read_every), False
+    network, task, stop = training.network, training.task, False
+    monitor = LossMonitor(device, read_every, task.losses)
     network.train()
     training.remember()
     passes: list[Pass] = []
@@ -293,7 +332,7 @@ def train_one_epoch(
         whole = training.batch % accumulate == 0 or training.batch == num_batches
         with nullcontext() if whole else processes.keeping_gradients(network):
             losses = run(network)
-            values = torch.stack([losses[name].detach().float() for name in LOSSES])
+            values = torch.stack([losses[name].detach().float() for name in task.losses])
             passes.append(Pass(batch, values, partial(run, training.model)))
             training.scaler.scale(sum(losses.values()) / accumulate).backward()
         read = monitor.add(passes[-1].losses)
@@ -301,9 +340,9 @@ def train_one_epoch(
             read += monitor.read()
         if whole:
             if not update(training, clip_norm, torch.stack([p.losses for p in passes]).sum()):
-                on_nonfinite(NonFiniteLossError(passes))
+                on_nonfinite(NonFiniteLossError(passes, task))
             passes = []
-        stop = bool(on_step(read, len(batch[0]))) or stop
+        stop = bool(on_step(read, task.count(batch))) or stop
         if stop and whole and training.batch < num_batches:
             return False
     training.epoch, training.batch = training.epoch + 1, 0

@@ -5,17 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import processes
 from .config import TrainConfig
-from .data.dataset import DetectionDataset
 from .engine import NonFiniteLossError, Pass, Training
 from .files import write_json
-from .model.losses import LOSSES
-from .sheets import save_sheet
 
 # No trained weight is near this. With larger ones, the next products overflow.
 _LARGEST_WEIGHT = 1e8
@@ -30,12 +26,19 @@ class NonFiniteGuard:
     """Reports the updates of a run whose loss is not finite. It stops the run, or lets it skip them.
 
     folder: receives a JSON and a picture of the batch of each of the first reports.
+    pictures: what is known of each picture of a batch, with its "file". save_sheet(path, batch) writes them as a picture.
     """
 
     def __init__(
-        self, training: Training, folder: Path, dataset: DetectionDataset, options: TrainConfig
+        self,
+        training: Training,
+        folder: Path,
+        options: TrainConfig,
+        pictures: Callable[[Any], list[dict[str, Any]]],
+        save_sheet: Callable[[Path, Any], None],
     ) -> None:
-        self.training, self.folder, self.dataset, self.options = training, folder, dataset, options
+        self.training, self.folder, self.options = training, folder, options
+        self.pictures, self.save_sheet = pictures, save_sheet
         self._skipped: deque[int] = deque(maxlen=_MOST_IN_A_ROW)
         self._has_warned = False
 
@@ -72,34 +75,23 @@ class NonFiniteGuard:
             )
 
     def _describe(self, cause: Pass, layer: str | None) -> str:
-        pictures = [f"{file} with {len(t['boxes'])} boxes" for file, t in self._pictures(cause)]
+        pictures = [f"{p['file']} with {len(p['boxes'])} boxes" for p in self.pictures(cause.batch)]
+        said = f"Pictures: {', '.join(pictures)}. " if pictures else ""
         begins = "No layer's output is infinite or NaN, only what is computed from them"
         if layer is not None:
             begins = f"The first layer whose output is infinite or NaN is {layer}"
-        return f"Pictures: {', '.join(pictures)}. {begins}"
-
-    def _pictures(self, cause: Pass) -> list[tuple[str, dict[str, Any]]]:
-        """The file and the target of each picture of a batch."""
-        ids, paths = self.dataset.image_ids, self.dataset.image_paths
-        return [(str(paths[np.argmax(ids == t["image_id"])]), t) for t in cause.batch[1]]
+        return said + begins
 
     def _write(self, cause: Pass, layer: str | None) -> str:
         """Write the batch as a JSON and a picture, with boxes in the network's input. Returns a sentence about them."""
         if self.training.skipped > _MOST_REPORTS:
             return ""
         path = self.folder / f"update_{self.training.step}.json"
-        pictures = [
-            {
-                "file": file,
-                "image_id": t["image_id"],
-                "boxes": t["boxes"].tolist(),
-                "labels": t["labels"].tolist(),
-            }
-            for file, t in self._pictures(cause)
-        ]
-        losses = {name: f"{value:.4g}" for name, value in zip(LOSSES, cause.losses.tolist(), strict=True)}
-        write_json(path, {"layer": layer, "losses": losses, "pictures": pictures}, indent=1)
-        save_sheet(path.with_suffix(".jpg"), zip(*cause.batch, strict=True), self.dataset.class_names)
+        names = self.training.task.losses
+        losses = {name: f"{value:.4g}" for name, value in zip(names, cause.losses.tolist(), strict=True)}
+        report = {"layer": layer, "losses": losses, "pictures": self.pictures(cause.batch)}
+        write_json(path, report, indent=1)
+        self.save_sheet(path.with_suffix(".jpg"), cause.batch)
         return f"The batch is in {path} and .jpg. "
 
 

@@ -12,7 +12,6 @@ import torch
 
 from .engine import Training
 from .files import write_atomically
-from .model.losses import LOSSES
 from .progress import Progress, memory_mb
 
 
@@ -87,7 +86,7 @@ class StepLog:
 
     def _write(self) -> None:
         training = self.training
-        means = {name: float(np.mean([step[name] for step in self._losses])) for name in LOSSES}
+        means = {name: float(np.mean([step[name] for step in self._losses])) for name in training.task.losses}
         self.log.write(
             "train",
             epoch=training.epoch + 1,

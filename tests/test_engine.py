@@ -13,6 +13,7 @@ from benchmarks.models import ForcedProposals, set_case
 from detector.build import build_model, build_training
 from detector.engine import (
     LOSSES,
+    DetectorTask,
     LossMonitor,
     NonFiniteLossError,
     Training,
@@ -57,7 +58,7 @@ def training_of(model, lr=0.01, scaler=False, ema=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     schedule = build_schedule(optimizer, 1000, kind="multistep")
     averages = None if ema is None else build_ema(model, ema)
-    return Training(model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=scaler), averages)
+    return Training(model, DetectorTask(model), optimizer, schedule, torch.amp.GradScaler("cpu", enabled=scaler), averages)
 
 
 def train(training, batches, **options):

@@ -10,6 +10,7 @@ from short_runs import CPU, lines
 from test_engine import batch_of, sample, train, training_of, weights
 
 import detector.run
+import detector.training_run
 from detector.build import build_model
 from detector.checkpoint import load_checkpoint, load_training_state
 from detector.engine import NonFiniteLossError
@@ -20,7 +21,7 @@ from detector.run import Run
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """Curves take longer than the epochs here."""
-    monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
+    monkeypatch.setattr(detector.training_run, "plot_curves", lambda log_path, png_path: None)
 
 
 def poison(model, is_bad, layer="rpn.head.conv", factor=math.nan):
@@ -199,7 +200,7 @@ def test_without_a_box_to_validate_by_ap_is_a_dash_and_the_newest_weights_are_th
     metrics = run.train()
     out = capsys.readouterr().out
     assert "validate 2/2: AP -, AP50 -, AP75 -, loss" in out
-    assert "AP is -: no box to measure it by. best.safetensors holds the newest weights" in out
+    assert "AP is -: nothing to measure it by. best.safetensors holds the newest weights" in out
     assert metrics["AP"] is None and metrics["epoch"] == 2
     best, last = (load_checkpoint(tmp_path / f"{name}.safetensors").state_dict for name in ("best", "last"))
     assert all(torch.equal(best[name], last[name]) for name in last)

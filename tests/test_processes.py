@@ -14,6 +14,7 @@ from short_runs import CPU, stop_after
 
 import detector.data.loader
 import detector.run
+import detector.training_run
 from detector import processes
 from detector.build import build_batches, build_model, build_training
 from detector.checkpoint import load_training_state
@@ -200,7 +201,7 @@ def test_evaluation_by_three_processes_is_that_of_one(alike, tiny_config, batch_
 def train_run(config, folder, resume=False, stop_at=None):
     """Train in a folder; `stop_at` updates, the second process hears SIGTERM. Returns what ended it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detector.run, "plot_curves", lambda *paths: None)
+        patch.setattr(detector.training_run, "plot_curves", lambda *paths: None)
         if stop_at is not None and processes.rank() == 1:
             stop_after(patch, stop_at, signal.SIGTERM)
         try:
@@ -242,7 +243,7 @@ def test_a_signal_to_one_process_stops_all_and_they_resume_as_if_it_had_not_come
 def train_until_killed(config, folder):
     """The second process is killed in the third update. The others say whether they take their error for that."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detector.run, "plot_curves", lambda *paths: None)
+        patch.setattr(detector.training_run, "plot_curves", lambda *paths: None)
         if processes.rank() == 1:
             from short_runs import after_update
 
@@ -275,7 +276,7 @@ def train_with_a_bad_number(config, folder):
         return calls[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detector.run, "plot_curves", lambda *paths: None)
+        patch.setattr(detector.training_run, "plot_curves", lambda *paths: None)
         patch.setattr(detector.engine, "forward", forward)
         try:
             run = Run(config, folder, CPU)
@@ -346,5 +347,5 @@ def test_a_run_resumes_in_fewer_processes_with_larger_shares_of_the_same_batches
 
 def train_whole(run):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detector.run, "plot_curves", lambda *paths: None)
+        patch.setattr(detector.training_run, "plot_curves", lambda *paths: None)
         return run.train()

@@ -14,6 +14,7 @@ from PIL import Image
 from short_runs import CPU, lines, same_tensors, stop_after
 
 import detector.run
+import detector.training_run
 from detector.build import build_batches
 from detector.checkpoint import load_checkpoint, load_training_state
 from detector.config import load_config
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def no_curves(monkeypatch):
     """Curves take longer than the epochs here."""
-    monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
+    monkeypatch.setattr(detector.training_run, "plot_curves", lambda log_path, png_path: None)
 
 
 # Files

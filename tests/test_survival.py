@@ -14,6 +14,7 @@ import torch
 from short_runs import CPU, VARIED, after_update, fail_in_batch, lines, same_tensors, stop_after
 
 import detector.run
+import detector.training_run
 from detector.checkpoint import load_checkpoint, load_training_state, newest_training_state
 from detector.files import remove_temporaries, write_atomically
 from detector.lock import FolderLock
@@ -25,7 +26,7 @@ from detector.stop import Interrupted, StopSignal, _tell
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """Curves take longer than the epochs here."""
-    monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
+    monkeypatch.setattr(detector.training_run, "plot_curves", lambda log_path, png_path: None)
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +75,14 @@ def assert_resumes_as_unbroken(config, folder, unbroken):
 def test_states_are_written_between_updates_and_on_both_sides_of_an_evaluation(
     tiny_config, tmp_path, monkeypatch, save_every, places
 ):
-    seen, save = [], detector.run.save_training_state
+    seen, save = [], detector.training_run.save_training_state
 
     def note(path, state):
         seen.append((state["epoch"], state["batch"]))
         assert state["awaits_evaluation"] == (len(seen) == len(places) - 1)
         save(path, state)
 
-    monkeypatch.setattr(detector.run, "save_training_state", note)
+    monkeypatch.setattr(detector.training_run, "save_training_state", note)
     config = tiny_config(*VARIED, "train.epochs=1", f"train.save_every={save_every}")
     Run(config, tmp_path, CPU).train()
     # Of three batches, the second and the third end an update, and the third the epoch.
@@ -179,7 +180,8 @@ def test_a_signal_during_the_validation_stops_at_once_and_resuming_repeats_it(
 def test_a_run_killed_between_an_evaluations_files_evaluates_again(
     varied, unbroken, tmp_path, monkeypatch, call
 ):
-    original, evaluated = getattr(detector.run, call), []
+    owner = detector.run if call == "save_checkpoint" else detector.training_run
+    original, evaluated = getattr(owner, call), []
 
     def kill(path, *arguments, **options):
         if evaluated:
@@ -187,7 +189,7 @@ def test_a_run_killed_between_an_evaluations_files_evaluates_again(
         original(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(detector.run, call, kill)
+        patch.setattr(owner, call, kill)
         run = Run(varied, tmp_path, CPU)
         validate = run.validate
         patch.setattr(run, "validate", lambda log: (evaluated.append(True), validate(log))[1])
@@ -244,13 +246,13 @@ def test_a_full_disk_is_told_in_a_sentence_and_what_was_there_stays(varied, unbr
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     monkeypatch.undo()
-    monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
+    monkeypatch.setattr(detector.training_run, "plot_curves", lambda log_path, png_path: None)
     assert state_of(tmp_path)["step"] == 2 and not list(tmp_path.glob(".*tmp*"))
     assert_resumes_as_unbroken(varied, tmp_path, unbroken)
 
 
 def test_a_state_that_cannot_be_written_says_why(tmp_path, monkeypatch):
-    detector.run.save_training_state(tmp_path / "training_state.pt", {"step": 1})
+    detector.training_run.save_training_state(tmp_path / "training_state.pt", {"step": 1})
 
     def fail(state, file):
         file.write(b"half")
@@ -261,7 +263,7 @@ def test_a_state_that_cannot_be_written_says_why(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="training_state.pt cannot be written: No space left on device; what"):
-        detector.run.save_training_state(tmp_path / "training_state.pt", {"step": 2})
+        detector.training_run.save_training_state(tmp_path / "training_state.pt", {"step": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["training_state.pt"] and state_of(tmp_path) == {
         "step": 1,
         "version": 2,
@@ -347,7 +349,7 @@ def test_a_run_that_resumes_from_the_state_before_the_newest_ends_the_same(stopp
 
 def test_every_flipped_byte_of_a_state_is_noticed_or_harmless(tmp_path):
     path, wanted = tmp_path / "training_state.pt", torch.arange(20.0)
-    detector.run.save_training_state(path, {"weights": wanted})
+    detector.training_run.save_training_state(path, {"weights": wanted})
     whole, noticed = path.read_bytes(), 0
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])

@@ -15,6 +15,7 @@ from PIL import Image
 from test_run import same_tensors, stop_after
 
 import detector.run
+import detector.training_run
 from detector.checkpoint import load_checkpoint
 from detector.data.coco import load_coco
 from detector.data.headers import settle_sizes
@@ -486,7 +487,7 @@ def test_a_workers_error_keeps_its_type_and_lines_and_a_bug_its_traceback():
 @pytest.fixture
 def shapes(tiny_config, tmp_path, monkeypatch):
     """Make so many pictures to train on, and to validate on: a recipe and their folder."""
-    monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
+    monkeypatch.setattr(detector.training_run, "plot_curves", lambda log_path, png_path: None)
     root = tmp_path / "data"
 
     def make(count, *overrides):

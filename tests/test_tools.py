@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import detector.run
+import detector.training_run
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from detector.command_line import exit_status
@@ -77,7 +78,7 @@ def one_line(error):
 
 
 def test_train_writes_weights_and_says_where(run_tool, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
+    monkeypatch.setattr(detector.training_run, "plot_curves", lambda log_path, png_path: None)
     output = tmp_path / "run"
     status, out, _ = run_tool("train", recipe, "train.lr=0.003", "--output", output, "--device", "cpu")
     assert status == 0 and f"weights, curves and pictures are in {output}" in out

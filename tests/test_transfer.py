@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import detector.run
+import detector.training_run
 from detector.build import build_model
 from detector.checkpoint import Checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from detector.convert.converted import CAFFE_RESNET
@@ -92,7 +93,7 @@ def test_another_network_is_refused(trained, tiny_config):
 def test_a_run_starts_from_a_checkpoint_and_keeps_its_preprocessing_when_resumed(
     trained, tiny_config, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(detector.run, "plot_curves", lambda log_path, png_path: None)
+    monkeypatch.setattr(detector.training_run, "plot_curves", lambda log_path, png_path: None)
     save_checkpoint(tmp_path / "theirs.safetensors", trained)
     config = tiny_config("train.epochs=1", "train.lr=1.0e-9", "data.val=null")
     cpu, output = torch.device("cpu"), tmp_path / "run"

@@ -20,8 +20,9 @@ from detector.command_line import DEVICE_HELP, exit_status, make_parser
 from detector.config import load_config
 from detector.data.find import FORMATS, is_recipe
 from detector.inference import choose_device
-from detector.run import Run, refuse_old_run
+from detector.run import Run
 from detector.tables import format_cell
+from detector.training_run import refuse_old_run
 
 
 def main() -> int:
