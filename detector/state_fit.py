@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_KINDS = ((bool, NoneType), (int, float), (list, tuple))
+_KINDS = ((bool, NoneType), (int, float), (list, tuple), (dict,))
 
 
 def check_fit(saved: Any, own: Any) -> None:

@@ -63,8 +63,8 @@ def convert(part: Part) -> tuple[Part, list[str]]:
     fits = not told or _share_fitting(fixed.boxes, fixed.sizes[fixed.rows]) >= _MISREAD
     if _guess(fixed) or not fits:
         raise ValueError(
-            f"{part.source} ({part.split}): the boxes look like {' or '.join(_guess(part))}, which does not fit "
-            "alone: give the right format first, there is nothing to clean before"
+            f"{part.source} ({part.split}): the boxes look like {' or '.join(_guess(part))}, and no one format "
+            "fits them all: give the right format first, there is nothing to clean before"
         )
     return fixed, told
 
@@ -76,7 +76,7 @@ def _read_as(filed: str, part: Part) -> Part:
     else:
         boxes = np.stack(READINGS[filed](*part.boxes.T), axis=1)
     # The file's areas, and faults of boxes without area, are of the numbers as they were read.
-    flat = (part.boxes[:, 2:] - part.boxes[:, :2] <= 1).any(axis=1).tolist()
+    flat = (part.boxes[:, 2:] - part.boxes[:, :2] <= (0 if filed == _SHARES else 1)).any(axis=1).tolist()
     objects = [
         replace(o, area=None, fault=None if is_flat else o.fault)
         for o, is_flat in zip(part.objects, flat, strict=True)
