@@ -18,7 +18,8 @@ from benchmarks.timing import Stopwatch
 from detector.config import parse_config
 from detector.data.sources import build_datasets
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
+ROOT = Path(__file__).resolve().parent.parent
+TOOL = ROOT / "tools" / "benchmark.py"
 SIZE = (64, 96)
 SMALL = ("--backbone", "resnet18", "--repeats", "1", "--warmup", "0", "--matrix-size", "64")
 
@@ -263,3 +264,21 @@ def test_memory_is_watched_in_a_process_and_those_that_it_starts():
     assert set(seen) == {"main", "worker 1"}
     assert seen["worker 1"][-1][1] > 50 > seen["main"][-1][1] > 1
     assert [slope([(0, 900), (1, 10), (2, 11), (3, 12)]), slope([(0, 1)])] == [60, None]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+def test_code_compiled_for_the_sizes_of_images_is_kept_for_the_last_ones_alone():
+    program = """
+import detector, torch
+conv = torch.nn.Conv2d(3, 8, 3)
+for width in [*range(20, 200), 20, 20]:
+    conv(torch.rand(16, 3, 32, width))
+"""
+    environment = {**os.environ, "ONEDNN_VERBOSE": "2"}
+    environment.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    convolutions = [line for line in done.stdout.splitlines() if ",convolution," in line]
+    created = [line.split("create:")[1][:10] for line in convolutions if "create:" in line]
+    assert created[-2:] == ["cache_miss", "cache_hit,"]
