@@ -253,10 +253,11 @@ def test_the_pictures_of_a_long_training_have_many_sizes(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_memory_is_watched_in_a_process_and_those_that_it_starts():
-    child = "import time; held = bytearray(50 * 2**20); time.sleep(9)"
+    child = "import time; held = bytearray(50 * 2**20); print('ready', flush=True); time.sleep(60)"
     start = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    with subprocess.Popen([sys.executable, "-c", start, child]) as process:
+    with subprocess.Popen([sys.executable, "-c", start, child], stdout=subprocess.PIPE) as process:
         try:
+            process.stdout.readline()
             seen = watch(process, minutes=1 / 60, every=0.1)
         finally:
             for pid in processes_of(process.pid):
