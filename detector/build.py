@@ -1,6 +1,7 @@
 """Build the detector that a configuration describes, its batches and its training."""
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from .data.loader import TrainBatches, TransformedDataset, build_loader
 from .data.transforms import TrainTransform
 from .engine import DetectorTask, Task, Training, build_ema, build_schedule, parameter_groups
 from .model.faster_rcnn import C4FasterRCNN, build_faster_rcnn
+
+# oneDNN keeps what it compiled for the last images' sizes, 1,024 pieces by default. They pin the heap, which then grows
+# for hours where sizes vary. A network needs about 60 for a size.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def build_model(config: ModelConfig, num_classes: int, *, load_weights: bool = True) -> C4FasterRCNN:

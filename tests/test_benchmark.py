@@ -20,7 +20,8 @@ from detector.checkpoint import Checkpoint, save_checkpoint
 from detector.config import parse_config
 from detector.data.sources import build_datasets
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
+ROOT = Path(__file__).resolve().parent.parent
+TOOL = ROOT / "tools" / "benchmark.py"
 SIZE = (64, 96)
 SMALL = ("--backbone", "resnet18", "--repeats", "1", "--warmup", "0", "--matrix-size", "64")
 
@@ -286,10 +287,11 @@ def test_the_pictures_of_a_long_training_have_many_sizes(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_memory_is_watched_in_a_process_and_those_that_it_starts():
-    child = "import time; held = bytearray(50 * 2**20); time.sleep(9)"
+    child = "import time; held = bytearray(50 * 2**20); print('ready', flush=True); time.sleep(60)"
     start = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    with subprocess.Popen([sys.executable, "-c", start, child]) as process:
+    with subprocess.Popen([sys.executable, "-c", start, child], stdout=subprocess.PIPE) as process:
         try:
+            process.stdout.readline()
             seen = watch(process, minutes=1 / 60, every=0.1)
         finally:
             for pid in processes_of(process.pid):
@@ -297,3 +299,21 @@ def test_memory_is_watched_in_a_process_and_those_that_it_starts():
     assert set(seen) == {"main", "worker 1"}
     assert seen["worker 1"][-1][1] > 50 > seen["main"][-1][1] > 1
     assert [slope([(0, 900), (1, 10), (2, 11), (3, 12)]), slope([(0, 1)])] == [60, None]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+def test_code_compiled_for_the_sizes_of_images_is_kept_for_the_last_ones_alone():
+    program = """
+import detector, torch
+conv = torch.nn.Conv2d(3, 8, 3)
+for width in [*range(20, 200), 20, 20]:
+    conv(torch.rand(16, 3, 32, width))
+"""
+    environment = {**os.environ, "ONEDNN_VERBOSE": "2"}
+    environment.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    convolutions = [line for line in done.stdout.splitlines() if ",convolution," in line]
+    created = [line.split("create:")[1][:10] for line in convolutions if "create:" in line]
+    assert created[-2:] == ["cache_miss", "cache_hit,"]

@@ -58,7 +58,9 @@ def training_of(model, lr=0.01, scaler=False, ema=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     schedule = build_schedule(optimizer, 1000, kind="multistep")
     averages = None if ema is None else build_ema(model, ema)
-    return Training(model, DetectorTask(model), optimizer, schedule, torch.amp.GradScaler("cpu", enabled=scaler), averages)
+    return Training(
+        model, DetectorTask(model), optimizer, schedule, torch.amp.GradScaler("cpu", enabled=scaler), averages
+    )
 
 
 def train(training, batches, **options):

@@ -120,7 +120,9 @@ def _described(layout: Layout, file: str, values: dict, names: str | None) -> So
             if images is None:
                 layout.remarks.append(f"{file} says {word}: {str(entry)[:100]}, which is not there")
             elif {**base, "images": images} in sources.get("train", []):
-                layout.remarks.append(f"{file} says {word}: {str(entry)[:100]}, which is trained on, and so left out")
+                layout.remarks.append(
+                    f"{file} says {word}: {str(entry)[:100]}, which is trained on, and so left out"
+                )
             else:
                 sources.setdefault(_SPLITS[word], []).append({**base, "images": images})
     if "train" not in sources:
