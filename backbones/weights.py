@@ -218,8 +218,9 @@ def load_into(backbone: Backbone, state: dict[str, Tensor], published: NameTable
 
     A state dict of another architecture is a ValueError that names the first differences.
     """
+    state = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIERS)}
     if not any(key.startswith(("trunk.", "roi_head.")) for key in state):
-        state = rename({k: v for k, v in state.items() if not k.startswith(_CLASSIFIERS)}, published)
+        state = rename(state, published)
     wanted = backbone.state_dict()
     if differences := misfit(wanted, state):
         raise ValueError(f"{source} does not fit {backbone.name}; {differences}")

@@ -5,7 +5,7 @@ The network and the training loops take plain arguments, not a configuration.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticSerializationError
@@ -19,6 +19,7 @@ from .model.speed import Speed
 from .settings import Count, Positive, Section, parse, section_of, sentences
 from .yaml_text import MAX_DEPTH, parse_yaml
 
+C = TypeVar("C", bound=Section)
 _MAX_BYTES = 2**20
 _SCALES = (0.1, 10.0)
 
@@ -157,7 +158,7 @@ def split_overrides(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     return overrides, others
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[C] = Config) -> C:
     """Read a recipe from a YAML file, with `key=value` overrides such as `["train.lr=0.01", "data.root=/data"]`.
 
     FileNotFoundError: there is no such file. ValueError: as in `parse_config`.
@@ -174,22 +175,27 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a valid config: {error}") from None
-    return parse_config(values, overrides, source=str(path))
+    return parse_config(values, overrides, source=str(path), kind=kind)
 
 
-def parse_config(values: Any, overrides: list[str] | tuple[str, ...] = (), source: str = "config") -> Config:
+def parse_config(
+    values: Any,
+    overrides: list[str] | tuple[str, ...] = (),
+    source: str = "config",
+    kind: type[C] = Config,
+) -> C:
     """Check plain dictionaries, from YAML or a checkpoint, and freeze them.
 
-    ValueError: wrong keys or values, a line for each. source: the name of the file in errors.
+    ValueError: wrong keys or values, a line for each. source: the name of the file in errors. kind: the recipe's class.
     """
     if not isinstance(values, dict):
         raise ValueError(
-            f"{source} holds {type(values).__name__}; accepted: sections {', '.join(Config.model_fields)}"
+            f"{source} holds {type(values).__name__}; accepted: sections {', '.join(kind.model_fields)}"
         )
     for override in overrides:
         values = _override(values, override)
     try:
-        config = Config.model_validate(values)
+        config = kind.model_validate(values)
         # A checkpoint holds the config as JSON.
         config.model_dump_json()
         return config

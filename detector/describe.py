@@ -55,10 +55,10 @@ def describe(
         f"multiply-accumulates: trunk {format_count(trunk_macs)} an image of {height}x{width}, "
         f"head {format_count(head_macs)} a region"
     )
-    return "\n".join([*lines, *_training_lines(config.train, batches, device)])
+    return "\n".join([*lines, *training_lines(config.train, batches, device)])
 
 
-def _training_lines(options: TrainConfig, batches: TrainBatches, device: torch.device) -> list[str]:
+def training_lines(options: TrainConfig, batches: TrainBatches, device: torch.device) -> list[str]:
     """The epochs and batches, and what an update has where it is more than one batch."""
     count = processes.world_size()
     each = f" in each of {count} processes" if count > 1 else ""

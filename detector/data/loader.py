@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -165,7 +165,11 @@ class _Loader(DataLoader):
 
 
 def build_loader(
-    dataset: TransformedDataset, batches: Sampler, num_workers: int, pin_memory: bool
+    dataset: Dataset,
+    batches: Sampler,
+    num_workers: int,
+    pin_memory: bool,
+    collate: Callable[[Any], Any] = collate,
 ) -> DataLoader:
     """Read `batches` of `dataset` in `num_workers` processes that live as long as the loader."""
     return _Loader(
