@@ -3,6 +3,7 @@
 The network and the training loops take plain arguments, not a configuration.
 """
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,21 +25,15 @@ _MAX_BYTES = 2**20
 _SCALES = (0.1, 10.0)
 
 
-class ModelConfig(build_faster_rcnn.settings):
-    """The detector: its backbone, and the arguments that `build_faster_rcnn` declares."""
+class BackboneSettings(Section):
+    """A backbone by its name and options, or by its name alone."""
 
     backbone: dict[str, Any] = Field(description="the name of a backbone, and its options")
 
-    @property
-    def resizing(self) -> dict[str, Any]:
-        """How images are resized to the network's size, as arguments of the loader's transforms."""
-        chosen = self.conventions
-        return {
-            "min_size": self.min_size,
-            "max_size": self.max_size,
-            "resize": chosen.resize,
-            "resize_rounding": chosen.resize_rounding,
-        }
+    @staticmethod
+    def options_of(name: str) -> dict[str, inspect.Parameter]:
+        """The options of a named backbone. An unknown name is a ValueError."""
+        return backbone_options(name)
 
     @field_validator("backbone", mode="before")
     @classmethod
@@ -51,9 +46,24 @@ class ModelConfig(build_faster_rcnn.settings):
         """Check the options against the arguments that the named backbone's builder declares."""
         if not isinstance(value.get("name"), str):
             raise ValueError(f"backbone needs a name; got {shown(value)}")
-        options = section_of(value["name"], backbone_options(value["name"]).values())
+        options = section_of(value["name"], cls.options_of(value["name"]).values())
         given = {key: option for key, option in value.items() if key != "name"}
         return {"name": value["name"], **parse(options, given).model_dump(exclude_unset=True)}
+
+
+class ModelConfig(build_faster_rcnn.settings, BackboneSettings):
+    """The detector: its backbone, and the arguments that `build_faster_rcnn` declares."""
+
+    @property
+    def resizing(self) -> dict[str, Any]:
+        """How images are resized to the network's size, as arguments of the loader's transforms."""
+        chosen = self.conventions
+        return {
+            "min_size": self.min_size,
+            "max_size": self.max_size,
+            "resize": chosen.resize,
+            "resize_rounding": chosen.resize_rounding,
+        }
 
 
 class AugmentConfig(Section):

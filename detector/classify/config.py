@@ -1,57 +1,37 @@
 """A classifier's recipe."""
 
 import inspect
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from backbones import backbone_options
 from backbones.cifar import cifar_resnet
-from backbones.messages import shown
 
-from ..config import TrainConfig
-from ..settings import Count, Pixels, Section, parse, section_of
+from ..config import BackboneSettings, TrainConfig
+from ..settings import Count, Pixels, Section
 from .augment import ClassifierAugment
 from .sources import PicturesSource
 
 CIFAR = "cifar_resnet"
 
 
-class NetworkConfig(Section):
-    """The classifier: a backbone with a linear layer of its classes, or a CIFAR ResNet."""
+class NetworkConfig(BackboneSettings):
+    """The classifier: a backbone with a linear layer of its classes, or a CIFAR ResNet (cifar_resnet) of some depth."""
 
-    backbone: dict[str, Any] = Field(
-        description="the name of a backbone, or cifar_resnet with its depth, and its options"
-    )
     size: Pixels | None = Field(
         None,
         description="side of the network's input; None: the pictures' own, where they all have one size",
     )
 
-    @field_validator("backbone", mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("backbone")
-    @classmethod
-    def _check_backbone(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Check the options against the arguments of the network's builder."""
-        if not isinstance(value.get("name"), str):
-            raise ValueError(f"backbone needs a name; got {shown(value)}")
-        options = section_of(value["name"], network_options(value["name"]).values())
-        given = {key: option for key, option in value.items() if key != "name"}
-        return {"name": value["name"], **parse(options, given).model_dump(exclude_unset=True)}
-
-
-def network_options(name: str) -> dict[str, inspect.Parameter]:
-    """The options of a network. An unknown name is a ValueError."""
-    if name != CIFAR:
-        return backbone_options(name)
-    parameters = dict(inspect.signature(cifar_resnet).parameters)
-    del parameters["num_classes"]
-    # pydantic takes it for a setting that must be given.
-    return parameters | {"depth": parameters["depth"].replace(default=...)}
+    @staticmethod
+    def options_of(name: str) -> dict[str, inspect.Parameter]:
+        if name != CIFAR:
+            return backbone_options(name)
+        parameters = dict(inspect.signature(cifar_resnet).parameters)
+        del parameters["num_classes"]
+        # pydantic takes it for a setting that must be given.
+        return parameters | {"depth": parameters["depth"].replace(default=...)}
 
 
 class ClassifierTrainConfig(TrainConfig):
