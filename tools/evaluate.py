@@ -70,8 +70,9 @@ def evaluate(args: argparse.Namespace) -> None:
         evaluation = Evaluation(dataset, config, device)
         results, losses = evaluation.run(model)
         dataset = evaluation.readable
-        if not processes.is_main():
-            return
+    if not processes.is_main():
+        return
+    if checkpoint is not None:
         write_json(output / "detections.json", results)
     metrics = score(dataset, results)
     left_out = {"left_out": dataset.left_out} if dataset.left_out else {}
