@@ -69,7 +69,7 @@ def exit_status(
             if not is_lost(error):
                 raise
             message = "error: another process of this run ended; its own message says why"
-        if peers.is_first_to_say(message):
+        if peers.fail(message):
             print(message, file=sys.stderr, flush=True)
         return failed
 

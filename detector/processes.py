@@ -5,10 +5,10 @@ In a single process every function gives what it was given. CPU tensors and obje
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,13 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
+_FAILED = "failed"
 _is_alone = False
 
 
 def world_size() -> int:
     """The number of processes that work together."""
-    joined = dist.is_available() and dist.is_initialized() and not _is_alone
-    return dist.get_world_size() if joined else 1
+    several = dist.is_available() and dist.is_initialized() and not _is_alone
+    return dist.get_world_size() if several else 1
 
 
 def rank() -> int:
@@ -44,14 +45,18 @@ class Peers:
     def __init__(self, store: dist.Store | None) -> None:
         self._store = store
 
-    def is_first_to_say(self, message: str) -> bool:
+    def fail(self, message: str) -> bool:
+        """Say that this process ends with an error. Returns whether it is the first to say so with this message."""
+        if self._store is None:
+            return True
         try:
-            return self._store is None or self._store.add(f"said {message}", 1) == 1
+            self._store.set(_FAILED, "")
+            return self._store.add(f"{_FAILED} {message}", 1) == 1
         except dist.DistError:  # the process that kept the store is gone
             return True
 
     def wait(self) -> None:
-        """Wait until all have done their work: torchrun ends all of them when one ends with an error."""
+        """Wait until all have done their work, or one failed: torchrun ends all of them when one ends with an error."""
         if self._store is None:
             return
         with suppress(dist.DistError):
@@ -61,7 +66,10 @@ class Peers:
 
     def _meet(self, place: str, others: Iterable[int]) -> None:
         self._store.set(f"{place} {rank()}", "")
-        self._store.wait([f"{place} {i}" for i in others], timedelta(days=30))
+        awaited = [f"{place} {i}" for i in others]
+        # torch's own wait would not hear a signal.
+        while awaited and not (self._store.check(awaited) or self._store.check([_FAILED])):
+            time.sleep(0.05)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -349,3 +350,21 @@ def train_whole(run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detector.training_run, "plot_curves", lambda *paths: None)
         return run.train()
+
+
+def fail_in_the_second(folder):
+    """The second process fails while the first has done its work."""
+    import argparse
+
+    from detector.command_line import exit_status
+
+    def call(args):
+        if processes.rank() == 1:
+            time.sleep(0.5)
+            raise ValueError("picture 7 cannot be read")
+
+    return exit_status(call, argparse.Namespace())
+
+
+def test_a_process_that_is_done_does_not_wait_for_one_that_failed(tmp_path):
+    assert several.Crew(2, fail_in_the_second, tmp_path, joins=False).join(60) == [0, 1]
