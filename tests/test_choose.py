@@ -337,7 +337,7 @@ def test_one_command_trains_from_a_folder_and_resumes(folder, tmp_path):
 
     done = train("train.epochs=1")
     assert done.returncode == 0, done.stderr
-    assert "format voc" in done.stdout and "best AP50" in done.stdout
+    assert "format voc" in done.stdout and "best AP " in done.stdout
     assert load_config(run / "config.yaml").data.class_names == ("square",)
     for name in ("best.safetensors", "found.jpg", "train.txt", "val.txt"):
         assert (run / name).exists(), name

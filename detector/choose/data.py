@@ -9,7 +9,8 @@ from ..data.find import find_data
 from ..data.sources import DataConfig, build_dataset
 from ..data.split import split_dataset, write_split
 
-VAL_SHARE = 0.2
+# A tenth of the pictures to validate on, but these where there are few, and never more than a fifth.
+_SHARE, _FEWEST, _MOST_SHARE = 0.1, 30, 0.2
 
 
 def choose_data(
@@ -30,7 +31,8 @@ def choose_data(
     if "val" in found.splits:
         return data, remarks
     dataset = build_dataset(parse_config(recipe_of(data)).data, "train", read=read)
-    parts = split_dataset(dataset, seed, VAL_SHARE)
+    share = min(max(_SHARE, _FEWEST / len(dataset)), _MOST_SHARE)
+    parts = split_dataset(dataset, seed, share)
     lists = write_split(folder, dataset, parts)
     sources = found.splits["train"]
     for part, listed in lists.items():

@@ -130,7 +130,8 @@ def choose_training(machine: Machine, is_pretrained: bool, num_images: int) -> R
         "weight_decay": 0.05,
         "schedule": "cosine",
         "clip_norm": 10.0,
-        "best_metric": "AP50",
+        # AP50 of few pictures is too coarse to choose by.
+        "best_metric": "AP",
     }
     if machine.has_gpu:
         train["amp"] = "bf16"
