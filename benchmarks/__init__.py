@@ -6,11 +6,11 @@ from .inference import compare_inference
 from .memory import peak_memory
 from .models import INFERENCE_FORMS
 from .pipeline import coco_backends, measure_evaluation, measure_loader
-from .profile import profile_training
 from .settings import DTYPES, Settings, describe_machine
 from .stream import measure_stream
 from .tables import format_limit, format_times, plot_growth, plot_parts
 from .training import compare_training
+from .training_profile import profile_training
 
 __all__ = [
     "DTYPES",
