@@ -94,8 +94,12 @@ def _backend() -> str:
 
 
 def own_gpu() -> str:
-    """The name of this process's GPU."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if world_size() > 1 else "cuda"
+    """The name of this process's GPU. ValueError: torchrun did not start the processes, so it is not known."""
+    if world_size() == 1:
+        return "cuda"
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError("LOCAL_RANK is not set: start the processes with torchrun")
+    return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 def is_lost(error: BaseException) -> bool:

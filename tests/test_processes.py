@@ -368,3 +368,13 @@ def fail_in_the_second(folder):
 
 def test_a_process_that_is_done_does_not_wait_for_one_that_failed(tmp_path):
     assert several.Crew(2, fail_in_the_second, tmp_path, joins=False).join(60) == [0, 1]
+
+
+def test_each_process_has_the_gpu_of_its_local_rank(monkeypatch):
+    assert processes.own_gpu() == "cuda"
+    place_as(monkeypatch, 5, 8)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert processes.own_gpu() == "cuda:1"
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ValueError, match="start the processes with torchrun"):
+        processes.own_gpu()
