@@ -29,8 +29,8 @@ from .statistics import Machine, Objects, look_at_machine, objects_of
 from .timing import choose_epochs, measure_pace
 from .weights import find_weights
 
-# With fewer epochs than these, a budget is better spent on a smaller network.
-_TOO_FEW_EPOCHS = 10
+# With fewer epochs than these, a budget is better spent on a smaller network: see benchmarks/README.md.
+_TOO_FEW_EPOCHS = 16
 _SMALLER = {"model": {"backbone": {"name": "resnet18", "width": 16}, "min_size": 224}}
 
 
