@@ -1,0 +1,92 @@
+"""An experiment: jobs under names, whose results are kept in one JSON file as they come."""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from matplotlib.figure import Figure
+
+from detector.files import read_json, write_json
+
+from ..settings import describe_machine
+
+T = TypeVar("T")
+Result = dict[str, Any]
+Results = dict[str, Result]  # under "arm/seed"
+
+
+class Job(Protocol):
+    """One training and what is measured of it."""
+
+    def __call__(self, folder: Path) -> Result:
+        """Train in a folder, from where an earlier call stopped. The result is for JSON."""
+
+    def seconds(self) -> float:
+        """Time some steps. Returns the CPU seconds of the whole job, as estimated from them."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms that differ in one option each, with several seeds.
+
+    table: header and rows of the results; a number that is not measured is None.
+    """
+
+    jobs: Mapping[str, Job]
+    draw: Callable[[Figure, Results], None]
+    table: Callable[[Results], tuple[list[str], list[list[Any]]]]
+
+
+def run_experiment(
+    experiment: Experiment, path: Path, folder: Path, settings: Result, processes: int
+) -> Results:
+    """Run the jobs whose results are not in the JSON file `path` yet, and add them. Returns all results.
+
+    folder: of the runs. settings: what the jobs were made from.
+
+    ValueError: the file holds results of other settings.
+    """
+    results = read_results(path, settings)
+    missing = {name: job for name, job in experiment.jobs.items() if name not in results}
+    for name, result in completed(missing, folder, processes):
+        print(f"{path.stem} {name} is done", flush=True)
+        results[name] = result
+        write_json(path, {"machine": describe_machine(), "settings": settings, "results": results}, indent=1)
+    return {name: results[name] for name in experiment.jobs}
+
+
+def read_results(path: Path, settings: Result | None = None) -> Results:
+    """The results of an experiment so far; {} without a file. ValueError: they are of other settings."""
+    if not path.exists():
+        return {}
+    record = read_json(path)
+    if settings not in (None, record["settings"]):
+        raise ValueError(
+            f"{path}: holds results of other settings, {record['settings']}; name another folder or remove it"
+        )
+    return record["results"]
+
+
+def completed(jobs: Mapping[str, Job], folder: Path, processes: int) -> Iterator[tuple[str, Result]]:
+    """Run jobs, `processes` of them at a time with one thread each. Yields (name, result) as they end."""
+    if processes == 1:
+        torch.set_num_threads(1)
+        yield from ((name, job(folder / name)) for name, job in jobs.items())
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+        names = {pool.submit(job, folder / name): name for name, job in jobs.items()}
+        for future in as_completed(names):
+            yield names[future], future.result()
+
+
+def by_arm(named: Mapping[str, T]) -> dict[str, list[T]]:
+    """The results, or jobs, of all seeds under each arm's name, in order."""
+    arms: dict[str, list[T]] = {}
+    for name, value in named.items():
+        arms.setdefault(name.rpartition("/")[0], []).append(value)
+    return arms
