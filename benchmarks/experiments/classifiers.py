@@ -58,7 +58,7 @@ class MeasuredRun(ClassifierRun):
         model = Classifier(network, len(self.class_names), self.preprocessing)
         return 1 - self.top1(model, self.val_loader)
 
-    def some_pictures(self, count: int = 128) -> tuple[Tensor, Tensor]:
+    def some_pictures(self, count: int = 32) -> tuple[Tensor, Tensor]:
         """Normalised training pictures (count, 3, h, w) and their labels (count,), always the same ones."""
         chosen = np.random.default_rng(0).permutation(len(self.train_set))[:count]
         images, labels = (torch.from_numpy(a[chosen]) for a in (self.train_set.images, self.train_set.labels))
@@ -84,6 +84,8 @@ class ClassifierJob:
         step, began = run.training.step, time.process_time()
         train_in_silence(run)
         seconds, steps = time.process_time() - began, run.training.step - step
+        if self.checkpointing:
+            del run.training.model.network.forward
         run.training.model.load_weights(read_state_dict(folder / "last.safetensors"))
         found = {
             "parameters": count_parameters(run.training.model),

@@ -39,11 +39,11 @@ PUBLISHED_SHORTCUTS = {
     "dropout": "fails",
 }
 PUBLISHED_ORDERS = {
-    "original": "6.61",
-    "bn_after_addition": "8.17",
-    "relu_before_addition": "7.84",
-    "relu_only_preactivation": "6.71",
-    "full_preactivation": "6.37",
+    "original-110": "6.61",
+    "bn_after_addition-110": "8.17",
+    "relu_before_addition-110": "7.84",
+    "relu_only_preactivation-110": "6.71",
+    "full_preactivation-110": "6.37",
 }
 
 
@@ -84,5 +84,7 @@ def shortcuts(scale: Scale) -> Experiment:
 
 
 def order(scale: Scale) -> Experiment:
-    arms = {order: {"order": order} for order in ORDERS}
+    arms = {
+        f"{order}-{depth}": {"order": order, "depth": depth} for depth in scale.orders for order in ORDERS
+    }
     return Experiment(jobs(scale, arms), plot_bars, partial(table, PUBLISHED_ORDERS))

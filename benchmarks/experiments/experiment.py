@@ -55,7 +55,8 @@ def run_experiment(
     for name, result in completed(missing, folder, processes):
         print(f"{path.stem} {name} is done", flush=True)
         results[name] = result
-        write_json(path, {"machine": describe_machine(), "settings": settings, "results": results}, indent=1)
+        record = {"machine": describe_machine(), "settings": settings, "results": results}
+        write_json(path, record, indent=1)
     return {name: results[name] for name in experiment.jobs}
 
 

@@ -18,7 +18,7 @@ def save_figure(experiment: Experiment, results: Results, path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     experiment.draw(figure, results)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=64))
 
 
 def plot_curves(axes: Any, arms: Mapping[str, Sequence[Result]]) -> None:

@@ -1,5 +1,6 @@
 """How much the experiments train, and the recipe that all their classifiers share."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ class Scale:
 
     data_root: the folder that holds bccd and foda.
     pictures, large_pictures: the section `data` of CIFAR networks, and of backbones.
-    depths: of the plain and residual networks that are compared. depth: of all other CIFAR networks.
+    depths: of the plain and residual networks that are compared. orders: depths of the networks in each order.
+    depth: of all other CIFAR networks.
     thousand: depths of very deep networks, and whether their units are bottlenecks.
     share: of the epochs of a detector's recipe. detector: overrides of it.
     """
@@ -34,6 +36,7 @@ class Scale:
     epochs: int = 50
     batch_size: int = 64
     depths: tuple[int, ...] = (20, 32, 44, 56)
+    orders: tuple[int, ...] = (56, 110)
     depth: int = 56
     thousand: tuple[tuple[int, bool], ...] = ((1001, True), (1202, False))
     thousand_epochs: int = 10
@@ -44,9 +47,10 @@ class Scale:
     overrides: tuple[str, ...] = field(default=())
 
     def describe(self) -> dict[str, Any]:
-        """The settings for JSON."""
-        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        return values | {"data_root": str(self.data_root), "thousand": [list(t) for t in self.thousand]}
+        """The settings for JSON, without the number of seeds: more of them may be added."""
+        values = asdict(self) | {"data_root": str(self.data_root)}
+        del values["seeds"]
+        return json.loads(json.dumps(values))
 
 
 def full_scale(data_root: Path, overrides: tuple[str, ...] = ()) -> Scale:
@@ -64,6 +68,7 @@ def quick_scale(data_root: Path, overrides: tuple[str, ...] = ()) -> Scale:
         epochs=2,
         batch_size=12,
         depths=(14, 20),
+        orders=(8,),
         depth=8,
         thousand=((29, True), (14, False)),
         thousand_epochs=1,
