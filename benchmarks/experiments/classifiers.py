@@ -124,14 +124,14 @@ def train_in_silence(run: TrainingRun) -> dict[str, Any]:
 
 
 def seconds_per_step(run: TrainingRun) -> float:
-    """CPU seconds of a training step, the mean of a few after the first."""
-    training = run.training
+    """CPU seconds of a training step: the mean of some after the first, or the first where an epoch has no other."""
+    training, began = run.training, time.process_time()
     run.batches.set_epoch(0)
     for number, batch in enumerate(islice(run.loader, 1 + TIMED_STEPS)):
         if number == 1:
             began = time.process_time()
         sum(training.task(training.model, batch, run.device, (0, 0, number)).values()).backward()
-    return (time.process_time() - began) / number
+    return (time.process_time() - began) / max(1, number)
 
 
 def add_noise(images: np.ndarray, deviation: float, seed: int) -> None:

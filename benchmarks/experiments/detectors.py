@@ -57,11 +57,8 @@ class DetectorJob:
         return Run(self.config, folder, CPU, resume=has_state(folder))
 
     def seconds(self) -> float:
-        return self.epoch_seconds() * self.config.train.epochs * (1 + OVERHEAD)
-
-    def epoch_seconds(self) -> float:
         run = self.open(UNTRAINED)
-        return seconds_per_step(run) * len(run.batches)
+        return (1 + OVERHEAD) * seconds_per_step(run) * len(run.batches) * self.config.train.epochs
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,8 @@ class PretrainedJob:
         """The detector's epochs after the classifier's time. They are kept, for a run that goes on later."""
         path = folder / "epochs.json"
         if not path.exists():
-            spent = ClassifierJob(self.classifier).seconds() / (1 + OVERHEAD)
-            left = self.detector.config.train.epochs - spent / self.detector.epoch_seconds()
-            write_json(path, max(1, round(left)))
+            spent = ClassifierJob(self.classifier).seconds() / self.detector.seconds()
+            write_json(path, max(1, round((1 - spent) * self.detector.config.train.epochs)))
         return read_json(path)
 
     def starting_from(self, classifier: Path, epochs: int) -> Config:
@@ -169,7 +165,7 @@ def table(results: Results) -> tuple[list[str], list[list[Any]]]:
 
 def draw(figure: Figure, results: Results) -> None:
     """AP50 of each seed, a panel for each data set."""
-    for axes, data in zip(figure.subplots(1, len(DATA)), DATA, strict=True):
+    for axes, data in zip(figure.subplots(1, len(DATA), squeeze=False)[0], DATA, strict=True):
         arms: Mapping[str, list[Result]] = {
             arm.removeprefix(data): found for arm, found in by_arm(results).items() if arm.startswith(data)
         }
