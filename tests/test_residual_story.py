@@ -1,6 +1,7 @@
 """The experiments of benchmarks/residual.py, in their quick form, and the effects that they show."""
 
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -15,7 +16,7 @@ from benchmarks import residual
 from benchmarks.experiments import detectors
 from benchmarks.experiments.classifiers import UNTRAINED, ClassifierJob
 from benchmarks.experiments.comparisons import degradation, order, shortcuts
-from benchmarks.experiments.experiment import by_arm
+from benchmarks.experiments.experiment import by_arm, read_results
 from benchmarks.experiments.inside import (
     bypass,
     conv3x3_layers,
@@ -26,9 +27,12 @@ from benchmarks.experiments.inside import (
     without_units,
 )
 from benchmarks.experiments.scale import full_scale, quick_scale, recipe
+from benchmarks.experiments.tables import markdown
 from detector.data.shapes import draw_picture
 from detector.files import read_json
 from detector.stop import Interrupted
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,8 @@ def read(tmp_path, name):
 
 
 def test_degradation_keeps_curves_and_trains_nothing_twice(run, tmp_path, monkeypatch):
+    run("degradation", "--only", "plain-14/0")
+    assert not (tmp_path / "figures").exists()
     printed = run("degradation")
     results = read(tmp_path, "degradation")
     assert list(by_arm(results)) == ["plain-14", "resnet-14"]
@@ -66,8 +72,13 @@ def test_degradation_keeps_curves_and_trains_nothing_twice(run, tmp_path, monkey
         assert all(0 <= p["train_error"] <= 1 and 0 <= p["test_error"] <= 1 for p in result["curve"])
     assert results["plain-14/0"]["parameters"] == results["resnet-14/0"]["parameters"]
     monkeypatch.setattr(ClassifierJob, "__call__", lambda job, folder: pytest.fail("it trains again"))
-    again = run("degradation")
-    assert again == printed[printed.index("### degradation") :] == run("degradation", "--tables")
+    table = printed[printed.index("degradation\n| ") :]
+    document = tmp_path / "story.md"
+    document.write_text("before\n<!-- degradation -->\nold\n<!-- end of degradation -->\nafter\n")
+    assert run("degradation") == table == run("degradation", "--tables", f"--document={document}")
+    text = document.read_text()
+    assert table.partition("\n")[2] in text and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n")
     assert "holds results of other settings" in run("degradation", "train.lr=0.1", status=1)
 
 
@@ -157,6 +168,13 @@ def test_a_stopped_training_goes_on_to_the_same_result(data, tmp_path, monkeypat
         with pytest.raises(Interrupted):
             job(tmp_path / "stopped")
     assert job(tmp_path / "stopped")["curve"] == whole["curve"]
+
+
+def test_the_document_s_tables_are_those_of_the_json_files():
+    text = (ROOT / "docs" / "residual.md").read_text(encoding="utf-8")
+    for name, make in (residual.ALL | residual.APART).items():
+        results = read_results(ROOT / "benchmarks" / "residual" / f"{name}.json")
+        assert markdown(make(full_scale(Path("datasets"))), results) in text, name
 
 
 @pytest.mark.parametrize("experiment", [degradation, shortcuts, order])

@@ -1,7 +1,6 @@
 """Experiments 1 to 3: depth, shortcuts, and the order of norm, ReLU and addition, each with all else equal."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -9,7 +8,7 @@ from matplotlib.figure import Figure
 from backbones.residual import ORDERS
 
 from .classifiers import ClassifierJob
-from .experiment import Experiment, Results, by_arm
+from .experiment import Experiment, Result, Results, by_arm
 from .figures import plot_bars, plot_curves
 from .scale import Scale, recipe
 from .spread import errors
@@ -57,18 +56,16 @@ def jobs(scale: Scale, arms: Mapping[str, dict[str, Any]]) -> dict[str, Classifi
     }
 
 
-def table(published: Mapping[str, str], results: Results) -> tuple[list[str], list[list[Any]]]:
-    header = ["network", "parameters", "seeds", "training error, %", "test error, %", "paper, test error, %"]
-    rows = [
-        [arm, found[0]["parameters"], len(found), *errors(found), published.get(arm)]
-        for arm, found in by_arm(results).items()
-    ]
-    return header, rows
+HEADER = ("parameters", "training error, %", "test error, %")
+
+
+def row(found: list[Result]) -> list[Any]:
+    return [found[0]["parameters"], *errors(found)]
 
 
 def degradation(scale: Scale) -> Experiment:
     arms = {f"{kind}-{d}": {"depth": d, **options} for kind, options in KINDS.items() for d in scale.depths}
-    return Experiment(jobs(scale, arms), draw_degradation, partial(table, PUBLISHED_DEPTHS))
+    return Experiment(jobs(scale, arms), draw_degradation, HEADER, row, PUBLISHED_DEPTHS)
 
 
 def draw_degradation(figure: Figure, results: Results) -> None:
@@ -80,11 +77,11 @@ def draw_degradation(figure: Figure, results: Results) -> None:
 
 
 def shortcuts(scale: Scale) -> Experiment:
-    return Experiment(jobs(scale, SHORTCUTS), plot_bars, partial(table, PUBLISHED_SHORTCUTS))
+    return Experiment(jobs(scale, SHORTCUTS), plot_bars, HEADER, row, PUBLISHED_SHORTCUTS)
 
 
 def order(scale: Scale) -> Experiment:
     arms = {
         f"{order}-{depth}": {"order": order, "depth": depth} for depth in scale.orders for order in ORDERS
     }
-    return Experiment(jobs(scale, arms), plot_bars, partial(table, PUBLISHED_ORDERS))
+    return Experiment(jobs(scale, arms), plot_bars, HEADER, row, PUBLISHED_ORDERS)

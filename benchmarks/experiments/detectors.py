@@ -120,7 +120,7 @@ def detectors(scale: Scale) -> Experiment:
         for data in DATA
         for arm, options in ARMS.items()
     }
-    return Experiment(jobs, draw, table)
+    return Experiment(jobs, draw, HEADER, row)
 
 
 def pretraining(scale: Scale) -> Experiment:
@@ -131,7 +131,7 @@ def pretraining(scale: Scale) -> Experiment:
             scratch = detector_job(scale, data, seed)
             jobs[f"{data} from scratch/{seed}"] = scratch
             jobs[f"{data} pre-trained/{seed}"] = PretrainedJob(objects_recipe(scale, data, seed), scratch)
-    return Experiment(jobs, draw, table)
+    return Experiment(jobs, draw, HEADER, row)
 
 
 def objects_recipe(scale: Scale, data: str, seed: int) -> ClassifierConfig:
@@ -148,19 +148,12 @@ def objects_recipe(scale: Scale, data: str, seed: int) -> ClassifierConfig:
     return load_config(path, overrides, kind=ClassifierConfig)
 
 
-def table(results: Results) -> tuple[list[str], list[list[Any]]]:
-    header = ["detector", "split", "seeds", "epochs", "AP50", "AP"]
-    rows = [
-        [
-            arm,
-            found[0]["split"],
-            len(found),
-            spread([r["epochs"] for r in found], digits=0),
-            *(spread([r[metric] for r in found], digits=3) for metric in ("AP50", "AP")),
-        ]
-        for arm, found in by_arm(results).items()
-    ]
-    return header, rows
+HEADER = ("split", "epochs", "AP50", "AP")
+
+
+def row(found: list[Result]) -> list[str | None]:
+    epochs = spread([r["epochs"] for r in found], digits=0)
+    return [found[0]["split"], epochs, *(spread([r[m] for r in found], digits=3) for m in ("AP50", "AP"))]
 
 
 def draw(figure: Figure, results: Results) -> None:

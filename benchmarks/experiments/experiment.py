@@ -1,8 +1,8 @@
 """An experiment: jobs under names, whose results are kept in one JSON file as they come."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,33 +31,45 @@ class Job(Protocol):
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms that differ in one option each, with several seeds.
+    """Arms that differ in one option each, with several seeds: the jobs are named "arm/seed".
 
-    table: header and rows of the results; a number that is not measured is None.
+    header, row: names of an arm's measures, and a call that makes them of the results of its seeds; None: not measured.
+    published: test errors of the papers, in percent, for the arms that have one.
     """
 
     jobs: Mapping[str, Job]
     draw: Callable[[Figure, Results], None]
-    table: Callable[[Results], tuple[list[str], list[list[Any]]]]
+    header: tuple[str, ...]
+    row: Callable[[list[Result]], list[Any]]
+    published: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_experiment(
-    experiment: Experiment, path: Path, folder: Path, settings: Result, processes: int
+    experiment: Experiment,
+    path: Path,
+    folder: Path,
+    settings: Result,
+    processes: int,
+    only: Collection[str] = (),
 ) -> Results:
-    """Run the jobs whose results are not in the JSON file `path` yet, and add them. Returns all results.
+    """Run the jobs whose results are not in the JSON file `path` yet, and add them. Returns all results so far.
 
-    folder: of the runs. settings: what the jobs were made from.
+    folder: of the runs. settings: what the jobs were made from. only: names of jobs; () is all of them.
 
     ValueError: the file holds results of other settings.
     """
     results = read_results(path, settings)
-    missing = {name: job for name, job in experiment.jobs.items() if name not in results}
+    missing = {
+        name: job
+        for name, job in experiment.jobs.items()
+        if name not in results and (not only or name in only)
+    }
     for name, result in completed(missing, folder, processes):
         print(f"{path.stem} {name} is done", flush=True)
         results[name] = result
         record = {"machine": describe_machine(), "settings": settings, "results": results}
         write_json(path, record, indent=1)
-    return {name: results[name] for name in experiment.jobs}
+    return {name: results[name] for name in experiment.jobs if name in results}
 
 
 def read_results(path: Path, settings: Result | None = None) -> Results:

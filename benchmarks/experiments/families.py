@@ -22,7 +22,7 @@ def families(scale: Scale) -> Experiment:
     for seed in range(scale.seeds):
         for arm, job in (arms_of_dense(scale, seed) | arms_of_units(scale, seed)).items():
             jobs[f"{arm}/{seed}"] = job
-    return Experiment(jobs, draw, table)
+    return Experiment(jobs, draw, HEADER, row)
 
 
 def arms_of_dense(scale: Scale, seed: int) -> dict[str, ClassifierJob]:
@@ -79,13 +79,11 @@ def class_deviation(gates: torch.Tensor, labels: torch.Tensor) -> float:
     return float(means.std(0).mean())
 
 
-def table(results: Results) -> tuple[list[str], list[list[Any]]]:
-    header = ["network", "parameters", "seeds", "training error, %", "test error, %", "ms a step"]
-    rows = [
-        [arm, found[0]["parameters"], len(found), *errors(found), step_time(found)]
-        for arm, found in by_arm(results).items()
-    ]
-    return header, rows
+HEADER = ("parameters", "training error, %", "test error, %", "ms a step")
+
+
+def row(found: list[Result]) -> list[Any]:
+    return [found[0]["parameters"], *errors(found), step_time(found)]
 
 
 def step_time(found: Sequence[Result]) -> str | None:

@@ -14,7 +14,9 @@ from .experiment import Experiment, Result, Results, by_arm
 
 
 def save_figure(experiment: Experiment, results: Results, path: Path) -> None:
-    """Draw an experiment's figure as a PNG, whole or not at all."""
+    """Draw an experiment's figure as a PNG, once every arm has a result."""
+    if by_arm(results).keys() != by_arm(experiment.jobs).keys():
+        return
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     experiment.draw(figure, results)

@@ -75,7 +75,12 @@ def quick_scale(data_root: Path, overrides: tuple[str, ...] = ()) -> Scale:
         widths=(8,),
         noises=(60,),
         share=0.04,
-        detector=("model.backbone.width=8", "model.min_size=64", "model.max_size=96"),
+        detector=(
+            "model.backbone.width=8",
+            "model.min_size=64",
+            "model.max_size=96",
+            "model.anchor_sizes=[24]",
+        ),
         overrides=overrides,
     )
 

@@ -5,7 +5,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .classifiers import ClassifierJob
-from .experiment import Experiment, Results, by_arm
+from .experiment import Experiment, Result, Results, by_arm
 from .figures import plot_curves
 from .scale import Scale, recipe
 from .spread import errors, spread
@@ -22,31 +22,29 @@ def thousand(scale: Scale) -> Experiment:
             backbone = {"name": "cifar_resnet", "depth": depth, "bottlenecks": bottlenecks, "order": order}
             config = recipe(scale, backbone, 0, epochs=scale.thousand_epochs)
             jobs[f"{depth} {order}/0"] = ClassifierJob(config, (look_at_layers,), checkpointing=True)
-    return Experiment(jobs, draw, table)
+    return Experiment(jobs, draw, HEADER, row, PUBLISHED)
 
 
 # Test error on CIFAR-10 in percent: He et al. 2016, Table 4; 1202 layers, He et al. 2015, Table 6.
 PUBLISHED = {"1001 original": "7.61", "1001 full_preactivation": "4.92", "1202 original": "7.93"}
 
 
-def table(results: Results) -> tuple[list[str], list[list[Any]]]:
-    header = [
-        "network",
-        "parameters",
-        "steps",
-        "seconds a step",
-        "peak memory, MB",
-        "gradient, first over last, at the start",
-        "training error, %",
-        "test error, %",
-        "paper, test error, %",
-    ]
-    rows = []
-    for arm, (result, *_) in by_arm(results).items():
-        numbers = [result["curve"][-1]["step"], result["seconds_per_step"], round(result["peak_mb"])]
-        gradient = spread([growth(result["gradients_at_start"])], digits=2)
-        rows.append([arm, result["parameters"], *numbers, gradient, *errors([result]), PUBLISHED.get(arm)])
-    return header, rows
+HEADER = (
+    "parameters",
+    "steps",
+    "seconds a step",
+    "peak memory, MB",
+    "gradient, first over last, at the start",
+    "training error, %",
+    "test error, %",
+)
+
+
+def row(found: list[Result]) -> list[Any]:
+    (result,) = found
+    numbers = [result["curve"][-1]["step"], result["seconds_per_step"], round(result["peak_mb"])]
+    gradient = spread([growth(result["gradients_at_start"])], digits=2)
+    return [result["parameters"], *numbers, gradient, *errors(found)]
 
 
 def draw(figure: Figure, results: Results) -> None:

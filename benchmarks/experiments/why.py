@@ -1,7 +1,6 @@
 """Experiment 4: gradients and responses of every layer, and what a trained network does without some of its units."""
 
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ def why(scale: Scale) -> Experiment:
                 backbone = {"name": "cifar_resnet", "depth": depth, **options}
                 job = ClassifierJob(recipe(scale, backbone, seed), (look_at_layers, look_at_units))
                 jobs[f"{kind}-{depth}/{seed}"] = job
-    return Experiment(jobs, draw, table)
+    return Experiment(jobs, draw, HEADER, row)
 
 
 def look_at_layers(run: MeasuredRun) -> Result:
@@ -94,20 +93,16 @@ def growth(gradients: list[float]) -> float:
     return gradients[1] / gradients[-1]
 
 
-def table(results: Results) -> tuple[list[str], list[list[Any]]]:
-    header = [
-        "network",
-        "seeds",
-        "gradient, first over last, at the start",
-        "after training",
-        "training error, %",
-        "test error, %",
-        "without one unit, worst",
-        "mean",
-        "without half",
-        "two swapped",
-    ]
-    return header, [[arm, len(found), *row(found)] for arm, found in by_arm(results).items()]
+HEADER = (
+    "gradient, first over last, at the start",
+    "after training",
+    "training error, %",
+    "test error, %",
+    "without one unit, worst",
+    "mean",
+    "without half",
+    "two swapped",
+)
 
 
 def row(found: list[Result]) -> list[str | None]:
