@@ -1,8 +1,8 @@
 """An experiment: jobs under names, whose results are kept in one JSON file as they come."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -85,16 +85,22 @@ def read_results(path: Path, settings: Result | None = None) -> Results:
 
 
 def completed(jobs: Mapping[str, Job], folder: Path, processes: int) -> Iterator[tuple[str, Result]]:
-    """Run jobs, `processes` of them at a time with one thread each. Yields (name, result) as they end."""
+    """Run jobs, `processes` of them at a time with one thread each. Yields (name, result) as they end.
+
+    When it is stopped, it stops the trainings, which save their states.
+    """
+    call = partial(run_job, folder)
     if processes == 1:
         torch.set_num_threads(1)
-        yield from ((name, job(folder / name)) for name, job in jobs.items())
+        yield from map(call, jobs.items())
         return
-    context = get_context("spawn")
-    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-        names = {pool.submit(job, folder / name): name for name, job in jobs.items()}
-        for future in as_completed(names):
-            yield names[future], future.result()
+    with get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap_unordered(call, jobs.items())
+
+
+def run_job(folder: Path, named: tuple[str, Job]) -> tuple[str, Result]:
+    name, job = named
+    return name, job(folder / name)
 
 
 def by_arm(named: Mapping[str, T]) -> dict[str, list[T]]:

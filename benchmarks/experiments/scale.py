@@ -1,7 +1,7 @@
 """How much the experiments train, and the recipe that all their classifiers share."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,21 @@ class Scale:
     noises: tuple[int, ...] = (0, 30, 60)
     share: float = 0.25
     detector: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = field(default=())
+    overrides: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """The settings for JSON, without the number of seeds: more of them may be added."""
-        values = asdict(self) | {"data_root": str(self.data_root)}
-        del values["seeds"]
-        return json.loads(json.dumps(values))
+        """The settings for JSON that no name of a training tells."""
+        kept = (
+            "pictures",
+            "large_pictures",
+            "epochs",
+            "batch_size",
+            "depth",
+            "share",
+            "detector",
+            "overrides",
+        )
+        return json.loads(json.dumps({name: getattr(self, name) for name in kept}))
 
 
 def full_scale(data_root: Path, overrides: tuple[str, ...] = ()) -> Scale:
