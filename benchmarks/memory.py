@@ -49,7 +49,7 @@ def run_alone(
     build, times = (_build_step, 2) if task == "training" else (_build_detection, 1)
     run = build(chosen, form, tuple(size), count)
     building = peak_mb(chosen.device)
-    _forget_peak(chosen.device)
+    forget_peak(chosen.device)
     for _ in range(times):
         run()
     running = peak_mb(chosen.device)
@@ -84,7 +84,7 @@ def peak_mb(device: str) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def _forget_peak(device: str) -> None:
+def forget_peak(device: str) -> None:
     """Begin a new peak, on CUDA and on Linux. On other systems the old one stays."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,111 @@
+"""An experiment: jobs under names, whose results are kept in one JSON file as they come."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from matplotlib.figure import Figure
+
+from detector.files import read_json, write_json
+
+from ..settings import describe_machine
+
+T = TypeVar("T")
+Result = dict[str, Any]
+Results = dict[str, Result]  # under "arm/seed"
+
+
+class Job(Protocol):
+    """One training and what is measured of it."""
+
+    def __call__(self, folder: Path) -> Result:
+        """Train in a folder, from where an earlier call stopped. The result is for JSON."""
+
+    def seconds(self) -> float:
+        """Time some steps. Returns the CPU seconds of the whole job, as estimated from them."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms that differ in one option each, with several seeds: the jobs are named "arm/seed".
+
+    header, row: names of an arm's measures, and a call that makes them of the results of its seeds; None: not measured.
+    published: test errors of the papers, in percent, for the arms that have one.
+    """
+
+    jobs: Mapping[str, Job]
+    draw: Callable[[Figure, Results], None]
+    header: tuple[str, ...]
+    row: Callable[[list[Result]], list[Any]]
+    published: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_experiment(
+    experiment: Experiment,
+    path: Path,
+    folder: Path,
+    settings: Result,
+    processes: int,
+    only: Collection[str] = (),
+) -> Results:
+    """Run the jobs whose results are not in the JSON file `path` yet, and add them. Returns all results so far.
+
+    folder: of the runs. settings: what the jobs were made from. only: names of jobs; () is all of them.
+
+    ValueError: the file holds results of other settings.
+    """
+    results = read_results(path, settings)
+    missing = {
+        name: job
+        for name, job in experiment.jobs.items()
+        if name not in results and (not only or name in only)
+    }
+    for name, result in completed(missing, folder, processes):
+        print(f"{path.stem} {name} is done", flush=True)
+        results[name] = result
+        record = {"machine": describe_machine(), "settings": settings, "results": results}
+        write_json(path, record, indent=1)
+    return {name: results[name] for name in experiment.jobs if name in results}
+
+
+def read_results(path: Path, settings: Result | None = None) -> Results:
+    """The results of an experiment so far; {} without a file. ValueError: they are of other settings."""
+    if not path.exists():
+        return {}
+    record = read_json(path)
+    if settings not in (None, record["settings"]):
+        raise ValueError(
+            f"{path}: holds results of other settings, {record['settings']}; name another folder or remove it"
+        )
+    return record["results"]
+
+
+def completed(jobs: Mapping[str, Job], folder: Path, processes: int) -> Iterator[tuple[str, Result]]:
+    """Run jobs, `processes` of them at a time with one thread each. Yields (name, result) as they end.
+
+    When it is stopped, it stops the trainings, which save their states.
+    """
+    call = partial(run_job, folder)
+    if processes == 1:
+        torch.set_num_threads(1)
+        yield from map(call, jobs.items())
+        return
+    with get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap_unordered(call, jobs.items())
+
+
+def run_job(folder: Path, named: tuple[str, Job]) -> tuple[str, Result]:
+    name, job = named
+    return name, job(folder / name)
+
+
+def by_arm(named: Mapping[str, T]) -> dict[str, list[T]]:
+    """The results, or jobs, of all seeds under each arm's name, in order."""
+    arms: dict[str, list[T]] = {}
+    for name, value in named.items():
+        arms.setdefault(name.rpartition("/")[0], []).append(value)
+    return arms

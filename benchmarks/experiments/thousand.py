@@ -1,0 +1,59 @@
+"""Experiment 5: networks of a thousand layers, whose activations are computed again in the backward pass."""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .classifiers import ClassifierJob
+from .experiment import Experiment, Result, Results, by_arm
+from .figures import plot_curves
+from .scale import Scale, recipe
+from .spread import errors, spread
+from .why import growth, look_at_layers
+
+ORDERS = ("original", "full_preactivation")
+
+
+def thousand(scale: Scale) -> Experiment:
+    """Each depth in the original order and in full pre-activation, with one seed."""
+    jobs = {}
+    for depth, bottlenecks in scale.thousand:
+        for order in ORDERS:
+            backbone = {"name": "cifar_resnet", "depth": depth, "bottlenecks": bottlenecks, "order": order}
+            config = recipe(scale, backbone, 0, epochs=scale.thousand_epochs)
+            jobs[f"{depth} {order}/0"] = ClassifierJob(config, (look_at_layers,), checkpointing=True)
+    return Experiment(jobs, draw, HEADER, row, PUBLISHED)
+
+
+# Test error on CIFAR-10 in percent: He et al. 2016, Table 4; 1202 layers, He et al. 2015, Table 6.
+PUBLISHED = {"1001 original": "7.61", "1001 full_preactivation": "4.92", "1202 original": "7.93"}
+
+
+HEADER = (
+    "parameters",
+    "steps",
+    "seconds a step",
+    "peak memory, MB",
+    "gradient, first over last, at the start",
+    "training error, %",
+    "test error, %",
+)
+
+
+def row(found: list[Result]) -> list[Any]:
+    (result,) = found
+    numbers = [result["curve"][-1]["step"], result["seconds_per_step"], round(result["peak_mb"])]
+    gradient = spread([growth(result["gradients_at_start"])], digits=2)
+    return [result["parameters"], *numbers, gradient, *errors(found)]
+
+
+def draw(figure: Figure, results: Results) -> None:
+    """Gradients of every layer at the start, and errors against steps."""
+    left, right = figure.subplots(1, 2)
+    arms = by_arm(results)
+    for number, (arm, (result, *_)) in enumerate(arms.items()):
+        left.semilogy(result["gradients_at_start"][1:], color=f"C{number}", label=arm)
+    left.set(xlabel="3x3 layer", title="gradient norm at the start")
+    left.legend(fontsize="small")
+    plot_curves(right, arms)
+    right.set_title("training error (dashed) and test error")

@@ -1,0 +1,137 @@
+"""Experiment 4: gradients and responses of every layer, and what a trained network does without some of its units."""
+
+from itertools import combinations
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from backbones.residual import ResidualBlock
+from detector.classify.classifier import build_classifier
+
+from .classifiers import ClassifierJob, MeasuredRun
+from .experiment import Experiment, Result, Results, by_arm
+from .inside import (
+    gradient_norms,
+    keeps_size,
+    response_deviations,
+    unit_places,
+    with_units_swapped,
+    without_units,
+)
+from .scale import Scale, recipe
+from .spread import errors, spread
+
+KINDS = {"plain": {"shortcut": "none"}, "resnet": {}, "stochastic": {"stochastic_depth": 0.5}}
+DRAWS = 5
+
+
+def why(scale: Scale) -> Experiment:
+    """Plain, residual and stochastic-depth networks of the least and the greatest depth."""
+    depths = scale.depths[0], scale.depths[-1]
+    jobs = {}
+    for seed in range(scale.seeds):
+        for depth in depths:
+            for kind, options in KINDS.items():
+                backbone = {"name": "cifar_resnet", "depth": depth, **options}
+                job = ClassifierJob(recipe(scale, backbone, seed), (look_at_layers, look_at_units))
+                jobs[f"{kind}-{depth}/{seed}"] = job
+    return Experiment(jobs, draw, HEADER, row)
+
+
+def look_at_layers(run: MeasuredRun) -> Result:
+    """Norms of the gradients of each 3x3 layer before and after training, and deviations of its responses."""
+    images, labels = run.some_pictures()
+    network = run.training.model.network
+    return {
+        "gradients_at_start": gradient_norms(untrained(run), images, labels),
+        "gradients_after": gradient_norms(network, images, labels),
+        "response_deviations": response_deviations(network, images),
+    }
+
+
+def untrained(run: MeasuredRun) -> nn.Module:
+    """The run's network with its first weights."""
+    config = run.config
+    torch.manual_seed(config.train.seed)
+    return build_classifier(config.model.backbone, len(run.class_names), run.preprocessing).network
+
+
+def look_at_units(run: MeasuredRun) -> Result:
+    """The test error with all units, without each one, without several, and with two exchanged."""
+    network, rng = run.training.model.network, np.random.default_rng(0)
+    places = unit_places(network)
+
+    def without(dropped: list[str]) -> float:
+        return run.test_error(without_units(network, dropped))
+
+    counts = sorted({max(1, len(places) * percent // 100) for percent in (10, 25, 50)})
+    several = {
+        count: [without(rng.choice(places, count, replace=False).tolist()) for _ in range(DRAWS)]
+        for count in counts
+    }
+    pairs = exchangeable(network, places)
+    chosen = rng.permutation(len(pairs))[:DRAWS]
+    return {
+        "error": run.test_error(network),
+        "without_one": [without([place]) for place in places],
+        "without_several": {str(count): errors for count, errors in several.items()},
+        "two_swapped": [run.test_error(with_units_swapped(network, *pairs[i])) for i in chosen],
+    }
+
+
+def exchangeable(network: nn.Module, places: list[str]) -> list[tuple[str, str]]:
+    """Pairs of units of one stage that keep the map's size."""
+    units: dict[str, ResidualBlock] = {place: network.get_submodule(place) for place in places}
+    kept = [place for place in places if keeps_size(units[place])]
+    return [(a, b) for a, b in combinations(kept, 2) if a.partition(".")[0] == b.partition(".")[0]]
+
+
+def growth(gradients: list[float]) -> float:
+    """The first 3x3 layer's gradient over the last one's, the stem's aside."""
+    return gradients[1] / gradients[-1]
+
+
+HEADER = (
+    "gradient, first over last, at the start",
+    "after training",
+    "training error, %",
+    "test error, %",
+    "without one unit, worst",
+    "mean",
+    "without half",
+    "two swapped",
+)
+
+
+def row(found: list[Result]) -> list[str | None]:
+    """The cells of one arm; errors are in percent."""
+    gradients = [
+        spread([growth(r[key]) for r in found], digits=2) for key in ("gradients_at_start", "gradients_after")
+    ]
+    lesions = [
+        spread([100 * measure(r) for r in found])
+        for measure in (
+            lambda r: max(r["without_one"]),
+            lambda r: np.mean(r["without_one"]),
+            lambda r: np.mean(list(r["without_several"].values())[-1]),
+            lambda r: np.mean(r["two_swapped"]),
+        )
+    ]
+    return [*gradients, *errors(found), *lesions]
+
+
+def draw(figure: Figure, results: Results) -> None:
+    """Gradients at the start, deviations of the responses, and the error without each unit, of the first seed."""
+    arms = {arm: found[0] for arm, found in by_arm(results).items()}
+    left, middle, right = figure.subplots(1, 3)
+    for number, (arm, result) in enumerate(arms.items()):
+        left.semilogy(result["gradients_at_start"][1:], color=f"C{number}", label=arm)
+        middle.plot(result["response_deviations"], color=f"C{number}")
+        lost = 100 * np.array(result["without_one"])
+        right.plot(np.linspace(0, 1, len(lost)), lost, color=f"C{number}")
+    left.set(xlabel="3x3 layer", title="gradient norm at the start")
+    middle.set(xlabel="layer of a branch", title="std of responses after training")
+    right.set(xlabel="place of the dropped unit", title="test error without one unit, %")
+    left.legend(fontsize="small")

@@ -1,0 +1,95 @@
+"""Why residual learning works, measured: train small networks that differ in one option, and look into them.
+
+python benchmarks/residual.py degradation --data datasets
+python benchmarks/residual.py all --plan
+python benchmarks/residual.py all data='{format: cifar, root: datasets/cifar-10-batches-bin}' augment.padding=4 --output runs/cifar
+python benchmarks/residual.py all --tables
+
+`all` is degradation, shortcuts, order, why, thousand and families; `detectors` and `pretraining` are apart. A command
+that was stopped goes on where it was. --data holds the VOC folders bccd and foda. docs/residual.md tells the story.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+# A script finds the modules of its own folder, which has a profile.py as Python does, and not the package `benchmarks`.
+if sys.path[0] == str(Path(__file__).resolve().parent):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.experiments.comparisons import degradation, order, shortcuts
+from benchmarks.experiments.detectors import detectors, pretraining
+from benchmarks.experiments.experiment import Experiment, read_results, run_experiment
+from benchmarks.experiments.families import families
+from benchmarks.experiments.figures import save_figure
+from benchmarks.experiments.scale import Scale, full_scale, quick_scale
+from benchmarks.experiments.tables import format_plan, markdown, put_table
+from benchmarks.experiments.thousand import thousand
+from benchmarks.experiments.why import why
+from detector.command_line import exit_status, make_parser
+
+ALL: dict[str, Callable[[Scale], Experiment]] = {
+    "degradation": degradation,
+    "shortcuts": shortcuts,
+    "order": order,
+    "why": why,
+    "thousand": thousand,
+    "families": families,
+}
+APART = {"detectors": detectors, "pretraining": pretraining}
+HERE = Path("benchmarks/residual")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("name", choices=["all", *ALL, *APART])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the classifiers' recipes")
+    parser.add_argument("--data", type=Path, default=Path("datasets"), help="the folder of bccd and foda")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the JSON files")
+    parser.add_argument("--figures", type=Path, default=Path("docs/residual"), help="folder of the figures")
+    parser.add_argument("--runs", type=Path, default=Path("runs/residual"), help="folder of the trainings")
+    parser.add_argument("--processes", type=int, default=2, help="trainings at a time, of one thread each")
+    parser.add_argument("--only", nargs="+", default=[], help="names of trainings, such as plain-56/0")
+    parser.add_argument("--quick", action="store_true", help="tiny networks, to see that all of it runs")
+    parser.add_argument(
+        "--document", type=Path, default=Path("docs/residual.md"), help="that --tables writes to"
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--plan", action="store_true", help="estimate the hours on two cores and train nothing"
+    )
+    shown.add_argument(
+        "--tables", action="store_true", help="write the results into the document and train nothing"
+    )
+    return exit_status(run, parser.parse_intermixed_args(arguments))
+
+
+def run(args) -> None:
+    scale = (quick_scale if args.quick else full_scale)(args.data, tuple(args.overrides))
+    names = list(ALL) if args.name == "all" else [args.name]
+    experiments = {name: (ALL | APART)[name](scale) for name in names}
+    if args.plan:
+        print(format_plan(experiments))
+        return
+    if args.tables:
+        write_tables(args.document, experiments, args.output)
+        return
+    for name, experiment in experiments.items():
+        path, folder = args.output / f"{name}.json", args.runs / name
+        results = run_experiment(experiment, path, folder, scale.describe(), args.processes, args.only)
+        save_figure(experiment, results, args.figures / f"{name}.png")
+        print(f"{name}\n{markdown(experiment, results)}")
+
+
+def write_tables(document: Path, experiments: Mapping[str, Experiment], folder: Path) -> None:
+    """Write the results of experiments, as far as they are measured, into a document, and print them."""
+    text = document.read_text(encoding="utf-8")
+    for name, experiment in experiments.items():
+        table = markdown(experiment, read_results(folder / f"{name}.json"))
+        text = put_table(text, name, table)
+        print(f"{name}\n{table}")
+    document.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
