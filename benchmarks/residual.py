@@ -13,9 +13,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-# A script finds the modules of its own folder, which has a profile.py as Python does, and not the package `benchmarks`.
-if sys.path[0] == str(Path(__file__).resolve().parent):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+# The package `benchmarks` is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.experiments.comparisons import degradation, order, shortcuts
 from benchmarks.experiments.detectors import detectors, pretraining
