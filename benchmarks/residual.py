@@ -9,6 +9,7 @@ python benchmarks/residual.py all --tables
 that was stopped goes on where it was. --data holds the VOC folders bccd and foda. docs/residual.md tells the story.
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,7 +72,7 @@ def run(args) -> None:
         print(format_plan(experiments))
         return
     if args.tables:
-        write_tables(args.document, experiments, args.output)
+        write_tables(args, experiments)
         return
     for name, experiment in experiments.items():
         path, folder = args.output / f"{name}.json", args.runs / name
@@ -80,14 +81,17 @@ def run(args) -> None:
         print(f"{name}\n{markdown(experiment, results)}")
 
 
-def write_tables(document: Path, experiments: Mapping[str, Experiment], folder: Path) -> None:
-    """Write the results of experiments, as far as they are measured, into a document, and print them."""
-    text = document.read_text(encoding="utf-8")
+def write_tables(args, experiments: Mapping[str, Experiment]) -> None:
+    """Write the results of experiments, as far as they are measured, and their figures into the document."""
+    text = args.document.read_text(encoding="utf-8")
     for name, experiment in experiments.items():
-        table = markdown(experiment, read_results(folder / f"{name}.json"))
-        text = put_table(text, name, table)
+        table = markdown(experiment, read_results(args.output / f"{name}.json"))
         print(f"{name}\n{table}")
-    document.write_text(text, encoding="utf-8")
+        figure = args.figures / f"{name}.png"
+        if figure.exists():
+            table += f"\n\n![{name}]({Path(os.path.relpath(figure, args.document.parent)).as_posix()})"
+        text = put_table(text, name, table)
+    args.document.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def test_degradation_keeps_curves_and_trains_nothing_twice(run, tmp_path, monkey
     assert run("degradation") == table == run("degradation", "--tables", f"--document={document}")
     text = document.read_text()
     assert table.partition("\n")[2] in text and "old" not in text
+    assert "![degradation](figures/degradation.png)" in text
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "holds results of other settings" in run("degradation", "train.lr=0.1", status=1)
 

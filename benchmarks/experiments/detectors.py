@@ -63,7 +63,7 @@ class DetectorJob:
 
 @dataclass(frozen=True)
 class PretrainedJob:
-    """Train a classifier on objects, and then a detector from it, in the time of `detector` alone."""
+    """Train a classifier on objects, and then a detector from its last weights, in the time of `detector` alone."""
 
     classifier: ClassifierConfig
     detector: DetectorJob
@@ -83,7 +83,7 @@ class PretrainedJob:
 
     def starting_from(self, classifier: Path, epochs: int) -> Config:
         config = self.detector.config
-        backbone = {**config.model.backbone, "weights": str(classifier / "best.safetensors")}
+        backbone = {**config.model.backbone, "weights": str(classifier / "last.safetensors")}
         model = config.model.model_copy(update={"backbone": backbone})
         train = config.train.model_copy(update={"epochs": epochs, "eval_every": epochs})
         return config.model_copy(update={"model": model, "train": train})
