@@ -39,8 +39,8 @@ class TrainingRun(ABC):
     Several processes, within `processes.joined()`, train as one. The first one writes the files; the others read the
     state of a resumed run from the same folder.
 
-    A subclass sets these before it calls `_start`: config, with a section `train`; folder; device; state, of
-    `_open_state`; class_names; fingerprints, of each split.
+    A subclass's constructor calls `_open`, sets class_names and the fingerprints of each split, and calls `_check_state` and
+    then `_start`. state: what the run resumes from, until `_start`. config: has a section `train`.
     """
 
     config: Any
@@ -51,7 +51,10 @@ class TrainingRun(ABC):
     fingerprints: dict[str, dict[str, Any] | None]
 
     def _open(self, config: Section, folder: str | Path, device: torch.device, resume: bool) -> None:
-        """Read the state to resume, or see that there is none. FileNotFoundError, ValueError: there is, or there is none."""
+        """Read the state to resume, or see that the folder is free.
+
+        FileNotFoundError: there is nothing to resume from. ValueError: a state is damaged, or the folder holds a run.
+        """
         self.config, self.folder, self.device = config, Path(folder), device
         self.state = newest_training_state(self.folder / STATE) if resume else refuse_old_run(self.folder)
         self.is_new = self.state is None

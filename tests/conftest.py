@@ -1,7 +1,9 @@
 """Fixtures shared by all tests."""
 
+import importlib.util
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # So does a program under nohup with the closing of its terminal.
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """Run a tool in this process: run_tool("infer", argument, ...) -> (exit status, standard output, standard error)."""
+
+    def run_tool(name, *arguments):
+        spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        status = module.main()
+        return status, *capsys.readouterr()
+
+    return run_tool
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """Classifiers train on the engine of detectors, and their files start detectors."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,20 +168,6 @@ def test_a_wrong_setting_is_a_sentence(shapes, tmp_path, override, message):
         ClassifierRun(shapes(override), tmp_path, CPU)
 
 
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    path = ROOT / "tools" / "train_classifier.py"
-    spec = importlib.util.spec_from_file_location("tool_train_classifier", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train_classifier.py", *map(str, arguments)])
-        return tool.main(), *capsys.readouterr()
-
-    return run
-
-
 def test_the_tool_trains_class_folders_of_any_size_and_says_how_well(run_tool, tmp_path):
     for name, value in (("dark", 30), ("light", 220)):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -201,11 +185,13 @@ def test_the_tool_trains_class_folders_of_any_size_and_says_how_well(run_tool, t
             }
         )
     )
-    status, out, error = run_tool(recipe, "--output", tmp_path / "run")
+    status, out, error = run_tool("train_classifier", recipe, "--output", tmp_path / "run")
     assert status == 0 and error == ""
     assert "train: 16 pictures of 2 classes" in out and "top-1" in out and "dark" in out
     assert json.loads((tmp_path / "run" / "best_metrics.json").read_text())["top1"] == 1
-    status, _, error = run_tool(recipe, f"data.root={tmp_path / 'none'}", "--output", tmp_path / "other")
+    status, _, error = run_tool(
+        "train_classifier", recipe, f"data.root={tmp_path / 'none'}", "--output", tmp_path / "other"
+    )
     assert status == 1 and "none" in error and error.count("\n") == 1
 
 
@@ -215,6 +201,12 @@ def test_cifar_in_its_binary_form_trains(run_tool, tmp_path, shapes):
     assert len(load_cifar(root, "train")) == 24
     recipe = next(path for path in RECIPES if path.stem == "cifar10")
     status, out, _ = run_tool(
-        recipe, f"data.root={root}", "model.backbone.depth=8", "train.epochs=1", "--output", tmp_path
+        "train_classifier",
+        recipe,
+        f"data.root={root}",
+        "model.backbone.depth=8",
+        "train.epochs=1",
+        "--output",
+        tmp_path,
     )
     assert status == 0 and "val: 10 pictures of 10 classes" in out

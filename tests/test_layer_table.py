@@ -1,9 +1,7 @@
 """Table 1 of the ResNet paper from any network: layers, blocks, costs and receptive fields."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,19 +21,6 @@ def table(name, size=224, **options):
     with torch.device("meta"):
         network = create_backbone(name, **options)
     return layer_table(network, (size, size))
-
-
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    def run_tool(*arguments):
-        spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "list_backbones.py")
-        tool = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(tool)
-        monkeypatch.setattr(sys, "argv", ["list_backbones.py", *arguments])
-        status = tool.main()
-        return status, *capsys.readouterr()
-
-    return run_tool
 
 
 @pytest.mark.parametrize(
@@ -203,7 +188,7 @@ def test_a_bottleneck_has_a_seventeenth_of_two_3x3_layers():
 
 
 def test_the_tool_prints_the_table(run_tool):
-    status, out, err = run_tool("resnet101", "cifar_resnet110", "--layers")
+    status, out, err = run_tool("list_backbones", "resnet101", "cifar_resnet110", "--layers")
     assert (status, err) == (0, "")
     assert "layers with weights: 1 + 3 x (3 + 4 + 23 + 3) + 1 = 101" in out
     assert "a bottleneck of 256 channels: 69,632 weights; two 3x3 layers so wide: 1,179,648" in out
@@ -213,9 +198,9 @@ def test_the_tool_prints_the_table(run_tool):
 
 
 def test_the_tool_gives_the_stages_as_json_and_markdown(run_tool):
-    status, out, _ = run_tool("resnet18", "--layers", "--json", "--size", "64", "64")
+    status, out, _ = run_tool("list_backbones", "resnet18", "--layers", "--json", "--size", "64", "64")
     assert status == 0 and json.loads(out)["resnet18"][4]["output"] == [512, 2, 2]
-    _, out, _ = run_tool("resnet18", "--layers", "--markdown")
+    _, out, _ = run_tool("list_backbones", "resnet18", "--layers", "--markdown")
     assert "| conv2_x | 3x3 64, 3x3 64 | 2 | 64x56x56 |" in out
 
 
@@ -224,5 +209,5 @@ def test_the_tool_gives_the_stages_as_json_and_markdown(run_tool):
     [("cifar_resnet21", "depth is 21; accepted: 6n + 2"), ("cifar_resnt20", "no backbone is named")],
 )
 def test_a_wrong_network_is_one_line(run_tool, name, message):
-    status, out, err = run_tool(name, "--layers")
+    status, out, err = run_tool("list_backbones", name, "--layers")
     assert status == 1 and out == "" and message in err and err.count("\n") == 1

@@ -1,9 +1,7 @@
 """Parameters and cost of every backbone against the published ones, and the table that prints them."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -76,23 +74,6 @@ def test_preactivation_networks_have_pytorchcvs_parameters_less_the_norm_behind_
 # ---- the table
 
 
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    """run_tool(argument, ...) -> (exit status, standard output, standard error)."""
-
-    def run_tool(*arguments):
-        path = ROOT / "tools" / "list_backbones.py"
-        spec = importlib.util.spec_from_file_location("tool_list_backbones", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [path.name, *arguments])
-        capsys.readouterr()
-        status = module.main()
-        return status, *capsys.readouterr()
-
-    return run_tool
-
-
 def test_a_summary_is_what_a_detector_pays():
     # ResNet-18 and -101 at 800x1216: trunk 27.2 and 135.5 GMAC, 411 and 809 M a region of 14x14
     facts = [summarize("resnet18"), summarize("resnet101")]
@@ -117,7 +98,7 @@ def test_a_summary_follows_the_size_of_the_image():
 
 
 def test_the_table_has_a_row_a_backbone(run_tool):
-    status, out, err = run_tool("resnet18", "densenet121", "plain*")
+    status, out, err = run_tool("list_backbones", "resnet18", "densenet121", "plain*")
     assert (status, err) == (0, "")
     header, rule, *rows = out.splitlines()[:6]
     assert header.split()[:3] == ["name", "C4", "C5"]
@@ -132,14 +113,14 @@ def test_the_table_has_a_row_a_backbone(run_tool):
 
 
 def test_the_table_for_a_readme_is_markdown(run_tool):
-    status, out, _ = run_tool("bn_inception", "--markdown", "--size", "224", "224")
+    status, out, _ = run_tool("list_backbones", "bn_inception", "--markdown", "--size", "224", "224")
     header, rule, row = out.splitlines()[:3]
     assert status == 0 and {line.count("|") for line in (header, rule, row)} == {10}
     assert row.startswith("| bn_inception | 608 | 1024 | 10.27 | ")
 
 
 def test_exact_numbers_come_as_json(run_tool):
-    status, out, _ = run_tool("resnet50", "--json")
+    status, out, _ = run_tool("list_backbones", "resnet50", "--json")
     (facts,) = json.loads(out)
     assert status == 0 and facts["parameters"] == 23_508_032
     assert facts["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
@@ -148,7 +129,7 @@ def test_exact_numbers_come_as_json(run_tool):
 def test_networks_of_a_library_are_listed_with_their_own_weights_and_norms(run_tool):
     pytest.importorskip("timm")
     status, out, err = run_tool(
-        "torchvision/resnet18", "timm/legacy_seresnet18", "torchvision/vit_b_16", "--json"
+        "list_backbones", "torchvision/resnet18", "timm/legacy_seresnet18", "torchvision/vit_b_16", "--json"
     )
     theirs, timms = json.loads(out)
     assert status == 0 and err.startswith("torchvision/vit_b_16: ") and err.count("\n") == 1
@@ -165,5 +146,5 @@ def test_networks_of_a_library_are_listed_with_their_own_weights_and_norms(run_t
     ],
 )
 def test_errors_are_one_line(run_tool, arguments, message):
-    status, out, err = run_tool(*arguments)
+    status, out, err = run_tool("list_backbones", *arguments)
     assert status == 1 and out == "" and message in err and err.count("\n") == 1

@@ -1,6 +1,5 @@
 """The scripts in tools/: arguments in, files and one exit status out, errors in one line."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -22,22 +21,6 @@ from detector.command_line import exit_status
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 NAMES = ("circle", "cross", "triangle", "star")
-
-
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    """run_tool("infer", argument, ...) -> (exit status, standard output, standard error)."""
-
-    def run_tool(name, *arguments):
-        spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        capsys.readouterr()
-        status = module.main()
-        return status, *capsys.readouterr()
-
-    return run_tool
 
 
 @pytest.fixture(scope="module")
