@@ -142,6 +142,8 @@ def test_a_backbone_s_own_weights_bring_their_preprocessing(shapes, tmp_path):
     assert build_classifier(backbone, 3, measured).preprocessing == measured
     with_weights = {**backbone, "weights": str(tmp_path / "w.safetensors")}
     assert build_classifier(with_weights, 3, measured).preprocessing == IMAGENET
+    # A run that resumes reads no weights, and gives the preprocessing that it was saved with.
+    assert build_classifier(with_weights, 3, measured, load_weights=False).preprocessing == measured
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

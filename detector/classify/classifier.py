@@ -58,7 +58,7 @@ def build_classifier(
 ) -> Classifier:
     """Build the classifier that a recipe's `model.backbone` names, in channels-last layout.
 
-    preprocessing: of the pictures; that of the backbone's weights comes before it. load_weights: False reads none.
+    preprocessing: of the pictures; that of the backbone's weights comes before it, where they are read. load_weights: False reads none.
     """
     options = dict(backbone)
     name = options.pop("name")
@@ -69,7 +69,8 @@ def build_classifier(
         if has_weights and not load_weights:
             options["weights"] = DEFERRED
         network = create_backbone(name, **options)
-        preprocessing = network.preprocessing if has_weights else preprocessing
+        if has_weights and load_weights:
+            preprocessing = network.preprocessing
     classifier: nn.Module = Classifier(network, num_classes, preprocessing)
     return classifier.to(memory_format=torch.channels_last)
 
