@@ -130,7 +130,7 @@ def build_schedule(
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of the weights; after n updates its decay is min(decay, (1 + n) / (10 + n)).
 
-    Buffers are not averaged: they are copies of the model's newest.
+    Buffers are not averaged: both models have the same ones.
     """
 
     @torch.no_grad()
@@ -138,7 +138,12 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
         n = int(num_averaged)
         torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
 
-    return AveragedModel(model, multi_avg_fn=average)
+    averaged = AveragedModel(model, multi_avg_fn=average)
+    # torch would copy each of the model's buffers by a call of its own after every update. Onto itself it copies nothing.
+    for copy, module in zip(averaged.module.modules(), model.modules(), strict=True):
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(copy, name, buffer)
+    return averaged
 
 
 @dataclass
