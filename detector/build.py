@@ -15,7 +15,7 @@ from .config import Config, ModelConfig
 from .data.dataset import DetectionDataset
 from .data.loader import TrainBatches, TransformedDataset, build_loader
 from .data.transforms import TrainTransform
-from .engine import DetectorTask, Task, Training, build_ema, build_schedule, parameter_groups
+from .engine import DetectorTask, Task, Training, WeightAverage, build_schedule, parameter_groups
 from .model.faster_rcnn import C4FasterRCNN, build_faster_rcnn
 
 # oneDNN keeps what it compiled for the last images' sizes, 1,024 pieces by default. They pin the heap, which then grows
@@ -85,5 +85,5 @@ def build_training(
         warmup_factor=options.warmup_factor,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-    ema = None if options.ema is None else build_ema(model, options.ema)
+    ema = None if options.ema is None else WeightAverage(model, options.ema)
     return Training(model, task or DetectorTask(model), optimizer, schedule, scaler, ema)

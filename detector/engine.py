@@ -127,23 +127,30 @@ def build_schedule(
     return SequentialLR(optimizer, [warmup, main], milestones=[warmup_steps])
 
 
-def build_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of the weights; after n updates its decay is min(decay, (1 + n) / (10 + n)).
+class WeightAverage(AveragedModel):
+    """Exponential moving average of a model's weights; after n updates its decay is min(decay, (1 + n) / (10 + n)).
 
     Buffers are not averaged: both models have the same ones.
     """
 
-    @torch.no_grad()
-    def average(averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
-        n = int(num_averaged)
-        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
+        for copy, module in zip(self.module.modules(), model.modules(), strict=True):
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(copy, name, buffer)
 
-    averaged = AveragedModel(model, multi_avg_fn=average)
-    # torch would copy each of the model's buffers by a call of its own after every update. Onto itself it copies nothing.
-    for copy, module in zip(averaged.module.modules(), model.modules(), strict=True):
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(copy, name, buffer)
-    return averaged
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Average the weights of `model`. The first ones are taken as they are.
+
+        torch's own update reads its counter back from the device. It also copies each buffer, here onto itself, and
+        frozen norms that were written to are folded anew.
+        """
+        n = int(self.n_averaged)
+        decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - decay)
+        self.n_averaged += 1
 
 
 @dataclass
@@ -155,7 +162,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None = None
+    ema: WeightAverage | None = None
     epoch: int = 0  # whole epochs done
     batch: int = 0  # batches done of the current epoch
     step: int = 0  # updates done

@@ -17,8 +17,8 @@ from detector.engine import (
     LossMonitor,
     NonFiniteLossError,
     Training,
+    WeightAverage,
     autocast,
-    build_ema,
     build_schedule,
     coco_results,
     evaluate,
@@ -57,7 +57,7 @@ def model(tiny_config):
 def training_of(model, lr=0.01, scaler=False, ema=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     schedule = build_schedule(optimizer, 1000, kind="multistep")
-    averages = None if ema is None else build_ema(model, ema)
+    averages = None if ema is None else WeightAverage(model, ema)
     return Training(
         model, DetectorTask(model), optimizer, schedule, torch.amp.GradScaler("cpu", enabled=scaler), averages
     )
@@ -280,6 +280,16 @@ def test_averages_follow_the_formula(model):
     averaged = weights(training.evaluated_model)
     for name, value in wanted.items():
         torch.testing.assert_close(averaged[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_an_update_of_the_averages_reads_nothing_from_the_device_and_writes_no_buffer():
+    # The meta device has no numbers to read.
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).to("meta")
+    averages = WeightAverage(model, 0.9)
+    versions = [buffer._version for buffer in model.buffers()]
+    for _ in range(2):
+        averages.update_parameters(model)
+    assert averages.n_averaged == 2 and versions == [buffer._version for buffer in model.buffers()]
 
 
 def test_the_averages_are_evaluated_with_the_newest_buffers(tiny_config):
