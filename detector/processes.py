@@ -40,10 +40,14 @@ def is_main() -> bool:
 
 
 class Peers:
-    """What processes say to each other at their ends. store: of torch; None: there is one process."""
+    """What processes say to each other at their ends. store: of torch; None: there is one process.
+
+    have_all_ended: whether all of them have done their work.
+    """
 
     def __init__(self, store: dist.Store | None) -> None:
         self._store = store
+        self.have_all_ended = False
 
     def fail(self, message: str) -> bool:
         """Say that this process ends with an error. Returns whether it is the first to say so with this message."""
@@ -61,6 +65,7 @@ class Peers:
             return
         with suppress(dist.DistError):
             self._meet("done", range(world_size()))
+            self.have_all_ended = not self._store.check([_FAILED])
             # The first process may keep the store, so it leaves last.
             self._meet("left", range(world_size()) if is_main() else [])
 
@@ -80,10 +85,11 @@ def joined() -> Iterator[Peers]:
         return
     store, number, size = next(iter(rendezvous("env://")))
     dist.init_process_group(_backend(), store=store, rank=number, world_size=size)
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if number else sys.stdout):
-            yield Peers(store)
-    finally:
+    peers = Peers(store)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if number else sys.stdout):
+        yield peers
+    # NCCL would wait here for processes that are in the middle of their work, and torchrun for this one.
+    if peers.have_all_ended:
         dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,17 @@ import several
 import torch
 from short_runs import CPU, stop_after
 
+import detector.classify.shapes
 import detector.data.loader
+import detector.data.shapes
 import detector.run
 import detector.training_run
 from detector import processes
 from detector.build import build_batches, build_model, build_training
 from detector.checkpoint import load_training_state
+from detector.classify.shapes import ShapesSource as LabelledShapes
 from detector.data.loader import EvalBatches, TrainBatches
+from detector.data.shapes import ShapesSource as DetectionShapes
 from detector.data.sources import build_dataset
 from detector.engine import train_one_epoch
 from detector.evaluate import Evaluation
@@ -368,6 +373,44 @@ def fail_in_the_second(folder):
 
 def test_a_process_that_is_done_does_not_wait_for_one_that_failed(tmp_path):
     assert several.Crew(2, fail_in_the_second, tmp_path, joins=False).join(60) == [0, 1]
+
+
+@pytest.mark.parametrize("end", ["all are done", "this one failed", "another one failed", "an exception"])
+def test_processes_leave_their_group_only_where_all_have_done_their_work(monkeypatch, end):
+    # To leave it, NCCL waits for processes that are in the middle of an operation.
+    store, left = torch.distributed.HashStore(), []
+    place_as(monkeypatch, 0, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "rendezvous", lambda url: iter([(store, 0, 2)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    for place in ("failed",) if end == "another one failed" else ("done 1", "left 1"):
+        store.set(place, "")
+    with suppress(RuntimeError), processes.joined() as peers:
+        if end == "an exception":
+            raise RuntimeError("out of memory")
+        peers.fail("no such file") if end == "this one failed" else peers.wait()
+    assert left == [True] * (end == "all are done")
+
+
+def count_drawn(root):
+    """The numbers of pictures in two generated data sets that are not there yet, and of the files of those drawn here."""
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((detector.data.shapes, "_write_split"), (detector.classify.shapes, "_write")):
+            write = getattr(module, name)
+            patch.setattr(module, name, lambda *args, write=write: (drawn.append(args), write(*args)))
+        found = DetectionShapes(format="shapes", split="train", num_train=8, num_val=4).load(
+            root / "detection"
+        )
+        labelled = LabelledShapes(format="shapes", root=root / "labelled", num_train=6, num_test=2).load(
+            "test"
+        )
+    return len(found), len(labelled), len(drawn)
+
+
+def test_the_first_process_draws_the_generated_data_of_all(tmp_path):
+    assert several.run(2, count_drawn, tmp_path) == [(8, 2, 4), (8, 2, 0)]
 
 
 def test_each_process_has_the_gpu_of_its_local_rank(monkeypatch):

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from .. import processes
 from ..data.drawing import blend, cover, draw_background, outline_of
 from ..files import read_json, write_atomically, write_json
 from ..settings import Count, checked
@@ -68,7 +69,8 @@ class ShapesSource(generate_labelled.settings):
 
     def load(self, split: str, class_names: tuple[str, ...] | None = None) -> ArrayPictures:
         """The "train" or "test" pictures."""
-        generate_labelled(self.root, **self.model_dump(exclude={"format", "root"}))
+        settings = self.model_dump(exclude={"format", "root"})
+        processes.from_main(lambda: generate_labelled(self.root, **settings))
         return replace(load_cifar(self.root, split, class_names=class_names), notes=())
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from .. import processes
 from ..files import write_json
 from ..settings import Count, checked
 from .coco import read_coco
@@ -75,7 +76,8 @@ class ShapesSource(generate_shapes.settings, FileSource):
 
     def read(self, root: Path) -> Annotations:
         """What the annotations say. The data set is generated if it is absent."""
-        generate_shapes(root, **self.model_dump(include=set(generate_shapes.settings.model_fields)))
+        settings = self.model_dump(include=set(generate_shapes.settings.model_fields))
+        processes.from_main(lambda: generate_shapes(root, **settings))
         return read_coco(root / self.split, root / "annotations" / f"{self.split}.json", root)
 
 
