@@ -14,6 +14,7 @@ from short_runs import CPU, lines, same_tensors, stop_after
 
 import detector.training_run
 from backbones import IMAGENET, create_backbone
+from detector import processes
 from detector.build import build_model
 from detector.checkpoint import load_checkpoint, load_training_state
 from detector.classify.cifar import load_cifar
@@ -23,6 +24,7 @@ from detector.classify.pictures import measure_preprocessing
 from detector.classify.run import ClassifierRun
 from detector.config import load_config, parse_config
 from detector.engine import AMP_DTYPES
+from detector.run_log import RunLog
 from detector.stop import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +107,23 @@ def test_two_processes_count_every_picture_once(shapes, tmp_path):
     config = shapes("train.batch_size=4", "train.epochs=1", "loader.eval_batch_size=3")
     metrics, nothing = several.run(2, train_tiny, config, tmp_path)
     assert metrics["pictures"] == 10 and nothing == {}
+
+
+def validate_with_other_statistics(config, folder):
+    """The validation of a network whose batch norms have statistics of their own in each process."""
+    run = ClassifierRun(config, folder, CPU)
+    for name, buffer in run.training.model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer += processes.rank()
+    return run.validate(RunLog(None))
+
+
+def test_two_processes_validate_with_the_statistics_of_the_first(shapes, tmp_path):
+    config = shapes("loader.eval_batch_size=3")
+    alone = validate_with_other_statistics(config, tmp_path)
+    for metrics in several.run(2, validate_with_other_statistics, config, tmp_path):
+        assert metrics["confusion"] == alone["confusion"]
+        assert metrics["losses"]["loss"] == pytest.approx(alone["losses"]["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16"])

@@ -157,6 +157,7 @@ class ClassifierRun(TrainingRun):
 
     def _measure(self, title: str, log: RunLog) -> dict[str, Any]:
         started, training = time.perf_counter(), self.training
+        processes.share_buffers(training.evaluated_model)
         with Progress(len(self.val_set), title) as progress:
             measures, loss = evaluate_classifier(
                 training.evaluated_model,
