@@ -136,7 +136,9 @@ class RoIHead(nn.Module):
         # Many networks refuse an empty batch.
         if not len(regions):
             source = regions.features if isinstance(regions, Regions) else regions
-            return source.sum() + source.new_zeros(0, self.out_channels)
+            # Several processes wait for a gradient of each weight, here 0.
+            unread = source.sum() + sum(p.sum() for p in self.stage5.parameters() if p.requires_grad)
+            return unread + source.new_zeros(0, self.out_channels)
         if not isinstance(regions, Regions):
             return self._vectors(regions, self.activation_checkpointing)
         if not (self.training or torch.is_grad_enabled()):

@@ -307,3 +307,5 @@ def test_no_region_at_all_passes_the_head(name):
             vectors = head.train(mode)(regions)
             assert tuple(vectors.shape) == (0, head.out_channels)
         vectors.sum().backward()
+    # Several processes wait for the gradient of each parameter.
+    assert all(p.grad is not None and not p.grad.any() for p in head.parameters())

@@ -524,6 +524,12 @@ def test_images_without_objects_train(tiny_backbone, make):
     assert make is mixed_batch or losses["loss_box_reg"] == 0
 
 
+def test_a_batch_without_any_region_trains(tiny_backbone):
+    # Several processes wait for the gradient of each parameter.
+    losses = train_step(build(tiny_backbone, rpn_score_thresh=1.0), *all_empty_batch())
+    assert losses["loss_classifier"] == losses["loss_box_reg"] == 0
+
+
 def test_a_data_set_of_one_class_trains(tiny_backbone):
     train_step(build(tiny_backbone, num_classes=2), *batch((64, 96), (64, 64), num_classes=2))
 

@@ -29,8 +29,11 @@ def region_losses(
 
     logits: (R, K); deltas: (R, 4K); labels: (R,), 0 for background; wanted: (R, 4).
     beta: where smooth L1 turns from quadratic to linear; 0: L1.
-    The box loss reads only the foreground regions, and of their deltas only the four of the true class.
+    The box loss reads only the foreground regions, and of their deltas only the four of the true class. Without any
+    region both losses are 0.
     """
+    if not len(labels):
+        return logits.sum(), deltas.sum()
     positive = (labels > 0).nonzero().squeeze(1)
     of_class = deltas.view(*logits.shape, 4)[positive, labels[positive]]
     box = F.smooth_l1_loss(of_class, wanted[positive], beta=beta, reduction="sum")
