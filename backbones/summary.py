@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from .backbone import CROP, Preprocessing
 from .cut.libraries import CUT_NORMS
@@ -75,6 +75,17 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _fused_flop(image: list[int], weight: list[int], *_: object, out_shape: list[int]) -> int:
+    """FLOP of a convolution with a ReLU in it, from the shapes of its arguments."""
+    return conv_flop_count(image, weight, out_shape)
+
+
+# torch's counter does not know these operations of cuDNN.
+_FUSED = dict.fromkeys(
+    (torch.ops.aten.cudnn_convolution_relu, torch.ops.aten.cudnn_convolution_add_relu), _fused_flop
+)
+
+
 def multiply_accumulates(module: nn.Module, *inputs: object) -> int:
     """Multiply-accumulates of convolutions and matrix products in one forward pass, in evaluation mode.
 
@@ -82,7 +93,7 @@ def multiply_accumulates(module: nn.Module, *inputs: object) -> int:
     """
     was_training = module.training
     module.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FUSED) as counter:
         module(*inputs)
     module.train(was_training)
     return counter.get_total_flops() // 2

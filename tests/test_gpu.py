@@ -18,6 +18,7 @@ from torchvision.ops import roi_align
 from backbones import create_backbone
 from backbones.kernels.cudnn import fuses
 from backbones.regions import RegionPool
+from backbones.summary import multiply_accumulates
 from detector import processes
 from detector.engine import autocast
 from detector.inference import Detector
@@ -106,7 +107,22 @@ def test_more_regions_than_32_bits_count_are_pooled(sparse):
     assert pooled[-1].min() >= 1 and torch.equal(pooled[0], pooled[-1])
 
 
+def test_a_map_on_another_device_than_the_current_one_is_pooled():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    features, boxes = torch.rand(1, 8, 10, 10), torch.tensor([[10.0, 10, 100, 100]])
+    pooled = [RegionPool(14).crop(features.to(d), [boxes.to(d)]) for d in ("cpu", "cuda:1")]
+    torch.testing.assert_close(pooled[1].cpu(), pooled[0], atol=1e-5, rtol=1e-5)
+
+
 # The detector
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_multiply_accumulates_are_counted_as_on_a_cpu(name):
+    trunk, image = create_backbone(name, width=16).trunk, torch.zeros(1, 3, 96, 128)
+    on_cpu = multiply_accumulates(trunk, image)
+    assert multiply_accumulates(trunk.to(CUDA), image.to(CUDA)) == on_cpu
 
 
 def test_detections_equal_those_of_a_cpu(model):
@@ -219,6 +235,8 @@ def shared_gpu():
     """A GPU for this process of several; two share one where there are no more."""
     device = torch.device("cuda", processes.rank() % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    # The fixture of exact products does not reach this process.
+    torch.backends.cudnn.allow_tf32 = False
     return device
 
 
@@ -263,14 +281,9 @@ def test_two_processes_train_on_one_device(tiny_config, tmp_path, amp):
 def test_a_gpu_for_each_process_is_joined_over_nccl(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    command = ["torchrun", "--nproc-per-node", "2", "tools/train.py", "configs/shapes.yaml", "train.epochs=1"]
-    run = [
-        *command,
-        "data.train.num_train=64",
-        f"data.root={tmp_path / 'data'}",
-        "--output",
-        str(tmp_path / "run"),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "tools/train.py"]
+    recipe = ["configs/shapes.yaml", "train.epochs=1", f"data.root={tmp_path / 'data'}"]
+    run = [*command, *recipe, "--output", str(tmp_path / "run")]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "best.safetensors").exists()

@@ -191,9 +191,11 @@ def _launch(
     (rows, columns), (_, channels, height, width) = _bins(options), shape
     if not len(rois):
         return
-    kernel[(len(rois) * programs, triton.cdiv(channels, _BLOCK))](
-        source, rois, target, channels, height, width, scale, 0.5 if aligned else 0.0,
-        num_rows, num_columns, rows, columns,
-        stride=stride, aligned=aligned, ratio=max(ratio, 0),
-        block_q=max(least_q, triton.next_power_of_2(columns)), block_c=_BLOCK,
-    )  # fmt: skip
+    # Triton runs on the current device, whichever has the tensors.
+    with torch.cuda.device_of(source):
+        kernel[(len(rois) * programs, triton.cdiv(channels, _BLOCK))](
+            source, rois, target, channels, height, width, scale, 0.5 if aligned else 0.0,
+            num_rows, num_columns, rows, columns,
+            stride=stride, aligned=aligned, ratio=max(ratio, 0),
+            block_q=max(least_q, triton.next_power_of_2(columns)), block_c=_BLOCK,
+        )  # fmt: skip
