@@ -56,7 +56,7 @@ def run(data, tmp_path, capsys):
 
 
 def read(tmp_path, name):
-    assert (tmp_path / "figures" / f"{name}.png").stat().st_size < 60_000
+    assert (tmp_path / "figures" / f"{name}.png").stat().st_size < 100_000
     record = read_json(tmp_path / "output" / f"{name}.json")
     assert {"cpu", "command", "date"} <= record["machine"].keys() and record["seeds"] == [0]
     return record["results"]
