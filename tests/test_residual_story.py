@@ -150,13 +150,14 @@ def test_detectors_are_scored_on_the_test_split_where_there_is_one(run, tmp_path
         "foda plain/0": "val",
     }
     assert all(0 <= result["AP"] <= result["AP50"] <= 1 for result in results.values())
+    assert all(result["minutes"] > 0 for result in results.values())
 
 
 def test_a_pretrained_detector_trains_as_much_less_as_its_classifier_took(run, tmp_path, voc, monkeypatch):
     monkeypatch.setattr(detectors, "DATA", ("bccd",))
     run("pretraining")
     scratch, pretrained = read(tmp_path, "pretraining").values()
-    assert scratch["epochs"] == 1 and "classifier_error" in pretrained
+    assert scratch["epochs"] == 1 and "classifier_error" in pretrained and pretrained["minutes"] > 0
     job = detectors.pretraining(replace(quick_scale(voc), share=0.5)).jobs["bccd pre-trained/0"]
     monkeypatch.setattr(ClassifierJob, "seconds", lambda job: 30.0)
     monkeypatch.setattr(detectors.DetectorJob, "seconds", lambda job: 140.0)
