@@ -11,7 +11,7 @@ that was stopped goes on where it was. --data holds the VOC folders bccd and fod
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 # The package `benchmarks` is not installed.
@@ -68,6 +68,7 @@ def run(args) -> None:
     scale = (quick_scale if args.quick else full_scale)(args.data, tuple(args.overrides))
     names = list(ALL) if args.name == "all" else [args.name]
     experiments = {name: (ALL | APART)[name](scale) for name in names}
+    check_names(args.only, experiments)
     if args.plan:
         print(format_plan(experiments))
         return
@@ -79,6 +80,13 @@ def run(args) -> None:
         results = run_experiment(experiment, path, folder, scale.describe(), args.processes, args.only)
         save_figure(experiment, results, args.figures / f"{name}.png")
         print(f"{name}\n{markdown(experiment, results)}")
+
+
+def check_names(only: Collection[str], experiments: Mapping[str, Experiment]) -> None:
+    """Raise a ValueError where a name is of no training."""
+    known = {name: None for experiment in experiments.values() for name in experiment.jobs}
+    if unknown := [name for name in only if name not in known]:
+        raise ValueError(f"--only names {', '.join(unknown)}; accepted: {', '.join(known)}")
 
 
 def write_tables(args, experiments: Mapping[str, Experiment]) -> None:

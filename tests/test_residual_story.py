@@ -1,6 +1,7 @@
 """The experiments of benchmarks/residual.py, in their quick form, and the effects that they show."""
 
-from dataclasses import replace
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -16,7 +17,7 @@ from benchmarks import residual
 from benchmarks.experiments import detectors
 from benchmarks.experiments.classifiers import UNTRAINED, ClassifierJob
 from benchmarks.experiments.comparisons import degradation, order, shortcuts
-from benchmarks.experiments.experiment import by_arm, read_results
+from benchmarks.experiments.experiment import by_arm, completed, read_results
 from benchmarks.experiments.inside import (
     bypass,
     conv3x3_layers,
@@ -55,9 +56,9 @@ def run(data, tmp_path, capsys):
 
 
 def read(tmp_path, name):
-    assert (tmp_path / "figures" / f"{name}.png").stat().st_size < 60_000
+    assert (tmp_path / "figures" / f"{name}.png").stat().st_size < 100_000
     record = read_json(tmp_path / "output" / f"{name}.json")
-    assert {"cpu", "command", "date"} <= record["machine"].keys()
+    assert {"cpu", "command", "date"} <= record["machine"].keys() and record["seeds"] == [0]
     return record["results"]
 
 
@@ -81,6 +82,9 @@ def test_degradation_keeps_curves_and_trains_nothing_twice(run, tmp_path, monkey
     assert "![degradation](figures/degradation.png)" in text
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "holds results of other settings" in run("degradation", "train.lr=0.1", status=1)
+    assert "--only names plain-9/0; accepted: plain-14/0, resnet-14/0" in run(
+        "degradation", "--only", "plain-9/0", status=1
+    )
 
 
 def test_why_measures_every_layer_and_every_unit(run, tmp_path):
@@ -146,13 +150,14 @@ def test_detectors_are_scored_on_the_test_split_where_there_is_one(run, tmp_path
         "foda plain/0": "val",
     }
     assert all(0 <= result["AP"] <= result["AP50"] <= 1 for result in results.values())
+    assert all(result["minutes"] > 0 for result in results.values())
 
 
 def test_a_pretrained_detector_trains_as_much_less_as_its_classifier_took(run, tmp_path, voc, monkeypatch):
     monkeypatch.setattr(detectors, "DATA", ("bccd",))
     run("pretraining")
     scratch, pretrained = read(tmp_path, "pretraining").values()
-    assert scratch["epochs"] == 1 and "classifier_error" in pretrained
+    assert scratch["epochs"] == 1 and "classifier_error" in pretrained and pretrained["minutes"] > 0
     job = detectors.pretraining(replace(quick_scale(voc), share=0.5)).jobs["bccd pre-trained/0"]
     monkeypatch.setattr(ClassifierJob, "seconds", lambda job: 30.0)
     monkeypatch.setattr(detectors.DetectorJob, "seconds", lambda job: 140.0)
@@ -169,6 +174,49 @@ def test_a_stopped_training_goes_on_to_the_same_result(data, tmp_path, monkeypat
         with pytest.raises(Interrupted):
             job(tmp_path / "stopped")
     assert job(tmp_path / "stopped")["curve"] == whole["curve"]
+
+
+def test_a_training_that_overflows_is_a_result_and_the_others_go_on(run, tmp_path, monkeypatch):
+    train = ClassifierJob.__call__
+
+    def overflow(job, folder):
+        if job.config.model.backbone.get("shortcut") == "dropout":
+            raise FloatingPointError("a loss is not finite")
+        return train(job, folder) | {"seconds_per_step": float("nan")}
+
+    monkeypatch.setattr(ClassifierJob, "__call__", overflow)
+    monkeypatch.setattr(
+        "benchmarks.experiments.comparisons.SHORTCUTS", {"dropout": {"shortcut": "dropout"}, "A": {}}
+    )
+    printed = run("shortcuts")
+    results = read(tmp_path, "shortcuts")
+    assert results["dropout/0"] == {"failed": "a loss is not finite"}
+    assert results["A/0"]["seconds_per_step"] is None
+    assert "| dropout | 1 failed |  |  |  | fails |" in printed and "| A | 1 | " in printed
+    monkeypatch.setattr(ClassifierJob, "__call__", lambda job, folder: pytest.fail("it trains again"))
+    run("shortcuts")
+
+
+def test_a_row_is_of_the_seeds_that_did_not_fail(tmp_path):
+    result = {"parameters": 7, "curve": [{"step": 1, "train_error": 0.25, "test_error": 0.5}]}
+    results = {"A/0": result, "A/1": {"failed": "a loss is not finite"}}
+    table = markdown(shortcuts(full_scale(tmp_path)), results)
+    assert "| A | 1, 1 failed | 7 | 25.0 | 50.0 | 6.61 |" in table
+
+
+@dataclass(frozen=True)
+class ProcessJob:
+    """Says the process that it runs in."""
+
+    def __call__(self, folder):
+        return {"process": os.getpid()}
+
+
+@pytest.mark.slow
+def test_each_training_has_a_process_of_its_own(tmp_path):
+    jobs = {f"A/{seed}": ProcessJob() for seed in range(3)}
+    found = {result["process"] for _, result in completed(jobs, tmp_path, processes=2)}
+    assert len(found) == 3 and os.getpid() not in found
 
 
 def test_the_document_s_tables_are_those_of_the_json_files():
@@ -194,7 +242,7 @@ def test_the_plan_adds_up_the_hours(run, monkeypatch):
     monkeypatch.setattr(ClassifierJob, "seconds", lambda job: 7200.0)
     lines = run("all", "--plan").splitlines()
     assert lines[2].split() == ["degradation", "2", "2.000"]
-    assert lines[-1].split() == ["together", "31", "31.000"]
+    assert lines[-1].split() == ["together", "30", "30.000"]
 
 
 def test_the_estimate_of_a_training_is_positive(data):

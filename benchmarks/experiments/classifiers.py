@@ -81,17 +81,14 @@ class ClassifierJob:
     def __call__(self, folder: Path) -> Result:
         forget_peak("cpu")
         run = self.open(folder)
-        step, began = run.training.step, time.process_time()
-        train_in_silence(run)
-        seconds, steps = time.process_time() - began, run.training.step - step
+        seconds = train_timed(run)
         if self.checkpointing:
             del run.training.model.network.forward
         run.training.model.load_weights(read_state_dict(folder / "last.safetensors"))
         found = {
             "parameters": count_parameters(run.training.model),
-            # A run that was stopped counts the steps since.
-            "seconds_per_step": seconds / steps if steps else None,
-            "peak_mb": peak_mb("cpu"),
+            "seconds_per_step": seconds,
+            "peak_mb": None if seconds is None else peak_mb("cpu"),
             "curve": read_curve(folder),
         }
         for look in self.looks:
@@ -115,6 +112,14 @@ class ClassifierJob:
 
 def has_state(folder: Path) -> bool:
     return any(folder.glob("training_state*.pt"))
+
+
+def train_timed(run: TrainingRun) -> float | None:
+    """Train to the end. Returns the CPU seconds a step, of the steps that were left; None where there were none."""
+    step, began = run.training.step, time.process_time()
+    train_in_silence(run)
+    steps = run.training.step - step
+    return (time.process_time() - began) / steps if steps else None
 
 
 def train_in_silence(run: TrainingRun) -> dict[str, Any]:

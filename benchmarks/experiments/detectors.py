@@ -23,7 +23,7 @@ from .classifiers import (
     ClassifierJob,
     has_state,
     seconds_per_step,
-    train_in_silence,
+    train_timed,
 )
 from .experiment import Experiment, Result, Results, by_arm
 from .scale import Scale
@@ -50,8 +50,9 @@ class DetectorJob:
 
     def __call__(self, folder: Path) -> Result:
         run = self.open(folder)
-        train_in_silence(run)
-        return {"epochs": self.config.train.epochs, **score(self.config, folder / "best.safetensors")}
+        minutes = cpu_minutes(train_timed(run), run.training.step)
+        found = score(self.config, folder / "best.safetensors")
+        return {"epochs": self.config.train.epochs, "minutes": minutes, **found}
 
     def open(self, folder: Path) -> Run:
         return Run(self.config, folder, CPU, resume=has_state(folder))
@@ -70,8 +71,11 @@ class PretrainedJob:
 
     def __call__(self, folder: Path) -> Result:
         job = DetectorJob(self.starting_from(folder / "classifier", self.epochs_left(folder)))
-        error = ClassifierJob(self.classifier)(folder / "classifier")["curve"][-1]["test_error"]
-        return {"classifier_error": error, **job(folder / "detector")}
+        before = ClassifierJob(self.classifier)(folder / "classifier")
+        end = before["curve"][-1]
+        minutes, found = cpu_minutes(before["seconds_per_step"], end["step"]), job(folder / "detector")
+        whole = None if None in (minutes, found["minutes"]) else minutes + found["minutes"]
+        return {"classifier_error": end["test_error"], **found, "minutes": whole}
 
     def epochs_left(self, folder: Path) -> int:
         """The detector's epochs after the classifier's time. They are kept, for a run that goes on later."""
@@ -90,6 +94,11 @@ class PretrainedJob:
 
     def seconds(self) -> float:
         return self.detector.seconds()
+
+
+def cpu_minutes(seconds_per_step: float | None, steps: int) -> float | None:
+    """The CPU minutes of a whole training; None where nothing was timed."""
+    return None if seconds_per_step is None else seconds_per_step * steps / 60
 
 
 def score(config: Config, weights: Path) -> Result:
@@ -148,12 +157,12 @@ def objects_recipe(scale: Scale, data: str, seed: int) -> ClassifierConfig:
     return load_config(path, overrides, kind=ClassifierConfig)
 
 
-HEADER = ("split", "epochs", "AP50", "AP")
+HEADER = ("split", "epochs", "CPU minutes", "AP50", "AP")
 
 
 def row(found: list[Result]) -> list[str | None]:
-    epochs = spread([r["epochs"] for r in found], digits=0)
-    return [found[0]["split"], epochs, *(spread([r[m] for r in found], digits=3) for m in ("AP50", "AP"))]
+    digits = {"epochs": 0, "minutes": 1, "AP50": 3, "AP": 3}
+    return [found[0]["split"], *(spread([r[name] for r in found], n) for name, n in digits.items())]
 
 
 def draw(figure: Figure, results: Results) -> None:

@@ -1,5 +1,6 @@
 """An experiment: jobs under names, whose results are kept in one JSON file as they come."""
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,9 @@ from ..settings import describe_machine
 
 T = TypeVar("T")
 Result = dict[str, Any]
-Results = dict[str, Result]  # under "arm/seed"
+Results = dict[
+    str, Result
+]  # under "arm/seed"; that of a training whose numbers overflowed is {"failed": why}
 
 
 class Job(Protocol):
@@ -67,9 +70,14 @@ def run_experiment(
     for name, result in completed(missing, folder, processes):
         print(f"{path.stem} {name} is done", flush=True)
         results[name] = result
-        record = {"machine": describe_machine(), "settings": settings, "results": results}
-        write_json(path, record, indent=1)
+        write_json(path, record_of(results, settings), indent=1)
     return {name: results[name] for name in experiment.jobs if name in results}
+
+
+def record_of(results: Results, settings: Result) -> Result:
+    """What the JSON file of an experiment holds."""
+    seeds = sorted({int(name.rpartition("/")[2]) for name in results})
+    return {"machine": describe_machine(), "settings": settings, "seeds": seeds, "results": results}
 
 
 def read_results(path: Path, settings: Result | None = None) -> Results:
@@ -87,20 +95,35 @@ def read_results(path: Path, settings: Result | None = None) -> Results:
 def completed(jobs: Mapping[str, Job], folder: Path, processes: int) -> Iterator[tuple[str, Result]]:
     """Run jobs, `processes` of them at a time with one thread each. Yields (name, result) as they end.
 
-    When it is stopped, it stops the trainings, which save their states.
+    When it is stopped, it stops the trainings, which save their states. Each job has a process of its own, so that its
+    peak of memory is not that of an earlier one, unless `processes` is 1.
     """
     call = partial(run_job, folder)
     if processes == 1:
         torch.set_num_threads(1)
         yield from map(call, jobs.items())
         return
-    with get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+    with get_context("spawn").Pool(processes, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
         yield from pool.imap_unordered(call, jobs.items())
 
 
 def run_job(folder: Path, named: tuple[str, Job]) -> tuple[str, Result]:
+    """(name, result). That a training's numbers overflow is a result too."""
     name, job = named
-    return name, job(folder / name)
+    try:
+        return name, as_json(job(folder / name))
+    except FloatingPointError as error:
+        return name, {"failed": str(error)}
+
+
+def as_json(result: Result) -> Result:
+    """The result as JSON gives it back, with None for NaN and infinities."""
+    return json.loads(json.dumps(result), parse_constant=lambda name: None)
+
+
+def finished(results: Results) -> Results:
+    """The results of the trainings that did not fail."""
+    return {name: result for name, result in results.items() if "failed" not in result}
 
 
 def by_arm(named: Mapping[str, T]) -> dict[str, list[T]]:

@@ -11,7 +11,7 @@ from torchvision.ops import SqueezeExcitation
 from .classifiers import ClassifierJob, MeasuredRun
 from .experiment import Experiment, Result, Results, by_arm
 from .scale import Scale, recipe
-from .spread import errors, spread
+from .spread import deviation, errors, spread
 
 ENDS = {"no shrinkage": None, "shrinkage_cs": "shrinkage_cs", "shrinkage_cw": "shrinkage_cw"}
 WIDE = ("resnet18", "densenet121")
@@ -87,7 +87,8 @@ def row(found: list[Result]) -> list[Any]:
 
 
 def step_time(found: Sequence[Result]) -> str | None:
-    return spread([1000 * r["seconds_per_step"] for r in found if r["seconds_per_step"]], digits=0)
+    seconds = [r["seconds_per_step"] for r in found]
+    return spread([s and 1000 * s for s in seconds], digits=0)
 
 
 def draw(figure: Figure, results: Results) -> None:
@@ -98,7 +99,8 @@ def draw(figure: Figure, results: Results) -> None:
         plot_errors(left, arms, name, [f[0]["parameters"] for arm, f in arms.items() if arm.startswith(name)])
     left.set(xscale="log", xlabel="parameters", title="test error, %")
     for key in ("gate_means", "gate_class_deviations"):
-        middle.plot(arms["se"][0][key], label=key.replace("_", " "))
+        of_seeds = [result[key] for result in arms.get("se", [])]
+        middle.plot(np.mean(of_seeds, axis=0), label=key.replace("_", " "))
     middle.set(xlabel="unit", title="gates of squeeze-excitation")
     for name in ENDS:
         noises = [float(arm.rpartition(" ")[2]) for arm in arms if arm.startswith(f"{name},")]
@@ -114,5 +116,5 @@ def plot_errors(axes: Any, arms: dict[str, list[Result]], start: str, x: list[fl
     found = [results for arm, results in arms.items() if arm.startswith(start)]
     values = [[100 * r["curve"][-1]["test_error"] for r in results] for results in found]
     axes.errorbar(
-        x, list(map(np.mean, values)), list(map(np.std, values)), marker="o", label=start.strip(",")
+        x, list(map(np.mean, values)), list(map(deviation, values)), marker="o", label=start.strip(",")
     )

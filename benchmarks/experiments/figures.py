@@ -7,20 +7,25 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from detector.files import write_atomically
 
-from .experiment import Experiment, Result, Results, by_arm
+from .experiment import Experiment, Result, Results, by_arm, finished
+from .spread import deviation
 
 
 def save_figure(experiment: Experiment, results: Results, path: Path) -> None:
-    """Draw an experiment's figure as a PNG, once every arm has a result."""
+    """Draw an experiment's figure as a PNG, once every arm has a result. Trainings that failed are not in it."""
     if by_arm(results).keys() != by_arm(experiment.jobs).keys():
         return
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    experiment.draw(figure, results)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=64))
+    figure = Figure(figsize=(10, 4.2), dpi=90, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    experiment.draw(figure, finished(results))
+    canvas.draw()
+    # 64 colours make a third of the file.
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64)
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", optimize=True))
 
 
 def plot_curves(axes: Any, arms: Mapping[str, Sequence[Result]]) -> None:
@@ -42,7 +47,7 @@ def plot_bars(figure: Figure, results: Results) -> None:
     places = np.arange(len(arms))
     for shift, key in ((-0.2, "train_error"), (0.2, "test_error")):
         ends = [[100 * result["curve"][-1][key] for result in found] for found in arms.values()]
-        means, spreads = [np.mean(e) for e in ends], [np.std(e) for e in ends]
+        means, spreads = [np.mean(e) for e in ends], [deviation(e) for e in ends]
         axes.barh(places + shift, means, 0.4, xerr=spreads, label=key.replace("_", " "))
     axes.set_yticks(places, list(arms))
     axes.invert_yaxis()

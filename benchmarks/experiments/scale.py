@@ -25,7 +25,8 @@ class Scale:
     pictures, large_pictures: the section `data` of CIFAR networks, and of backbones.
     depths: of the plain and residual networks that are compared. orders: depths of the networks in each order.
     depth: of all other CIFAR networks.
-    thousand: depths of very deep networks, and whether their units are bottlenecks.
+    thousand: depths of very deep networks, and whether their units are bottlenecks. Their epochs must reach well past
+        the warm-up of 100 steps before the rate is divided, which is at half of them.
     share: of the epochs of a detector's recipe. detector: overrides of it.
     """
 
@@ -39,7 +40,8 @@ class Scale:
     orders: tuple[int, ...] = (56, 110)
     depth: int = 56
     thousand: tuple[tuple[int, bool], ...] = ((1001, True), (1202, False))
-    thousand_epochs: int = 10
+    thousand_epochs: int = 20
+    thousand_seeds: int = 1
     widths: tuple[int, ...] = (8, 16, 32)
     noises: tuple[int, ...] = (0, 30, 60)
     share: float = 0.25

@@ -6,12 +6,21 @@ from statistics import mean, stdev
 from .experiment import Result
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str | None:
-    """Mean and standard deviation as "12.3 ± 0.4"; the mean alone of one value; None without any."""
-    if not values:
+def spread(values: Sequence[float | None], digits: int = 1) -> str | None:
+    """Mean and standard deviation as "12.3 ± 0.4"; the mean alone of one value; None without any.
+
+    A value that is None is left out.
+    """
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    around = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{around}"
+    around = f" ± {deviation(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{mean(known):.{digits}f}{around}"
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample's standard deviation; 0 of one value."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def errors(found: Sequence[Result]) -> list[str | None]:

@@ -1,5 +1,6 @@
 """Experiment 5: networks of a thousand layers, whose activations are computed again in the backward pass."""
 
+from itertools import product
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -15,13 +16,12 @@ ORDERS = ("original", "full_preactivation")
 
 
 def thousand(scale: Scale) -> Experiment:
-    """Each depth in the original order and in full pre-activation, with one seed."""
+    """Each depth in the original order and in full pre-activation."""
     jobs = {}
-    for depth, bottlenecks in scale.thousand:
-        for order in ORDERS:
-            backbone = {"name": "cifar_resnet", "depth": depth, "bottlenecks": bottlenecks, "order": order}
-            config = recipe(scale, backbone, 0, epochs=scale.thousand_epochs)
-            jobs[f"{depth} {order}/0"] = ClassifierJob(config, (look_at_layers,), checkpointing=True)
+    for seed, (depth, bottlenecks), order in product(range(scale.thousand_seeds), scale.thousand, ORDERS):
+        backbone = {"name": "cifar_resnet", "depth": depth, "bottlenecks": bottlenecks, "order": order}
+        config = recipe(scale, backbone, seed, epochs=scale.thousand_epochs)
+        jobs[f"{depth} {order}/{seed}"] = ClassifierJob(config, (look_at_layers,), checkpointing=True)
     return Experiment(jobs, draw, HEADER, row, PUBLISHED)
 
 
@@ -41,10 +41,12 @@ HEADER = (
 
 
 def row(found: list[Result]) -> list[Any]:
-    (result,) = found
-    numbers = [result["curve"][-1]["step"], result["seconds_per_step"], round(result["peak_mb"])]
-    gradient = spread([growth(result["gradients_at_start"])], digits=2)
-    return [result["parameters"], *numbers, gradient, *errors(found)]
+    measures = [
+        spread([r["seconds_per_step"] for r in found], digits=2),
+        spread([r["peak_mb"] for r in found], digits=0),
+        spread([growth(r["gradients_at_start"]) for r in found]),
+    ]
+    return [found[0]["parameters"], found[0]["curve"][-1]["step"], *measures, *errors(found)]
 
 
 def draw(figure: Figure, results: Results) -> None:

@@ -1,5 +1,6 @@
 """Experiment 4: gradients and responses of every layer, and what a trained network does without some of its units."""
 
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -25,6 +26,8 @@ from .spread import errors, spread
 
 KINDS = {"plain": {"shortcut": "none"}, "resnet": {}, "stochastic": {"stochastic_depth": 0.5}}
 DRAWS = 5
+# Percent of the units that are dropped together.
+SHARES = (10, 25, 50)
 
 
 def why(scale: Scale) -> Experiment:
@@ -66,7 +69,7 @@ def look_at_units(run: MeasuredRun) -> Result:
     def without(dropped: list[str]) -> float:
         return run.test_error(without_units(network, dropped))
 
-    counts = sorted({max(1, len(places) * percent // 100) for percent in (10, 25, 50)})
+    counts = sorted({count_of(len(places), percent) for percent in SHARES})
     several = {
         count: [without(rng.choice(places, count, replace=False).tolist()) for _ in range(DRAWS)]
         for count in counts
@@ -88,50 +91,69 @@ def exchangeable(network: nn.Module, places: list[str]) -> list[tuple[str, str]]
     return [(a, b) for a, b in combinations(kept, 2) if a.partition(".")[0] == b.partition(".")[0]]
 
 
-def growth(gradients: list[float]) -> float:
-    """The first 3x3 layer's gradient over the last one's, the stem's aside."""
-    return gradients[1] / gradients[-1]
+def growth(gradients: list[float | None]) -> float | None:
+    """The first 3x3 layer's gradient over the last one's, the stem's aside; None where one is 0 or not finite."""
+    first, last = gradients[1], gradients[-1]
+    return first / last if first and last else None
+
+
+def without_share(result: Result, percent: int) -> float:
+    """The mean test error without so many percent of the units."""
+    return float(np.mean(result["without_several"][str(count_of(len(result["without_one"]), percent))]))
+
+
+def count_of(units: int, percent: int) -> int:
+    return max(1, units * percent // 100)
 
 
 HEADER = (
     "gradient, first over last, at the start",
     "after training",
+    "std of responses",
     "training error, %",
     "test error, %",
     "without one unit, worst",
     "mean",
-    "without half",
+    *(f"without {share} % of the units" for share in SHARES),
     "two swapped",
 )
 
 
 def row(found: list[Result]) -> list[str | None]:
     """The cells of one arm; errors are in percent."""
-    gradients = [
-        spread([growth(r[key]) for r in found], digits=2) for key in ("gradients_at_start", "gradients_after")
-    ]
+    gradients = [spread([growth(r[key]) for r in found]) for key in ("gradients_at_start", "gradients_after")]
+    responses = spread([float(np.mean(r["response_deviations"])) for r in found], digits=2)
     lesions = [
-        spread([100 * measure(r) for r in found])
+        spread([100 * float(measure(r)) for r in found])
         for measure in (
             lambda r: max(r["without_one"]),
             lambda r: np.mean(r["without_one"]),
-            lambda r: np.mean(list(r["without_several"].values())[-1]),
+            *(partial(without_share, percent=share) for share in SHARES),
             lambda r: np.mean(r["two_swapped"]),
         )
     ]
-    return [*gradients, *errors(found), *lesions]
+    return [*gradients, responses, *errors(found), *lesions]
 
 
 def draw(figure: Figure, results: Results) -> None:
-    """Gradients at the start, deviations of the responses, and the error without each unit, of the first seed."""
+    """Gradients at the start, deviations of the responses, and the error without one unit and without several: of the
+    first seed.
+    """
     arms = {arm: found[0] for arm, found in by_arm(results).items()}
-    left, middle, right = figure.subplots(1, 3)
+    figure.set_size_inches(10, 8)
+    (gradients, responses), (one, several) = figure.subplots(2, 2)
     for number, (arm, result) in enumerate(arms.items()):
-        left.semilogy(result["gradients_at_start"][1:], color=f"C{number}", label=arm)
-        middle.plot(result["response_deviations"], color=f"C{number}")
+        color = f"C{number}"
+        gradients.semilogy(result["gradients_at_start"][1:], color=color, label=arm)
+        responses.plot(result["response_deviations"], color=color)
         lost = 100 * np.array(result["without_one"])
-        right.plot(np.linspace(0, 1, len(lost)), lost, color=f"C{number}")
-    left.set(xlabel="3x3 layer", title="gradient norm at the start")
-    middle.set(xlabel="layer of a branch", title="std of responses after training")
-    right.set(xlabel="place of the dropped unit", title="test error without one unit, %")
-    left.legend(fontsize="small")
+        one.plot(np.linspace(0, 1, len(lost)), lost, color=color)
+        dropped = [100 * result["error"], *(100 * without_share(result, share) for share in SHARES)]
+        several.plot([0, *SHARES], dropped, "o-", color=color)
+    gradients.set(xlabel="3x3 layer", title="gradient norm at the start")
+    responses.set(xlabel="layer of a branch", title="std of responses after training")
+    one.set(xlabel="place of the dropped unit: 0 first, 1 last", title="test error without one unit, %")
+    several.set(xlabel="dropped units, %", title="test error without several units, %")
+    gradients.legend(fontsize="small")
+    for axes in (gradients, responses, one, several):
+        axes.grid(alpha=0.3)
