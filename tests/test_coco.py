@@ -253,10 +253,6 @@ MALFORMED = [
     (lambda c: c["images"][1].update(id="7"), r"images\[1\] has id '7': .*integer"),
     (lambda c: c["images"][1].update(id=30), r"images\[0\] and images\[1\] share id 30"),
     (lambda c: c["images"][1].update(height=0), r"images\[1\] has height 0: .*greater than or equal to 1"),
-    (
-        lambda c: c["categories"][1].update(name="dog"),
-        r"categories\[1\] and categories\[2\] share name 'dog'",
-    ),
     (lambda c: c["categories"].clear(), "no class to detect"),
     (lambda c: c["annotations"].append(3), r"annotations\[4\] is 3: .*object"),
 ]
@@ -266,6 +262,14 @@ MALFORMED = [
 def test_a_malformed_file_is_an_error_that_names_the_entry(write, change, message):
     with pytest.raises(ValueError, match=rf"a\.json: .*{message}|a\.json: {message}"):
         load_coco(*write(change))
+
+
+def test_categories_of_one_name_are_one_class_with_a_note(write):
+    """Roboflow lists the group of the classes as a category, often under the name of one of them."""
+    whole, merged = load_coco(*write()), load_coco(*write(lambda c: c["categories"][1].update(name="dog")))
+    assert len(merged.class_names) == len(whole.class_names) - 1 and len(merged.boxes) == len(whole.boxes)
+    assert any("2 categories are called 'dog', and are taken as one class" in note for note in merged.notes)
+    assert not any("are called" in note for note in whole.notes)
 
 
 def test_files_that_are_missing_or_no_json_are_named(write, tmp_path):

@@ -305,6 +305,28 @@ def fractions_csv(root):
     put(root / "boxes.csv", text, "cp1252")
 
 
+def makesense_csv(root):
+    """makesense.ai's table: no header, the class first, boxes as x, y, width and height, the picture behind them."""
+    paint_all(root / "images")
+    text = ""
+    for name, ((width, height), boxes) in PICTURES.items():
+        for label, (x1, y1, x2, y2) in boxes:
+            text += f"{label},{x1},{y1},{x2 - x1},{y2 - y1},{name},{width},{height}\n"
+    put(root / "annotations/labels.csv", text)
+
+
+def gtsdb_text(root):
+    """The table of the German traffic signs, gt.txt: semicolons, no header; another text beside it."""
+    paint_all(root)
+    put(
+        root / "gt.txt",
+        "\n".join(
+            ";".join(map(str, row)) for n in PICTURES for row in rows(n, "filename", *CORNERS, "class")
+        ),
+    )
+    put(root / "ReadMe.txt", "one.jpg and the others, drawn by hand;")
+
+
 # labelme
 
 
@@ -348,6 +370,7 @@ LAYOUTS = {
     coco_folder: "coco", roboflow_coco: "coco", cvat_coco: "coco", label_studio_coco: "coco", coco_same_names: "coco",
     roboflow_yolo: "yolo", ultralytics: "yolo", darknet: "yolo", yolo_beside: "yolo",
     tensorflow_csv: "csv", retinanet_csv: "csv", spreadsheet_csv: "csv", fractions_csv: "csv",
+    makesense_csv: "csv", gtsdb_text: "csv",
     labelme_beside: "labelme", labelme_folder: "labelme",
 }  # fmt: skip
 
@@ -385,7 +408,9 @@ def test_the_same_pictures_give_the_same_boxes_from_every_layout(tmp_path, write
     found, datasets = read(tmp_path)
     assert found.format == LAYOUTS[write]
     # Tables of objects alone do not know of pictures without any.
-    unknown = {"nothing.jpg"} if write in (tensorflow_csv, fractions_csv) else set()
+    unknown = (
+        {"nothing.jpg"} if write in (tensorflow_csv, fractions_csv, makesense_csv, gtsdb_text) else set()
+    )
     assert content(datasets.values()) == {name: e for name, e in EXPECTED.items() if name not in unknown}
     assert all(dataset.problems == () for dataset in datasets.values())
 
@@ -492,6 +517,90 @@ def test_coco_files_of_the_same_pictures_are_refused(tmp_path):
         find_data(tmp_path)
 
 
+# Lines of public data sets, and what they say: Kaggle's BCCD, wheat, cars, traffic signs (GTSRB), helmets (NFL) and
+# chest X-rays (VinBigData), LISA's traffic lights, Udacity's streets, makesense.ai, SKU-110K, VoTT.
+TABLES = [
+    ("filename,cell_type,xmin,xmax,ymin,ymax\na.jpg,RBC,81,194,18,115", "RBC", (81, 18, 194, 115)),
+    ('image_id,width,height,bbox,source\na,1024,1024,"[834.0, 222.0, 56.0, 36.0]",usask_1', "object", (834, 222, 890, 258)),
+    ("image,xmin,ymin,xmax,ymax\na.jpg,281,187.5,327,223", "object", (281, 187.5, 327, 223)),
+    ("Width,Height,Roi.X1,Roi.Y1,Roi.X2,Roi.Y2,ClassId,Path\n1024,1024,5,6,22,20,20,Train/20/a.png", "20", (5, 6, 22, 20)),
+    ("Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\na.ppm;1024;1024;6;5;48;49;16", "16", (6, 5, 48, 49)),
+    ("image,label,right,bbox\na.jpg,leaf,7,[834 222 56 36]", "leaf", (834, 222, 890, 258)),
+    ("image,label,left,width,top,height\na.jpg,Helmet,900,16,456,15", "Helmet", (900, 456, 916, 471)),
+    ("image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max\na,Cardiomegaly,3,R10,691,375,953,831", "Cardiomegaly", (691, 375, 953, 831)),
+    ("Filename;Annotation tag;Upper left corner X;Upper left corner Y;Lower right corner X;Lower right corner Y;Occluded,On another road;Origin file\n"
+     "night/a.png;go;670;393;675;398;0,0;b.mp4", "go", (670, 393, 675, 398)),
+    ("frame,xmin,xmax,ymin,ymax,class_id\na.jpg,237,251,143,155,1", "1", (237, 143, 251, 155)),
+    ("label_name,bbox_x,bbox_y,bbox_width,bbox_height,image_name,image_width,image_height\ncar,273,881,75,79,a.jpg,1024,1024", "car", (273, 881, 348, 960)),
+    ("a.jpg,208,537,422,814,thing,1024,1024", "thing", (208, 537, 422, 814)),
+    ('"image","xmin","ymin","xmax","ymax","label"\n"a.jpg",118.5,142,312,460,"card"', "card", (118.5, 142, 312, 460)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "name", "box"), TABLES)
+def test_tables_of_public_data_sets_are_read(tmp_path, table, name, box):
+    Image.new("RGB", (1024, 1024)).save(tmp_path / "a.png")
+    put(tmp_path / "boxes.csv", table)
+    found = find_data(tmp_path)
+    dataset = build_dataset(DataConfig(root=tmp_path, **found.splits), "train")
+    assert dataset.class_names == (name,) and dataset.boxes.tolist() == [list(box)]
+    told = " ".join(dataset.notes)
+    assert ("no column has the class" in told) == (name == "object")
+    assert ("left top corner, width and height" in told) == any(word in table for word in ("bbox", "left,"))
+
+
+def test_a_row_without_coordinates_is_a_picture_without_objects(tmp_path):
+    paint_all(tmp_path)
+    put(
+        tmp_path / "boxes.csv",
+        "image,label,x,y,width,height\none.jpg,cat,1,2,19,20\nnothing.jpg,No finding,,,,\n",
+    )
+    _, datasets = read(tmp_path)
+    assert content(datasets.values()) == {
+        "one.jpg": ((40, 30), [("cat", (1, 2, 20, 22))]),
+        "nothing.jpg": EXPECTED["nothing.jpg"],
+    }
+
+
+def test_a_table_whose_columns_are_unknown_is_named_with_its_first_line(tmp_path):
+    paint_all(tmp_path)
+    put(tmp_path / "train_labels.csv", "patient,x,y,width,height,Target\none,1,2,3,4,1\n")
+    message = (
+        r"found .*1 .csv \(train_labels.csv\); save the annotations in one of these formats; "
+        r".*train_labels.csv: its first line is 'patient,x,y,width,height,Target'; accepted are a header"
+    )
+    with pytest.raises(ValueError, match=message):
+        find_data(tmp_path)
+
+
+OTHERS = {
+    "_annotations.createml.json": '[{"image": "one.jpg", "annotations": [{"label": "a", "coordinates": {"x": 2, "y": 2, "width": 2, "height": 2}}]}]',
+    "via_region_data.json": '{"one.jpg430": {"filename": "one.jpg", "regions": {"0": {"shape_attributes": {"name": "rect", "x": 1, "y": 6}}}}}',
+    "via_region_data.csv": 'filename,file_size,region_shape_attributes,region_attributes\none.jpg,162,"{""name"":""rect"",""x"":1}","{}"',
+    "project-1.csv": 'image,id,label,annotator\n/data/upload/1/one.jpg,1,"[{""x"": 19.5, ""rectanglelabels"": [""Car""]}]",1',
+    "project-1.json": '[{"id": 1, "annotations": [{"result": [{"value": {"rectanglelabels": ["Car"]}}]}], "data": {"image": "one.jpg"}}]',
+    "annotations.xml": '<?xml version="1.0"?>\n<annotations><version>1.1</version><image id="0" name="one.jpg"/></annotations>',
+    "_annotations.txt": "one.jpg 3,2,8,5,1 19,18,32,21,1",
+    "label_2/one.txt": "Truck 0.00 0 -1.57 599.41 156.40 629.75 189.25 2.85 2.63 12.34 0.47 1.49 69.44 -1.56",
+    "annotations/one.txt": "684,8,273,116,0,0,0,0\n406,119,265,70,0,0,0,0",
+    "labelTxt/one.txt": "imagesource:GoogleEarth\ngsd:0.146343590398\n2753 2408 2861 2385 2888 2468 2805 2502 plane 0",
+    "wider_face_train_bbx_gt.txt": "0--Parade/one.jpg\n1\n4 3 12 14 0 0 0 0 0 0",
+    "gt/gt.txt": "1,1,912,484,97,109,0,7,1",
+    "ann/one.jpg.json": '{"size": {"height": 30, "width": 40}, "objects": [{"classTitle": "lemon", "points": {"exterior": [[1, 2]]}}]}',
+    "det_val.json": '[{"name": "one.jpg", "labels": [{"category": "car", "box2d": {"x1": 1, "x2": 4, "y1": 2, "y2": 9}}]}]',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", OTHERS)
+def test_formats_that_are_not_read_are_named_by_their_file_with_those_that_are(tmp_path, file):
+    paint(tmp_path / "one.jpg")
+    put(tmp_path / file, OTHERS[file])
+    with pytest.raises(
+        ValueError, match=rf"no annotations found; looked for XML files, .*\({re.escape(file)}\).*; save"
+    ):
+        find_data(tmp_path)
+
+
 def test_classes_without_names_are_called_by_their_numbers(tmp_path):
     yolo_beside(tmp_path)
     (tmp_path / "classes.txt").unlink()
@@ -531,6 +640,7 @@ def test_every_format_takes_a_list_of_pictures_and_a_limit_on_bytes(tmp_path, wr
 
 
 DAMAGE = [
+    (voc_without_lists, "labels xml/one.XML", "<annotation><object><name>cat</name><polygon/></object></annotation>", r"one.XML: object.0. \(cat\) has no bndbox"),
     (yolo_beside, "one.txt", "0 0.5 0.5\n0 0.5 0.5 1 1\n", "one.txt: line 1 .* has 2 numbers behind the class"),
     (yolo_beside, "one.txt", "9 0.5 0.5 1 1\n", "one.txt: line 1 .*has the class '9', which names lack"),
     (yolo_beside, "one.txt", "0 a b c d\n", "one.txt: line 1 .* is not four finite numbers"),

@@ -192,6 +192,7 @@ YOLO_YAML = {
 }
 YOLO = b"0 0.5 0.5 0.2 0.4\n1 0.1 0.1 0.4 0.2 0.3 0.9\n"
 CSV = b"filename,width,height,class,xmin,ymin,xmax,ymax\na.jpg,20,10,cat,1,2,3,4\na.jpg,20,10,dog,2,2,9,9\n"
+BBOX_CSV = b'image_id,width,height,bbox,source\na,20,10,"[1.0, 2.0, 3.0, 4.0]",farm_1\n'
 RETINANET = b"a.jpg,1,2,3,4,cat\nb.jpg,,,,,\n"
 
 
@@ -260,6 +261,11 @@ CASES = {
     ),
     "yolo's names": ("data.yaml", lambda path: read_names(path, 10**6), altered(YOLO_YAML).map(as_yaml)),
     "csv's bytes": ("tables/a.csv", loader(CsvSource, annotations="tables/a.csv"), damaged(CSV)),
+    "csv's bytes with bbox": (
+        "tables/a.csv",
+        loader(CsvSource, annotations="tables/a.csv"),
+        damaged(BBOX_CSV),
+    ),
     "csv's bytes without header": (
         "tables/a.csv",
         loader(CsvSource, annotations="tables/a.csv"),

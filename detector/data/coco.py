@@ -118,7 +118,7 @@ def read_coco(
     content = _read_json(path, max_bytes)
     images = sorted(content["images"], key=lambda image: image["id"])
     pictures, notes = _find_pictures(images, FileIndex(images_dir, root), path)
-    notes += _shared_ids(content["annotations"], path)
+    notes += _shared_ids(content["annotations"], path) + _shared_names(content["categories"], path)
     names = {category["id"]: category["name"] for category in content["categories"]}
     objects, problems = _match(content["annotations"], images, names, path)
     unknown = sorted({entry["category_id"] for entry in content["annotations"]} - set(names))
@@ -166,10 +166,20 @@ def _shared_ids(annotations: list[_Annotation], path: Path) -> list[str]:
     ]
 
 
+def _shared_names(categories: list[_Category], path: Path) -> list[str]:
+    """A note for each name of several categories. Roboflow lists the group of the classes among them."""
+    counts = Counter(category["name"] for category in categories)
+    return [
+        f"{path}: {count} categories are called {name!r}, and are taken as one class"
+        for name, count in counts.items()
+        if count > 1
+    ]
+
+
 def _read_json(path: Path, max_bytes: int) -> _Content:
     """Parse the file, and check the type of every key that is read later.
 
-    Image ids, category ids and category names must be unique. A fault is a ValueError.
+    Image ids and category ids must be unique. A fault is a ValueError.
     """
     text = read_text(path, max_bytes)
     # Measured on files of 300 MB, with polygons and without.
@@ -181,14 +191,12 @@ def _read_json(path: Path, max_bytes: int) -> _Content:
             content = _OUTLINED_CONTENT.validate_json(text)
     except ValidationError as error:
         raise ValueError(f"{path}: {_sentence(error.errors()[0])}") from None
-    for section, name in (("images", "id"), ("categories", "id"), ("categories", "name")):
-        seen: dict[Any, int] = {}
+    for section in ("images", "categories"):
+        seen: dict[int, int] = {}
         for index, entry in enumerate(content[section]):
-            first = seen.setdefault(entry[name], index)
+            first = seen.setdefault(entry["id"], index)
             if first != index:
-                raise ValueError(
-                    f"{path}: {section}[{first}] and {section}[{index}] share {name} {entry[name]!r}"
-                )
+                raise ValueError(f"{path}: {section}[{first}] and {section}[{index}] share id {entry['id']}")
     return content
 
 

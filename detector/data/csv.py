@@ -4,38 +4,27 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
 from ..files import read_text
+from .csv_columns import COLUMNS, box_of, find_columns, is_sized
 from .file_index import FileIndex
 from .file_source import MAX_BYTES, FileSource
 from .filed import Filed, gather, number, read_each, size_or_none
 from .records import Annotations, Object
 
-# The names that columns have, without case and signs.
-_COLUMNS = {
-    "path": ("filename", "path", "file", "image", "imagename", "imagepath", "imageid", "img"),
-    "name": ("class", "label", "classname", "labelname", "category", "name"),
-    "xmin": ("xmin", "x1", "left"),
-    "ymin": ("ymin", "y1", "top"),
-    "xmax": ("xmax", "x2", "right"),
-    "ymax": ("ymax", "y2", "bottom"),
-    "width": ("width", "imagewidth", "imgwidth"),
-    "height": ("height", "imageheight", "imgheight"),
-}
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
-_RETINANET = ("path", *_CORNERS, "name")
-_TENSORFLOW = ("path", "width", "height", "name", *_CORNERS)
+# The class of all objects where a table has no column for it.
+_ONE_CLASS = "object"
 
 
 class CsvSource(FileSource):
     """A CSV file of one object a row, and pictures in `images`; both below data.root.
 
     The first line names the columns: filename, class, xmin, ymin, xmax, ymax, and width and height if there are any.
-    Without such a line the columns are RetinaNet's: path, x1, y1, x2, y2, class. A row with a path alone is a picture
-    without objects.
+    x, y, w and h, or a column bbox that holds these four, may stand for the corners. Without such a line the columns
+    are RetinaNet's: path, x1, y1, x2, y2, class. A row without coordinates is a picture without objects.
     """
 
     format: Literal["csv"]
@@ -50,16 +39,15 @@ class CsvSource(FileSource):
             rows[row["path"]].append((index, row))
         images = FileIndex(root / self.images, root)
         filed, problems = read_each(rows, lambda name: _filed(path, name, images, rows[name]))
-        found = gather(str(path), filed, "line {}", problems=problems)
-        fractions = _are_fractions([o.box for o in found.objects])
-        if fractions:
-            found = gather(str(path), filed, "line {}", fractions=True, problems=problems)
-            found.notes.append(f"{path}: boxes are taken as fractions of the pictures, as none is above 1")
+        fractions = _are_fractions([found.box for each in filed for found in each.objects])
+        found = gather(str(path), filed, "line {}", fractions=fractions, problems=problems)
+        columns = next((row.keys() for (_, row), *_ in rows.values()), COLUMNS)
+        found.notes += [f"{path}: {note}" for note in _notes(columns, fractions)]
         return found
 
 
 def read_rows(path: Path, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, dict[str, str]]]:
-    """The number of each line and its cells by the name of their column: a key of `_COLUMNS`.
+    """The number of each line and its cells by what they hold: a key of `COLUMNS`.
 
     ValueError: the columns are not known, or the file is no CSV.
     """
@@ -67,41 +55,24 @@ def read_rows(path: Path, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, dic
     first = next(filter(None, map(str.strip, lines)), "")
     delimiter = max(",;\t|", key=first.count)
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-    columns: list[str | None] = []
+    columns: dict[str, int] = {}
     try:
         for row in reader:
             if not any(row):
                 continue
-            if not columns:
-                columns, is_header = _columns(row, path)
-                if is_header:
-                    continue
-            cells = dict(zip(columns, map(str.strip, row), strict=False))
             if delimiter == ";":
                 # Where the semicolon divides cells, the comma divides numbers.
-                cells |= {corner: cells.get(corner, "").replace(",", ".") for corner in _CORNERS}
-            yield reader.line_num, {name: cells.get(name, "") for name in _COLUMNS}
+                row = [re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", cell.strip()) for cell in row]
+            if not columns:
+                columns, is_header = find_columns(row, path)
+                if is_header:
+                    continue
+            cells = dict(enumerate(map(str.strip, row)))
+            yield reader.line_num, {name: cells.get(column, "") for name, column in columns.items()}
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: not CSV ({error})") from None
     if not columns:
         raise ValueError(f"{path}: the file is empty")
-
-
-def _columns(row: list[str], path: Path) -> tuple[list[str | None], bool]:
-    """What the columns hold, judged by the first row, and whether that row is a header."""
-    named = [re.sub(r"[^a-z0-9]", "", cell.lower()) for cell in row]
-    columns = [next((k for k, names in _COLUMNS.items() if name in names), None) for name in named]
-    if set(_RETINANET) <= set(columns):
-        return columns, True
-    for form in (_RETINANET, _TENSORFLOW):
-        corners = [cell for cell, name in zip(row, form, strict=False) if name in _CORNERS]
-        if len(row) == len(form) and all(not cell.strip() or math.isfinite(number(cell)) for cell in corners):
-            return list(form), False
-    shown = ",".join(row)[:100]
-    raise ValueError(
-        f"{path}: its first line is {shown!r}; accepted are a header with filename, class, xmin, ymin, xmax and ymax, "
-        "or RetinaNet's path,x1,y1,x2,y2,class"
-    )
 
 
 def _filed(path: Path, name: str, images: FileIndex, rows: list[tuple[int, dict[str, str]]]) -> Filed:
@@ -110,13 +81,21 @@ def _filed(path: Path, name: str, images: FileIndex, rows: list[tuple[int, dict[
         picture = images.path_of(name)
     except ValueError as error:
         raise ValueError(f"{path}: line {rows[0][0]}: {error}") from None
-    first = rows[0][1]
-    objects = [
-        Object(-1, index, row["name"], tuple(number(row[corner]) for corner in _CORNERS))
-        for index, row in rows
-        if row["name"] or any(row[corner] for corner in _CORNERS)
-    ]
-    return Filed(path, picture, size_or_none(number(first["height"]), number(first["width"])), objects)
+    boxes = ((index, row, box_of(row)) for index, row in rows)
+    objects = [Object(-1, index, row.get("name", _ONE_CLASS), box) for index, row, box in boxes if box]
+    size = (number(rows[0][1].get(side)) for side in ("height", "width"))
+    return Filed(path, picture, size_or_none(*size), objects)
+
+
+def _notes(columns: Collection[str], fractions: bool) -> Iterator[str]:
+    """What was taken for granted."""
+    if fractions:
+        yield "boxes are taken as fractions of the pictures, as none is above 1"
+    if is_sized(columns):
+        yield "boxes are taken as the left top corner, width and height"
+    if "name" not in columns:
+        known = ", ".join(COLUMNS["name"])
+        yield f"no column has the class, so each object is called {_ONE_CLASS!r}; such a column is called one of {known}"
 
 
 def _are_fractions(boxes: list[tuple[float, ...]]) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .csv import read_rows
-from .file_index import FileIndex
+from .file_index import FileIndex, is_picture
 from .file_source import MAX_BYTES
 from .filed import number
 from .layouts import Layout, Sources, coco_sources, csv_sources, labelme_sources, voc_sources, yolo_sources
@@ -50,9 +50,10 @@ def find_data(path: str | Path, format: str | None = None) -> Found:
     kinds = {name: f"{len(files)} {FORMATS[name][2]}" for name, files in found.items()}
     if not found:
         looked_for = ", ".join(FORMATS[name][2] for name in asked)
-        held = Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in names).most_common(6)
-        holds = ", ".join(f"{count} {suffix}" for suffix, count in held) or "no file"
-        raise ValueError(f"{path}: no annotations found; looked for {looked_for}; found {holds}")
+        raise ValueError(
+            f"{path}: no annotations found; looked for {looked_for}; found {_held(names)}; "
+            f"save the annotations in one of these formats{_refused_table(index, names)}"
+        )
     if len(found) > 1:
         listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise ValueError(f"{path}: annotations of several formats: {listed}; choose one with --format")
@@ -72,6 +73,24 @@ def is_recipe(path: str | Path) -> bool:
     if path.suffix.lower() not in (".yaml", ".yml") or path.is_dir():
         return False
     return not (path.is_file() and _is_yolo_yaml(path))
+
+
+def _held(names: list[str]) -> str:
+    """How many files have each suffix, and an example of each that is no picture."""
+    suffix_of = {name: os.path.splitext(name)[1].lower() or "without suffix" for name in names}
+    example = {suffix_of[name]: f" ({name})" for name in reversed(names) if not is_picture(name)}
+    held = Counter(suffix_of.values()).most_common(6)
+    return ", ".join(f"{count} {suffix}{example.get(suffix, '')}" for suffix, count in held) or "no file"
+
+
+def _refused_table(index: FileIndex, names: list[str]) -> str:
+    """Why the first of the CSV files is no table of objects: often its columns have other names."""
+    for name in _ending(names, ".csv"):
+        try:
+            next(read_rows(index.folder / name), None)
+        except ValueError as error:
+            return f"; {error}"
+    return ""
 
 
 def _index(path: Path) -> tuple[FileIndex, list[str]]:
@@ -113,10 +132,18 @@ def _labelme_files(index: FileIndex, names: list[str]) -> list[str]:
 
 def _csv_files(index: FileIndex, names: list[str]) -> list[str]:
     found = []
-    for name in _ending(names, ".csv"):
+    for name in _ending(names, ".csv") + [name for name in _ending(names, ".txt") if _is_table(index, name)]:
         with contextlib.suppress(ValueError):
             found += [name for _ in [next(read_rows(index.folder / name), None)] if _]
     return found
+
+
+def _is_table(index: FileIndex, text: str) -> bool:
+    """Whether a text of no one picture begins with the name of a picture and another cell."""
+    if index.find(swapped(text[:-4], "labels", "images")):
+        return False
+    name, *others = re.split("[,;]", _head(index.folder / text).decode("utf-8-sig", "replace"), maxsplit=1)
+    return bool(others) and is_picture(name.strip())
 
 
 def _yolo_files(index: FileIndex, names: list[str]) -> list[str]:

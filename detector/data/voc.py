@@ -141,7 +141,7 @@ def _shifted(box: tuple[float, ...], pixels: int) -> tuple[float, ...]:
 def _object(filed: Object, size: tuple[int, int], one_based: bool) -> Object:
     """An object of a picture with `size` (height, width), with its box as xyxy pixels from 0."""
     xmin, ymin, xmax, ymax = filed.box
-    fault = remark = None
+    fault, remark = filed.fault, None
     if one_based and -1 < min(xmax - xmin, ymax - ymin) <= 0:
         # With both ends included, xmax = xmin is one pixel wide, but it comes from a slip of the mouse.
         fault = "has a box that has no area"
@@ -228,7 +228,8 @@ def _parse_object(index: int, element: ElementTree.Element) -> Object:
     """One <object>, with its box as filed: NaN where the file has no number."""
     box = tuple(number(_text(element.find(f"bndbox/{corner}"))) for corner in _CORNERS)
     difficult = _text(element.find("difficult")).lower() in ("1", "true")
-    return Object(-1, index, _text(element.find("name")), box, difficult=difficult)
+    fault = "has no bndbox" if element.find("bndbox") is None else None
+    return Object(-1, index, _text(element.find("name")), box, difficult=difficult, fault=fault)
 
 
 def _text(element: ElementTree.Element | None) -> str:
