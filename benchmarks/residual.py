@@ -5,8 +5,8 @@ python benchmarks/residual.py all --plan
 python benchmarks/residual.py all data='{format: cifar, root: datasets/cifar-10-batches-bin}' augment.padding=4 --output runs/cifar
 python benchmarks/residual.py all --tables
 
-`all` is degradation, shortcuts, order, why, thousand and families; `detectors` and `pretraining` are apart. A command
-that was stopped goes on where it was. --data holds the VOC folders bccd and foda. docs/residual.md tells the story.
+`all` is degradation, shortcuts, order, why, thousand and families; `detectors` is apart. A command that was stopped
+goes on where it was. --data holds the VOC folders bccd and foda. docs/residual.md tells the story.
 """
 
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.experiments.comparisons import degradation, order, shortcuts
-from benchmarks.experiments.detectors import detectors, pretraining
+from benchmarks.experiments.detectors import detectors
 from benchmarks.experiments.experiment import Experiment, read_results, run_experiment
 from benchmarks.experiments.families import families
 from benchmarks.experiments.figures import save_figure
@@ -36,7 +36,7 @@ ALL: dict[str, Callable[[Scale], Experiment]] = {
     "thousand": thousand,
     "families": families,
 }
-APART = {"detectors": detectors, "pretraining": pretraining}
+APART = {"detectors": detectors}
 HERE = Path("benchmarks/residual")
 
 

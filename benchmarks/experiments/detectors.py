@@ -123,23 +123,12 @@ def detector_job(scale: Scale, data: str, seed: int, options: tuple[str, ...] = 
 
 
 def detectors(scale: Scale) -> Experiment:
-    jobs = {
-        f"{data} {arm}/{seed}": detector_job(scale, data, seed, options)
-        for seed in range(scale.seeds)
-        for data in DATA
-        for arm, options in ARMS.items()
-    }
-    return Experiment(jobs, draw, HEADER, row)
-
-
-def pretraining(scale: Scale) -> Experiment:
-    """The same total time from scratch, and from a classifier of the training split's objects."""
     jobs: dict[str, Any] = {}
     for seed in range(scale.seeds):
         for data in DATA:
-            scratch = detector_job(scale, data, seed)
-            jobs[f"{data} from scratch/{seed}"] = scratch
-            jobs[f"{data} pre-trained/{seed}"] = PretrainedJob(objects_recipe(scale, data, seed), scratch)
+            found = {arm: detector_job(scale, data, seed, options) for arm, options in ARMS.items()}
+            found["pre-trained"] = PretrainedJob(objects_recipe(scale, data, seed), found["original"])
+            jobs |= {f"{data} {arm}/{seed}": job for arm, job in found.items()}
     return Experiment(jobs, draw, HEADER, row)
 
 
