@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 from unittest.mock import patch
 
@@ -37,6 +36,7 @@ from detector.inference import Detector
 from detector.run import Run
 from detector.tables import format_table
 
+from .experiments.spread import spread
 from .settings import describe_machine
 
 SCORED = {"bccd": "test", "foda": "val"}
@@ -237,14 +237,10 @@ def table(results: dict[str, Any]) -> str:
                         data,
                         side,
                         len(found),
-                        *(spread([r[m] for r in found]) for m in ("AP50", "AP", "passes")),
+                        *(spread([r[m] for r in found], digits=3) for m in ("AP50", "AP", "passes")),
                     )
                 )
     return format_table(rows, header=("data", "detector", "seeds", "AP50", "AP", "passes"))
-
-
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

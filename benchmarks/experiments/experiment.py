@@ -17,9 +17,8 @@ from ..settings import describe_machine
 
 T = TypeVar("T")
 Result = dict[str, Any]
-Results = dict[
-    str, Result
-]  # under "arm/seed"; that of a training whose numbers overflowed is {"failed": why}
+# Under "arm/seed". That of a training whose numbers overflowed is {"failed": why}.
+Results = dict[str, Result]
 
 
 class Job(Protocol):

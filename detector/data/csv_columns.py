@@ -83,11 +83,12 @@ def is_sized(columns: Collection[str]) -> bool:
 
 def box_of(row: dict[str, str]) -> tuple[float, ...] | None:
     """The xyxy box of a row's cells by their column, NaN where there is no number; None: it has no coordinates."""
-    if is_sized(row) and "box" in row:
+    sized = is_sized(row)
+    if sized and "box" in row:
         cells = re.split(r"[,\s]+", row["box"].strip("[]() "))
     else:
-        cells = [row[name] for name in (_SIZED if is_sized(row) else _CORNERS)]
+        cells = [row[name] for name in (_SIZED if sized else _CORNERS)]
     if not any(cells):
         return None
     x, y, *others = map(number, cells) if len(cells) == 4 else (math.nan,) * 4
-    return (x, y, x + others[0], y + others[1]) if is_sized(row) else (x, y, *others)
+    return (x, y, x + others[0], y + others[1]) if sized else (x, y, *others)

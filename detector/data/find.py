@@ -134,7 +134,8 @@ def _csv_files(index: FileIndex, names: list[str]) -> list[str]:
     found = []
     for name in _ending(names, ".csv") + [name for name in _ending(names, ".txt") if _is_table(index, name)]:
         with contextlib.suppress(ValueError):
-            found += [name for _ in [next(read_rows(index.folder / name), None)] if _]
+            if next(read_rows(index.folder / name), None):
+                found.append(name)
     return found
 
 
