@@ -21,9 +21,9 @@ NUM_STAGES = 5
 MAX_WIDTH = 256
 # Bins along each axis of a region that enters the head.
 CROP = 14
-# The most regions whose activations are held at once when the head recomputes them. Each part projects the map again:
-# 24 of the 1,600 GMAC of a ResNet-101's step on 512 regions.
-CHECKPOINTED_REGIONS = 128
+# The most regions whose activations are held at once when the head recomputes them, on a CPU and on a GPU. Each part
+# projects its image's map again: 24 of the 1,600 GMAC of a ResNet-101's step on 512 regions. A GPU waits for small parts.
+CHECKPOINTED_REGIONS = {"cpu": 128, "cuda": 512}
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ class RoIHead(nn.Module):
         if not (self.training or torch.is_grad_enabled()):
             vectors = [self._vectors(part) for part in regions.parts()]
         elif self.activation_checkpointing and has_gradients(self.stage5) and not self._draws_statistics():
-            parts = regions.parts(CHECKPOINTED_REGIONS)
+            most = CHECKPOINTED_REGIONS["cpu" if regions.device.type == "cpu" else "cuda"]
+            parts = [part for each in regions.by_image() if len(each) for part in each.parts(most)]
             vectors = [recomputed(self.stage5, self._vectors, part) for part in parts]
         else:
             # No parts: batch statistics need all regions, and gradients keep the activations of every part anyway.

@@ -215,6 +215,13 @@ class Regions(Tensor):
                 part._all_regions, part.projected = self._all_regions, self.projected
                 yield part
 
+    def by_image(self) -> list[Regions]:
+        """The regions of each image, on a map of its own."""
+        maps = self.features.split(1)
+        return [
+            Regions.of_map(self.pool, each, [boxes]) for each, boxes in zip(maps, self.boxes, strict=True)
+        ]
+
     def _conv2d(
         self,
         weight: Tensor,

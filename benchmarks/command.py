@@ -10,6 +10,7 @@ from detector.command_line import exit_status, make_parser
 from detector.config import load_config
 from detector.data.images import list_images
 from detector.files import write_json
+from detector.inference import DTYPES as DETECTOR_DTYPES
 from detector.inference import choose_device
 from detector.tables import format_table
 
@@ -132,8 +133,9 @@ def add_stream(commands: Any) -> None:
     parser.add_argument("--weights", required=True, help="a detector's checkpoint")
     parser.add_argument("--images", nargs="+", required=True, metavar="PATH", help="pictures or folders")
     parser.add_argument("--count", type=positive, default=200, help="of pictures, the first ones")
-    parser.add_argument("--batch-size", type=positive, help="as in tools/infer.py")
+    parser.add_argument("--batch-size", type=positive, default=1, help="pictures at once (default 1)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DETECTOR_DTYPES, default="float32", help="as in tools/infer.py")
     add_output_arguments(parser, repeats=3)
 
 
@@ -314,7 +316,10 @@ def measure_loading(args: argparse.Namespace) -> None:
 
 def measure_infer(args: argparse.Namespace) -> None:
     paths = list_images(args.images, [])[: args.count]
-    rounds = [measure_stream(args.weights, paths, args.device, args.batch_size) for _ in range(args.repeats)]
+    rounds = [
+        measure_stream(args.weights, paths, args.device, args.batch_size, args.dtype)
+        for _ in range(args.repeats)
+    ]
     rows = [
         (part, *(sorted(r["parts"][part][unit] for r in rounds)[args.repeats // 2] for unit in UNITS))
         for part in rounds[0]["parts"]

@@ -6,6 +6,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,34 +19,41 @@ from detector.progress import memory_mb
 Cost = dict[str, float]
 
 
-def measure_stream(weights: str, paths: list[Path], device: str, batch_size: int | None) -> dict[str, Any]:
-    """Seconds and CPU seconds of decoding, network and drawing, each alone and of one picture after another, and of all together.
+def measure_stream(
+    weights: str, paths: list[Path], device: str, batch_size: int, dtype: str
+) -> dict[str, Any]:
+    """Seconds and CPU seconds of decoding, network and drawing, each alone, and of all together.
 
-    The network alone runs on pictures in memory. The whole starts from the files and ends with drawings and JSON.
+    Decoding and drawing alone take one picture after another. The network alone runs on batches of pictures in memory.
+    The whole starts from the files and ends with drawings and JSON. The rates leave out the loading of the checkpoint.
     """
-    infer = _load_tool()
-    detector = Detector.load(load_checkpoint(weights), choose_device(device))
-    detector(load_image(paths[0]))  # warms up
-    parts, images = {}, [load_image(path) for path in paths]
+    infer, parts = _load_tool(), {}
+    images = [load_image(path) for path in paths]
+    parts["loading"], (detector,) = _measure(
+        lambda path: Detector.load(load_checkpoint(path), choose_device(device), dtype=dtype), [weights]
+    )
     parts["decoding"], _ = _measure(load_image, paths)
-    parts["network"], found = _measure(detector, images)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    detector(batches[0])  # warms up
+    parts["network"], found = _measure(detector, batches)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "drawing.jpg"
-        pairs = list(zip(images, found, strict=True))
+        pairs = list(zip(images, chain.from_iterable(found), strict=True))
         parts["drawing"], _ = _measure(lambda pair: infer.save_drawing(*pair, target), pairs)
-        options = {"score_thresh": 0.5, "device": device, "batch_size": batch_size}
+        options = {"score_thresh": 0.5, "device": device, "batch_size": batch_size, "dtype": dtype}
         args = Namespace(paths=list(map(str, paths)), weights=weights, output=folder, **options)
         before = memory_mb()
         parts["whole"], _ = _measure(infer.infer, [args])
         memory = {"before_mb": before, "after_mb": memory_mb()}
+    seconds = parts["whole"]["seconds"] - parts["loading"]["seconds"]
     cores = len(os.sched_getaffinity(0))
     possible = sum(parts[name]["cpu_seconds"] for name in ("decoding", "network", "drawing")) / cores
     return {
         "images": len(paths),
         "parts": parts,
         "memory": memory,
-        "of_network": parts["network"]["seconds"] / parts["whole"]["seconds"],
-        "of_cpu": possible / parts["whole"]["seconds"],
+        "of_network": parts["network"]["seconds"] / seconds,
+        "of_cpu": possible / seconds,
     }
 
 

@@ -23,6 +23,7 @@ class Progress(AbstractContextManager):
         num_images: images of the epoch.
         title: the name of the work, for example "epoch 3/12".
         epochs_left: whole epochs after this one; they count in the time left for the run.
+        epoch_seconds: what an earlier epoch took with all that belongs to it; None: this one's rate says it.
         interval: seconds between plain lines.
         stream: where to write, standard output by default.
         enabled: False writes nothing but still measures, for every process except the first.
@@ -37,6 +38,7 @@ class Progress(AbstractContextManager):
         title: str = "",
         *,
         epochs_left: int = 0,
+        epoch_seconds: float | None = None,
         interval: float = 10.0,
         stream: IO[str] | None = None,
         enabled: bool = True,
@@ -44,6 +46,7 @@ class Progress(AbstractContextManager):
         self.num_images = num_images
         self.title = title
         self.epochs_left = epochs_left
+        self.epoch_seconds = epoch_seconds
         self.interval = interval
         self.images_seen = 0
         self._stream = sys.stdout if stream is None else stream
@@ -86,10 +89,10 @@ class Progress(AbstractContextManager):
 
     @property
     def seconds_left(self) -> tuple[float, float]:
-        """Seconds left for the epoch and for the run, from the rate so far."""
+        """Seconds left for the epoch, from the rate so far, and for the run."""
         rate = max(self.images_per_second, 1e-9)
         epoch = max(self.num_images - self.images_seen, 0) / rate
-        return epoch, epoch + self.epochs_left * self.num_images / rate
+        return epoch, epoch + self.epochs_left * (self.epoch_seconds or self.num_images / rate)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -31,6 +31,8 @@ from .stop import Interrupted, StopSignal
 
 STATE = "training_state.pt"
 BEST_METRICS = "best_metrics.json"
+# Seconds between the saves, and between the drawings of curves, at the ends of short epochs.
+_SAVE_EVERY, _PLOT_EVERY = 10, 60
 
 
 class TrainingRun(ABC):
@@ -41,6 +43,7 @@ class TrainingRun(ABC):
 
     A subclass's constructor calls `_open`, sets class_names and the fingerprints of each split, and calls `_check_state` and
     then `_start`. state: what the run resumes from, until `_start`. config: has a section `train`.
+    epoch_seconds: what an epoch took so far, with its evaluation and its files; None before one is done.
     """
 
     config: Any
@@ -49,6 +52,7 @@ class TrainingRun(ABC):
     state: dict[str, Any] | None
     class_names: tuple[str, ...]
     fingerprints: dict[str, dict[str, Any] | None]
+    epoch_seconds: float | None = None
 
     def _open(self, config: Section, folder: str | Path, device: torch.device, resume: bool) -> None:
         """Read the state to resume, or see that the folder is free.
@@ -196,18 +200,27 @@ class TrainingRun(ABC):
         return read_json(best)
 
     def _train(self, log: RunLog, stop: StopSignal) -> None:
-        training = self.training
+        training, drawn_at = self.training, -math.inf
+        begun, first_epoch = time.monotonic(), training.epoch
         # A run that stopped before or during an evaluation owes it.
         self._evaluate(log, stop)
         while not self.is_done:
+            num_done = training.epoch - first_epoch
+            self.epoch_seconds = (time.monotonic() - begun) / num_done if num_done else None
             finished = self.epoch(log, stop)
-            self.save()
-            # All processes wait for the save here, since torchrun ends them when one of them ends.
+            is_old = time.monotonic() - self.saved_at >= _SAVE_EVERY
+            if is_old or training.awaits_evaluation or self.is_done:
+                self.save()
             if stop.is_agreed() and not (finished and training.epoch == self.config.train.epochs):
+                if self.saved_step != training.step:
+                    self.save()
+                # All processes wait for the save here, since torchrun ends them when one of them ends.
+                stop.is_agreed()
                 raise self._interrupted()
             self._evaluate(log, stop)
-            if processes.is_main():
+            if processes.is_main() and (self.is_done or time.monotonic() - drawn_at >= _PLOT_EVERY):
                 plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+                drawn_at = time.monotonic()
 
     def _evaluate(self, log: RunLog, stop: StopSignal) -> None:
         """Evaluate if the last epoch awaits it, and keep the weights if they are the best."""
@@ -254,9 +267,9 @@ class TrainingRun(ABC):
         self.batches.set_epoch(training.epoch, training.batch)
         num_left = max(1, self.num_pictures - training.batch * self.batches.batch_size)
         title = f"epoch {training.epoch + 1}/{options.epochs}"
-        epochs_left = options.epochs - training.epoch - 1
+        left = {"epochs_left": options.epochs - training.epoch - 1, "epoch_seconds": self.epoch_seconds}
 
-        with Progress(num_left, title, epochs_left=epochs_left) as progress:
+        with Progress(num_left, title, **left) as progress:
             steps = StepLog(log, progress, training, options.log_every)
 
             def on_step(losses: list[dict[str, float]], num_images: int) -> bool:

@@ -35,6 +35,17 @@ def draw_boxes(
 
     ValueError: another kind of image, lengths that do not agree, or labels outside 1..K-1.
     """
+    return np.array(draw_image(image, boxes, labels, class_names, scores))
+
+
+def draw_image(
+    image: np.ndarray | torch.Tensor,
+    boxes: Any,
+    labels: Any,
+    class_names: Sequence[str],
+    scores: Any = None,
+) -> Image.Image:
+    """What `draw_boxes` gives, as Pillow's image: to save it, the quicker form."""
     picture = Image.fromarray(_to_array(image))
     boxes, labels = _to_numbers(boxes).reshape(-1, 4), _to_numbers(labels).reshape(-1).astype(int)
     scores = None if scores is None else _to_numbers(scores).reshape(-1)
@@ -55,7 +66,7 @@ def draw_boxes(
         [class_color(labels[index]) for index in first_to_last],
         font_size=max(10, round(scale / 42)),
     )
-    return np.array(picture)
+    return picture
 
 
 def class_color(label: int) -> Color:
@@ -173,9 +184,9 @@ def _choose_place(
     All places are inside the picture. box: (4,) xyxy. size, picture: (width, height) of the tag and of the picture.
     taken: (T, 4) xyxy, the tags already there.
     """
-    width, height = size
     left, top, right, bottom = box
-    corners = (
+    width, height = size
+    corners = [
         (left, top - height),
         (right - width, top - height),
         (left, top),
@@ -185,19 +196,14 @@ def _choose_place(
         (right - width, bottom - height),
         (right, top),
         (left - width, top),
-    )
-    places = []
-    for x, y in corners:
-        x = round(max(0, min(x, picture[0] - width)))
-        y = round(max(0, min(y, picture[1] - height)))
-        places.append((x, y, x + width, y + height))
-    return min(places, key=lambda place: _covered(place, taken))
-
-
-def _covered(place: Rectangle, taken: np.ndarray) -> float:
-    """The area of the rectangles `taken`, (T, 4) xyxy, that `place` covers, in pixels."""
-    sides = np.minimum(taken[:, 2:], place[2:]) - np.maximum(taken[:, :2], place[:2])
-    return float(sides.clip(min=0).prod(axis=1).sum())
+    ]
+    highest = np.maximum(np.subtract(picture, size), 0)
+    begins = np.minimum(corners, highest).clip(min=0).round()
+    places = np.concatenate([begins, begins + size], axis=1).astype(int)
+    # (9, T, 2): the sides of what each place covers of each tag.
+    sides = np.minimum(places[:, None, 2:], taken[:, 2:]) - np.maximum(places[:, None, :2], taken[:, :2])
+    covered = sides.clip(min=0).prod(axis=2).sum(axis=1)
+    return tuple(places[covered.argmin()].tolist())
 
 
 def _contrast(color: Color) -> Color:

@@ -318,6 +318,21 @@ def test_a_budget_that_is_too_short_gets_a_smaller_network(folder, tmp_path, mon
     assert any("too few" in reason for reason in reasons)
 
 
+def test_a_choice_that_takes_long_leaves_half_of_the_budget_to_the_training(folder, tmp_path, monkeypatch):
+    now = [0.0]
+
+    def measure(*args):
+        now[0] += 50
+        return Pace(0.1, 0.01)
+
+    monkeypatch.setattr(choosing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(choosing, "measure_pace", measure)
+    options = {"overrides": SMALL, "minutes": 1, "offline": True}
+    config, *_ = choose_recipe(folder, tmp_path / "run", CPU.device, **options)
+    training = config.train.epochs * 8 * 0.1
+    assert 25 < training < 30
+
+
 def test_a_budget_below_one_epoch_draws_its_pictures_from_all_of_them(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(10.0, 0.1))
     config, reasons, _ = choose_recipe(

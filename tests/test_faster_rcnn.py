@@ -462,11 +462,13 @@ def test_evaluation_in_training_mode_is_refused(tiny_backbone):
         build(tiny_backbone).train().evaluate(*batch((64, 96)))
 
 
-def test_no_detection_at_all_gives_empty_tensors(tiny_backbone):
-    model = build(tiny_backbone, box_score_thresh=1.0).eval()
-    losses, detections = model.evaluate(*batch((64, 96), (64, 64)))
+@pytest.mark.parametrize("nothing", ["box_score_thresh", "rpn_score_thresh"])
+def test_no_detection_at_all_gives_empty_tensors(tiny_backbone, nothing):
+    model = build(tiny_backbone, **{nothing: 1.0}).eval()
+    images, targets = batch((64, 96), (64, 64))
+    losses, detections = model.evaluate(images, targets)
     assert all(loss.isfinite() for loss in losses.values())
-    for detection in detections:
+    for detection in [*detections, *model(images)]:
         assert tuple(detection["boxes"].shape) == (0, 4)
         assert tuple(detection["scores"].shape) == tuple(detection["labels"].shape) == (0,)
         assert detection["labels"].dtype == torch.int64

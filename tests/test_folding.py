@@ -124,3 +124,12 @@ def test_a_resnets_convolutions_in_front_of_frozen_norms_are_folded():
         if isinstance(m, FoldingSequential) and any(isinstance(c, FrozenBatchNorm2d) for c in m)
     ]
     assert len(pairs) == 1 + 16 + 4  # the stem, 16 branches, 4 projections
+
+
+def test_joined_layers_pass_torchs_compiler():
+    torch.manual_seed(0)
+    trunk, image = create_backbone("resnet18", width=8).trunk.eval(), torch.rand(1, 3, 64, 64)
+    use_folding(trunk)
+    compiled = torch.compile(trunk, backend="eager")
+    # With gradients, as on a GPU, a convolution and the ReLU behind it run as one call.
+    torch.testing.assert_close(compiled(image), trunk(image))

@@ -23,7 +23,7 @@ from detector import processes
 from detector.engine import autocast
 from detector.inference import Detector
 from detector.model.faster_rcnn import build_faster_rcnn
-from detector.model.speed import optimize
+from detector.model.speed import compile_model, optimize
 from detector.run import Run
 from detector.stop import Interrupted
 
@@ -175,6 +175,15 @@ def test_a_detector_runs_in_half_precision(model, tmp_path):
     assert found.features.shape == (len(found), detector.model.roi_heads.box_head.out_channels)
 
 
+def test_a_compiled_detector_finds_the_same(model):
+    images, _ = to_cuda(*batch())
+    model.to(CUDA).eval()
+    plain, compiled = (optimize(model, dtype=torch.bfloat16) for _ in range(2))
+    compile_model(compiled)
+    for one, other in zip(plain.detect(images), compiled.detect(images), strict=True):
+        assert float(other["scores"][0]) == pytest.approx(float(one["scores"][0]), abs=0.02)
+
+
 # Syncs
 
 
@@ -289,7 +298,8 @@ def test_a_gpu_for_each_process_is_joined_over_nccl(tmp_path):
     assert (tmp_path / "run" / "best.safetensors").exists()
 
 
-def test_infer_runs_on_the_device(tiny_shapes, tiny_config, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_infer_runs_on_the_device(tiny_shapes, tiny_config, tmp_path, dtype):
     run = Run(tiny_config(), tmp_path, CUDA)
     run.train()
     weights, pictures = tmp_path / "last.safetensors", tmp_path / "drawn"
@@ -299,6 +309,8 @@ def test_infer_runs_on_the_device(tiny_shapes, tiny_config, tmp_path):
         str(tiny_shapes),
         "--device",
         "cuda",
+        "--dtype",
+        dtype,
     ]
     done = subprocess.run(
         [*command, "--weights", str(weights), "--output", str(pictures)],

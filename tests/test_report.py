@@ -143,6 +143,13 @@ def test_line_shows_losses_rate_memory_and_time_left(clock):
     assert line.endswith(" MB, 8 min 5 s left, run 24 min 45 s")
 
 
+def test_time_left_counts_what_an_epoch_took_with_all_that_belongs_to_it():
+    progress = Progress(100, "epoch 2/4", epochs_left=2, epoch_seconds=50.0, stream=io.StringIO())
+    progress.update(50)
+    epoch, run = progress.seconds_left
+    assert run == epoch + 100
+
+
 def test_terminal_gets_a_bar_in_place_of_lines():
     stream = Terminal()
     with Progress(8, "epoch 1/3", stream=stream) as progress:

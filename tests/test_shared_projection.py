@@ -8,6 +8,7 @@ from torch import nn
 
 import backbones.regions
 from backbones import create_backbone
+from backbones.backbone import CHECKPOINTED_REGIONS
 from backbones.fuse import fuse
 from backbones.kernels.winograd import WinogradConv2d, use_winograd
 from backbones.regions import RegionPool
@@ -171,9 +172,8 @@ def test_winograd_stays_off_where_it_is_not_faster(monkeypatch):
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_activation_checkpointing_changes_neither_gradients_nor_statistics(norm, shared, monkeypatch):
-    monkeypatch.setattr(
-        "backbones.backbone.CHECKPOINTED_REGIONS", 2
-    )  # several parts, where no statistics are drawn
+    # several parts, where no statistics are drawn
+    monkeypatch.setitem(CHECKPOINTED_REGIONS, "cpu", 2)
     outcomes = []
     torch.manual_seed(0)
     plain = create_backbone("resnet50", width=8, norm=norm).double()

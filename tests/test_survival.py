@@ -89,6 +89,23 @@ def test_states_are_written_between_updates_and_on_both_sides_of_an_evaluation(
     assert seen == places
 
 
+@pytest.mark.parametrize(
+    ("seconds", "epochs"), [(0, [0, 1, 2, 2]), (1000, [0, 2, 2])], ids=["every epoch", "short epochs"]
+)
+def test_epochs_that_end_soon_after_a_save_write_no_state(
+    tiny_config, tmp_path, monkeypatch, seconds, epochs
+):
+    seen, save = [], detector.training_run.save_training_state
+    monkeypatch.setattr(detector.training_run, "_SAVE_EVERY", seconds)
+    monkeypatch.setattr(
+        detector.training_run,
+        "save_training_state",
+        lambda path, state: (seen.append(state["epoch"]), save(path, state)),
+    )
+    Run(tiny_config("train.epochs=2", "train.eval_every=2"), tmp_path, CPU).train()
+    assert seen == epochs
+
+
 def test_before_an_error_ends_a_run_the_last_whole_update_is_saved(
     varied, unbroken, tmp_path, monkeypatch, capsys
 ):

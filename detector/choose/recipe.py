@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,10 +76,11 @@ def choose_recipe(
     draft.add(*choose_size(objects, machine))
     _choose_rest(draft, objects, machine, weights[0] is not None, len(train_set))
 
-    def seconds() -> float | None:
-        return None if minutes is None else 60 * minutes - (time.monotonic() - started)
+    def seconds_left() -> float | None:
+        """Of the budget. On a slow machine the choice takes long, and then the training still gets half of the budget."""
+        return minutes and 60 * minutes - min(time.monotonic() - started, 30 * minutes)
 
-    epochs, chosen = _time(draft, folder, train_set, val_set, machine, device, seconds())
+    epochs, chosen = _time(draft, folder, train_set, val_set, machine, device, seconds_left)
     if epochs < _TOO_FEW_EPOCHS and minutes is not None and weights[0] is None:
         smaller, size = _Draft(data, overrides), _SMALLER["model"]["min_size"]
         longest = math.ceil(size * draft.config.model.max_size / draft.config.model.min_size)
@@ -88,7 +89,7 @@ def choose_recipe(
         _choose_rest(smaller, objects, machine, False, len(train_set))
         draft, (epochs, chosen) = (
             smaller,
-            _time(smaller, folder, train_set, val_set, machine, device, seconds()),
+            _time(smaller, folder, train_set, val_set, machine, device, seconds_left),
         )
     draft.add(*chosen)
     if "data" in chosen[0]:
@@ -128,11 +129,11 @@ def _time(
     val_set: DetectionDataset | None,
     machine: Machine,
     device: torch.device,
-    seconds: float | None,
+    seconds_left: Callable[[], float | None],
 ) -> tuple[int, tuple[Settings, str]]:
     """The number of epochs, and the settings that follow from it."""
     pace = measure_pace(draft.config, train_set, device).shared_by(machine.num_processes)
-    epochs, used, (settings, reason) = choose_epochs(pace, len(train_set), len(val_set or ()), seconds)
+    epochs, used, (settings, reason) = choose_epochs(pace, len(train_set), len(val_set or ()), seconds_left())
     updates = epochs * max(1, used // (draft.config.train.batch_size * machine.num_processes))
     settings["train"]["warmup_steps"] = min(200, max(1, updates // 10))
     if used < len(train_set):

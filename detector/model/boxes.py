@@ -26,7 +26,7 @@ class BoxCoder(TorchvisionBoxCoder):
         sides = boxes[:, 2:] - boxes[:, :2]
         # (M, 1, 2) and (M, K, 4)
         sides, centers = sides[:, None], (boxes[:, :2] + 0.5 * sides)[:, None]
-        deltas = rel_codes.reshape(len(rel_codes), -1, 4)
+        deltas = rel_codes.reshape(len(rel_codes), rel_codes.shape[1] // 4, 4)
         wx, wy, ww, wh = self.weights
         moved = torch.stack((deltas[..., 0] / wx, deltas[..., 1] / wy), -1) * sides + centers
         grown = torch.stack((deltas[..., 2] / ww, deltas[..., 3] / wh), -1).clamp(max=self.bbox_xform_clip)
