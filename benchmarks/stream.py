@@ -17,6 +17,8 @@ from detector.inference import Detector, choose_device
 from detector.progress import memory_mb
 
 Cost = dict[str, float]
+# The exit status of tools/infer.py after Ctrl-C.
+STOPPED = 130
 
 
 def measure_stream(
@@ -43,7 +45,9 @@ def measure_stream(
         options = {"score_thresh": 0.5, "device": device, "batch_size": batch_size, "dtype": dtype}
         args = Namespace(paths=list(map(str, paths)), weights=weights, output=folder, **options)
         before = memory_mb()
-        parts["whole"], _ = _measure(infer.infer, [args])
+        parts["whole"], (status,) = _measure(infer.infer, [args])
+        if status == STOPPED:
+            raise KeyboardInterrupt("stopped; nothing is measured")
         memory = {"before_mb": before, "after_mb": memory_mb()}
     seconds = parts["whole"]["seconds"] - parts["loading"]["seconds"]
     cores = len(os.sched_getaffinity(0))

@@ -204,7 +204,7 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(processes.own_gpu() if name == "cuda" else name)
+        device = torch.device(processes.own_gpu() if str(name) == "cuda" else name)
         torch.empty(0, device=device)
         if device.type == "cuda" and device.index is not None:
             # Pinned memory, peaks of memory and streams are those of the current device.

@@ -70,7 +70,7 @@ class StopSignal:
         if self._raises:
             raise Interrupted("stopped during the validation; continue with --resume, which repeats it")
         again = "; once more to stop at once" if processes.world_size() == 1 else ""
-        _tell(f"\nstopping after this update{again}")
+        _tell(f"\nstopping soon{again}")
 
 
 def _tell(text: str) -> None:

@@ -22,6 +22,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 
 from backbones import create_backbone
 from detector.choose import recipe as choosing
+from detector.choose import timing
 from detector.choose.recipe import choose_recipe
 from detector.choose.rules import (
     choose_anchors,
@@ -309,6 +310,13 @@ def test_annotations_are_read_once_and_give_the_data_that_the_recipe_names(
     assert len(asked) == 1
     named = build_datasets(config.data)
     assert [trained["train"], trained["val"]] == [fingerprint(dataset) for dataset in named]
+
+
+def test_norms_over_all_processes_are_timed_by_one_alone(tiny_config, monkeypatch):
+    monkeypatch.setattr(timing, "_SECONDS", 0)
+    config = tiny_config("model.backbone.norm=sync")
+    pace = timing.measure_pace(config, build_dataset(config.data, "train"), CPU.device)
+    assert pace.training > 0 and pace.evaluation > 0
 
 
 def test_a_budget_that_is_too_short_gets_a_smaller_network(folder, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from detector.data.shapes import ShapesSource as DetectionShapes
 from detector.data.sources import build_dataset
 from detector.engine import train_one_epoch
 from detector.evaluate import Evaluation
+from detector.inference import choose_device
 from detector.model.sampling import SeededSampler
 from detector.run import Run
 from detector.stop import Interrupted
@@ -421,3 +422,6 @@ def test_each_process_has_the_gpu_of_its_local_rank(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ValueError, match="start the processes with torchrun"):
         processes.own_gpu()
+    for name in ("cuda", torch.device("cuda")):
+        monkeypatch.setattr(processes, "own_gpu", lambda: "cpu")
+        assert choose_device(name) == torch.device("cpu")

@@ -361,7 +361,7 @@ def test_a_signal_to_all_its_processes_saves_and_the_run_resumes(tiny_config, tm
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, out
-    assert out.count("stopping after this update") == 1 and "continue with --resume" in out
+    assert out.count("stopping soon") == 1 and "continue with --resume" in out
     assert "Traceback" not in out
     state = load_training_state(folder / "training_state.pt")
     assert 0 < state["step"] < 1600

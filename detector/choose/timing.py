@@ -38,6 +38,10 @@ class Pace:
 def measure_pace(config: Config, train_set: DetectionDataset, device: torch.device) -> Pace:
     """Train for some seconds and evaluate two batches, with random numbers of its own. Medians, since machines have other work."""
     options = config.train
+    if config.model.backbone.get("norm") == "sync":
+        # It would wait for the other processes, and one alone measures.
+        alone = {"backbone": {**config.model.backbone, "norm": "batch"}}
+        config = config.model_copy(update={"model": config.model.model_copy(update=alone)})
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = build_model(config.model, Config.num_classes(train_set.class_names)).to(device)
         apply_speed(model, config.speed)
