@@ -1,5 +1,6 @@
 """The measurements of tools/benchmark.py: our detector and torchvision's of one network, in turn in one process."""
 
+from .classifier import compare_cifar_loader, compare_rates
 from .detectron2 import has_detectron2
 from .growth import measure_scaling
 from .inference import compare_inference
@@ -17,7 +18,9 @@ __all__ = [
     "INFERENCE_FORMS",
     "Settings",
     "coco_backends",
+    "compare_cifar_loader",
     "compare_inference",
+    "compare_rates",
     "compare_training",
     "describe_machine",
     "format_limit",

@@ -19,7 +19,9 @@ from . import (
     INFERENCE_FORMS,
     Settings,
     coco_backends,
+    compare_cifar_loader,
     compare_inference,
+    compare_rates,
     compare_training,
     describe_machine,
     format_limit,
@@ -50,7 +52,15 @@ def main(description: str) -> int:
 def parse_arguments(description: str) -> argparse.Namespace:
     parser = make_parser(description)
     commands = parser.add_subparsers(required=True)
-    for add in (add_inference, add_training, add_scaling, add_loader, add_stream, add_evaluation):
+    for add in (
+        add_inference,
+        add_training,
+        add_scaling,
+        add_loader,
+        add_stream,
+        add_evaluation,
+        add_classifier,
+    ):
         add(commands)
     # Overrides may stand anywhere among a subcommand's options.
     args, rest = parser.parse_known_args()
@@ -148,6 +158,19 @@ def add_evaluation(commands: Any) -> None:
     parser.add_argument("--detections", type=positive, default=100, help="per image")
     parser.add_argument("--backends", nargs="+", help="default: every installed one")
     add_output_arguments(parser, repeats=1)
+
+
+def add_classifier(commands: Any) -> None:
+    parser = commands.add_parser(
+        "classifier", help="a classifier's step beside its trunk's in a detector, and CIFAR's loader"
+    )
+    parser.set_defaults(measure=measure_classifier)
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--batch", type=positive, default=16, help="pictures at once")
+    parser.add_argument("--side", type=positive, default=224, help="of the pictures in pixels")
+    parser.add_argument("--matrix-size", type=positive, default=2048, help="as in inference")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before those that count")
+    add_output_arguments(parser, repeats=5)
 
 
 def add_stock_arguments(parser: argparse.ArgumentParser) -> None:
@@ -328,6 +351,18 @@ def measure_infer(args: argparse.Namespace) -> None:
     for name, meaning in RATES.items():
         print(f"{sorted(r[name] for r in rounds)[args.repeats // 2]:.2f} of {meaning}")
     write(args, benchmark="stream", rounds=rounds)
+
+
+def measure_classifier(args: argparse.Namespace) -> None:
+    rates = compare_rates(settings_of(args), args.side)
+    write(args, benchmark="classifier", rates=rates)
+    loader = compare_cifar_loader(settings_of(args))
+    rows = [(name, value / 1e9) for name, value in rates["macs_per_second"].items()]
+    print(format_table(rows, header=(args.backbone, "GMAC/s")))
+    print(f"the classifier's rate is {rates['ratio']:.2f} of its trunk's in a detector")
+    rows = list(loader["images_per_second"].items())
+    print(format_table(rows, header=(f"CIFAR, {loader['workers']} workers", "images/s")))
+    write(args, benchmark="classifier", rates=rates, loader=loader)
 
 
 def measure_scoring(args: argparse.Namespace) -> None:

@@ -163,6 +163,23 @@ def test_a_stream_of_pictures_is_measured_whole_and_by_its_parts(
         assert each["of_network"] == parts["network"]["seconds"] / seconds
 
 
+def test_a_classifiers_rate_is_measured_beside_its_trunks_and_its_loader_beside_its_network(
+    run_benchmark, monkeypatch
+):
+    monkeypatch.setattr("benchmarks.classifier.RECORDS", 40)
+    options = ("--batch", 2, "--side", 32, "--matrix-size", 64, "--repeats", 1, "--warmup", 0)
+    status, measured, out, _ = run_benchmark("classifier", *options)
+    assert status == 0 and "of its trunk's in a detector" in out
+    rates, seconds = measured["rates"]["macs_per_second"], measured["rates"]["times"]
+    for name, macs in measured["rates"]["macs"].items():
+        assert rates[name] == pytest.approx(2 * 3 * macs / seconds[name]["total"]["median"])
+    assert measured["rates"]["macs"]["classifier"] > measured["rates"]["macs"]["trunk"] > 0
+    loader = measured["loader"]
+    assert loader["images_per_second"]["loader"] == pytest.approx(
+        200 / loader["times"]["loader"]["total"]["median"]
+    )
+
+
 def test_scaling_fits_lines_and_measures_memory_in_processes_of_their_own(run_benchmark, tmp_path):
     plot = tmp_path / "growth.png"
     sizes = ("--size", "64x96", "--sizes", "64x64", "64x96", "--regions", "2", "6")

@@ -1,7 +1,7 @@
 """Compare the detector with torchvision's of the same network on this machine. They take turns in one process.
 
 "scaling" times ours alone while regions and pixels grow. "loader" and "evaluation" time reading and scoring, "stream" times
-tools/infer.py. "training --profile" shows where the time of a recipe goes.
+tools/infer.py, "classifier" a classifier's step. "training --profile" shows where the time of a recipe goes.
 
 python tools/benchmark.py inference --sizes 600x800 800x1067 --proposals 1000 300 --memory --output inference.json
 python tools/benchmark.py inference --device cuda --dtype bf16 --stock-dtype float32 --batch 8 --stock-channels-last
@@ -11,6 +11,7 @@ python tools/benchmark.py scaling --memory --output scaling.json --plot scaling.
 python tools/benchmark.py loader --config configs/voc_resnet101.yaml data.root=/data/VOCdevkit --workers 2
 python tools/benchmark.py stream --weights best.safetensors --images photos
 python tools/benchmark.py evaluation --images 5000
+python tools/benchmark.py classifier --output classifier.json
 """
 
 import sys
