@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,13 @@ class Detector:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; accepted: 1 or more")
         batch: list[Tensor] = []
-        for pixels in ahead(partial(_pixels, channel_order=channel_order), pictures, num_threads):
+
+        def read(picture: Picture) -> Tensor:
+            pixels = _pixels(picture, channel_order)
+            # The host does not wait for a copy from pinned memory.
+            return pixels.pin_memory() if self.device.type == "cuda" and not pixels.is_cuda else pixels
+
+        for pixels in ahead(read, pictures, num_threads):
             batch.append(pixels)
             if len(batch) == batch_size:
                 yield from self(batch, **options)
