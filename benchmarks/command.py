@@ -100,7 +100,7 @@ def add_training(commands: Any) -> None:
         help="in place of all this: where the time of a recipe's training goes, and a trace for Perfetto",
     )
     parser.add_argument("--config", help="with --profile: the recipe; key=value overrides a setting")
-    parser.add_argument("--batches", type=positive, default=20, help="with --profile: batches that count")
+    parser.add_argument("--batches", type=positive, default=10, help="with --profile: batches that count")
     parser.set_defaults(overrides=[])
     add_stock_arguments(parser)
 
