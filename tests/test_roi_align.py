@@ -320,6 +320,8 @@ for ratio, aligned, stride in ((2, False, 1), (0, True, 2)):
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("the interpreter of this Triton does not run with this numpy (3.6 with 2.4)")
     assert done.returncode == 0, done.stderr
 
 
