@@ -84,7 +84,10 @@ def choose_recipe(
     if epochs < _TOO_FEW_EPOCHS and minutes is not None and weights[0] is None:
         smaller, size = _Draft(data, overrides), _SMALLER["model"]["min_size"]
         longest = math.ceil(size * draft.config.model.max_size / draft.config.model.min_size)
-        reason = f"{epochs} epochs would be too few: resnet18 of width 16, and a short side of {size}"
+        reason = (
+            f"a budget below {_TOO_FEW_EPOCHS} epochs of that (here {epochs}) gets a smaller one: resnet18 of width 16, "
+            f"and a short side of {size}"
+        )
         smaller.add({"model": {**_SMALLER["model"], "max_size": longest}}, reason)
         _choose_rest(smaller, objects, machine, False, len(train_set))
         draft, (epochs, chosen) = (

@@ -104,7 +104,7 @@ def choose_epochs(pace: Pace, num_train: int, num_val: int, seconds: float | Non
         epochs, used = 1, max(1, int((left - evaluation) / pace.training))
     every = max(1, -(-epochs // _EVALUATIONS))
     reason = (
-        f"{epochs} epochs of {min(used, num_train)} pictures, at {1 / pace.training:.1f} images/s, take about "
+        f"{epochs} epoch{'s' * (epochs != 1)} of {min(used, num_train)} pictures, at {1 / pace.training:.1f} images/s, take about "
         f"{(epochs * min(epoch, used * pace.training) + -(-epochs // every) * evaluation) / 60:.0f} minutes"
     )
     return epochs, min(used, num_train), ({"train": {"epochs": epochs, "eval_every": every}}, reason)
