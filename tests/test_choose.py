@@ -323,7 +323,7 @@ def test_a_budget_that_is_too_short_gets_a_smaller_network(folder, tmp_path, mon
     monkeypatch.setattr(choosing, "measure_pace", lambda *args: Pace(1.0, 0.1))
     config, reasons, _ = choose_recipe(folder, tmp_path / "run", CPU.device, minutes=1, offline=True)
     assert config.model.backbone == {"name": "resnet18", "width": 16}
-    assert any("gets a smaller one" in reason for reason in reasons)
+    assert any("a larger network would get fewer" in reason for reason in reasons)
 
 
 def test_a_choice_that_takes_long_leaves_half_of_the_budget_to_the_training(folder, tmp_path, monkeypatch):

@@ -85,8 +85,8 @@ def choose_recipe(
         smaller, size = _Draft(data, overrides), _SMALLER["model"]["min_size"]
         longest = math.ceil(size * draft.config.model.max_size / draft.config.model.min_size)
         reason = (
-            f"a budget below {_TOO_FEW_EPOCHS} epochs of that (here {epochs}) gets a smaller one: resnet18 of width 16, "
-            f"and a short side of {size}"
+            f"resnet18 of width 16, and a short side of {size}: a larger network would get fewer than {_TOO_FEW_EPOCHS} "
+            f"epochs (here {epochs})"
         )
         smaller.add({"model": {**_SMALLER["model"], "max_size": longest}}, reason)
         _choose_rest(smaller, objects, machine, False, len(train_set))
