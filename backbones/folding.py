@@ -30,16 +30,12 @@ class FoldingSequential(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')"""
-        # torch.compile makes its own kernels of the plain layers.
-        joins = (torch.is_grad_enabled() or x.device.type == "cuda") and not torch.compiler.is_compiling()
-        for step in self._steps() if joins else self:
+        for step in self._steps() if torch.is_grad_enabled() or x.device.type == "cuda" else self:
             x = step(x)
         return x
 
     def joined(self, x: Tensor, addend: Tensor) -> Tensor:
         """relu(self(x) + addend), in one pass with the last convolution where the device can."""
-        if torch.compiler.is_compiling():
-            return torch.relu_(self(x).add_(addend))
         *steps, last = self._steps()
         for step in steps:
             x = step(x)
@@ -49,6 +45,10 @@ class FoldingSequential(nn.Sequential):
 
     def _steps(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The calls that run the layers."""
+        if torch.compiler.is_compiling():
+            # torch.compile makes its own kernels of the plain layers.
+            yield from self
+            return
         layers = deque(self)
         while layers:
             layer = layers.popleft()
