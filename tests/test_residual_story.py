@@ -58,7 +58,10 @@ def run(data, tmp_path, capsys):
 def read(tmp_path, name):
     assert (tmp_path / "figures" / f"{name}.png").stat().st_size < 100_000
     record = read_json(tmp_path / "output" / f"{name}.json")
-    assert {"cpu", "command", "date"} <= record["machine"].keys() and record["seeds"] == [0]
+    for command in record["commands"]:
+        assert {"cpu", "command", "date"} <= command.keys()
+    trained = [name for command in record["commands"] for name in command["trainings"]]
+    assert sorted(trained) == sorted(record["results"]) and record["seeds"] == [0]
     return record["results"]
 
 

@@ -60,7 +60,8 @@ def run_experiment(
 
     ValueError: the file holds results of other settings.
     """
-    results = read_results(path, settings)
+    results, commands = read_results(path, settings), read_commands(path)
+    commands.append({**describe_machine(), "trainings": []})
     missing = {
         name: job
         for name, job in experiment.jobs.items()
@@ -69,14 +70,15 @@ def run_experiment(
     for name, result in completed(missing, folder, processes):
         print(f"{path.stem} {name} is done", flush=True)
         results[name] = result
-        write_json(path, record_of(results, settings), indent=1)
+        commands[-1]["trainings"].append(name)
+        write_json(path, record_of(results, settings, commands), indent=1)
     return {name: results[name] for name in experiment.jobs if name in results}
 
 
-def record_of(results: Results, settings: Result) -> Result:
-    """What the JSON file of an experiment holds."""
+def record_of(results: Results, settings: Result, commands: list[Result]) -> Result:
+    """What the JSON file of an experiment holds. commands: each command's machine and date, and what it trained."""
     seeds = sorted({int(name.rpartition("/")[2]) for name in results})
-    return {"machine": describe_machine(), "settings": settings, "seeds": seeds, "results": results}
+    return {"commands": commands, "settings": settings, "seeds": seeds, "results": results}
 
 
 def read_results(path: Path, settings: Result | None = None) -> Results:
@@ -89,6 +91,11 @@ def read_results(path: Path, settings: Result | None = None) -> Results:
             f"{path}: holds results of other settings, {record['settings']}; name another folder or remove it"
         )
     return record["results"]
+
+
+def read_commands(path: Path) -> list[Result]:
+    """The commands that filled the file so far, which may have run on different machines; [] without a file."""
+    return read_json(path)["commands"] if path.exists() else []
 
 
 def completed(jobs: Mapping[str, Job], folder: Path, processes: int) -> Iterator[tuple[str, Result]]:
