@@ -16,7 +16,7 @@ REDUCTION = 16
 def squeeze_excitation(channels: int) -> SqueezeExcitation:
     """x * sigmoid(fc2(relu(fc1(mean x)))), one factor per channel, reduction 16 (Hu et al. 2018, arXiv 1709.01507).
 
-    The squeeze keeps at least four channels, as many as the narrowest published unit has. This matters to narrow test
+    The squeeze keeps at least four channels, as many as the narrowest published block has. This matters to narrow test
     networks only.
     """
     return SqueezeExcitation(channels, max(channels // REDUCTION, 4))
@@ -98,7 +98,7 @@ def linear_rule(last: float, depths: tuple[int, ...]) -> list[list[float]]:
     `last` outside [0, 1) is a ValueError.
     """
     if not 0 <= last < 1:
-        raise ValueError(f"stochastic_depth is {last!r}; accepted: 0 (none) to below 1, of the last unit")
+        raise ValueError(f"stochastic_depth is {last!r}; accepted: 0 (none) to below 1, of the last block")
     drops = iter([last * block / sum(depths) for block in range(1, sum(depths) + 1)])
     return [[next(drops) for _ in range(depth)] for depth in depths]
 

@@ -13,18 +13,18 @@ from .folding import use_folding
 from .layers import conv, init_weights, norm_layer
 from .residual import ORIGINAL, BlockOptions, basic, bottleneck, residual_stage
 
-# The depths in the papers. From 164 on the units are bottlenecks.
+# The depths in the papers. From 164 on the blocks are bottlenecks.
 CIFAR_DEPTHS = (20, 32, 44, 56, 110, 164, 1001)
 CIFAR_WIDTHS = (16, 32, 64)
-_LAYERS_PER_UNIT = {basic: 2, bottleneck: 3}
+_LAYERS_PER_BLOCK = {basic: 2, bottleneck: 3}
 
 
 def _depths(depth: int, convs: object) -> tuple[int, int, int]:
-    """The number of units in each stage: n, where the depth is 6n + 2 (basic blocks) or 9n + 2 (bottlenecks)."""
-    layers = 3 * _LAYERS_PER_UNIT[convs]
+    """The number of blocks in each stage: n, where the depth is 6n + 2 (basic blocks) or 9n + 2 (bottlenecks)."""
+    layers = 3 * _LAYERS_PER_BLOCK[convs]
     if not isinstance(depth, int) or depth < layers + 2 or (depth - 2) % layers:
         raise ValueError(
-            f"depth is {depth!r}; accepted: {layers}n + 2 layers of {convs.__name__} units (basic: 6n + 2, as 20, 32, "
+            f"depth is {depth!r}; accepted: {layers}n + 2 layers of {convs.__name__} blocks (basic: 6n + 2, as 20, 32, "
             "44, 56, 110; bottleneck: 9n + 2, as 164, 1001)"
         )
     return ((depth - 2) // layers,) * 3
@@ -46,11 +46,11 @@ def cifar_resnet(
     """A CIFAR ResNet: (N, 3, 32, 32) -> (N, num_classes) logits. A value that is not accepted is a ValueError.
 
     He's published networks with 164 and 1001 layers are `cifar_resnet(164, order="full_preactivation", shortcut="B")`
-    and the same with 1001. In the pre-activation orders both paths of the first unit start behind the stem's norm and
+    and the same with 1001. In the pre-activation orders both paths of the first block start behind the stem's norm and
     ReLU.
 
     depth: 6n + 2 layers of basic blocks, or 9n + 2 of bottlenecks.
-    bottlenecks: whether the units are bottlenecks; None: as in the papers, from 164 layers on.
+    bottlenecks: whether the blocks are bottlenecks; None: as in the papers, from 164 layers on.
     The other options are those of `resnet`.
     """
     deep = isinstance(depth, int) and depth >= 164

@@ -1,6 +1,6 @@
 """BN-Inception (Ioffe & Szegedy 2015, arXiv 1502.03167) and SE-BN-Inception (Hu et al. 2017, arXiv 1709.01507).
 
-This is the form of the published Caffe networks: the units 3c and 4e halve the map, and two 3x3 convolutions replace
+This is the form of the published Caffe networks: the modules 3c and 4e halve the map, and two 3x3 convolutions replace
 each 5x5.
 """
 
@@ -24,9 +24,9 @@ CAFFE_INCEPTION = Preprocessing(
     mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), channel_order="bgr", scale=255.0
 )
 
-# unit -> channels of four branches: the 1x1, the 3x3 (its 1x1, its 3x3), the double 3x3 (likewise) and the pool's 1x1.
-# A unit with 0 for the 1x1 and the pool halves the map, and its last branch is the pooled input.
-UNITS = {
+# module -> channels of four branches: the 1x1, the 3x3 (its 1x1, its 3x3), the double 3x3 (likewise) and the pool's 1x1.
+# A module with 0 for the 1x1 and the pool halves the map, and its last branch is the pooled input.
+MODULES = {
     "3a": (64, (64, 64), (64, 96), 32),
     "3b": (64, (64, 96), (64, 96), 64),
     "3c": (0, (128, 160), (64, 96), 0),
@@ -50,7 +50,7 @@ class Inception(nn.Module):
         self.end = end
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C', H, W), or (N, C', ceil(H/2), ceil(W/2)) in a unit that halves."""
+        """(N, C, H, W) -> (N, C', H, W), or (N, C', ceil(H/2), ceil(W/2)) in a module that halves."""
         return self.end(torch.cat([branch(x) for branch in self.branches.values()], dim=1))
 
 
@@ -75,8 +75,8 @@ class Builder:
         return layers
 
     def branches(self, name: str, in_channels: int) -> dict[str, OrderedDict[str, nn.Module]]:
-        """The layers of a unit's branches, in the order in which their outputs are concatenated."""
-        single, (reduced, out), (double_reduced, double_out), pooled = UNITS[name]
+        """The layers of a module's branches, in the order in which their outputs are concatenated."""
+        single, (reduced, out), (double_reduced, double_out), pooled = MODULES[name]
         stride = 1 if pooled else 2
         spatial = {
             "3x3": self.convs(in_channels, (reduced, 1, 1), (out, 3, stride)),
@@ -93,21 +93,21 @@ class Builder:
             "pool": OrderedDict(pool=pool) | self.convs(in_channels, (pooled, 1, 1)),
         }
 
-    def unit(self, name: str, in_channels: int) -> tuple[Inception, int]:
-        """The Inception unit with this name, and its number of output channels."""
-        single, (_, out), (_, double_out), pooled = UNITS[name]
+    def module(self, name: str, in_channels: int) -> tuple[Inception, int]:
+        """The Inception module with this name, and its number of output channels."""
+        single, (_, out), (_, double_out), pooled = MODULES[name]
         channels = self.scaled(single + out + double_out + pooled) + (0 if pooled else in_channels)
         branches = {k: nn.Sequential(layers) for k, layers in self.branches(name, in_channels).items()}
         return Inception(branches, squeeze_excitation(channels) if self.squeeze else nn.Identity()), channels
 
     def stage(self, k: int, in_channels: int) -> tuple[nn.Sequential, int]:
-        """The units of stage `k` and its number of output channels.
+        """The modules of stage `k` and its number of output channels.
 
-        Stage 3 opens with a pool, stages 4 and 5 with a unit that halves the map.
+        Stage 3 opens with a pool, stages 4 and 5 with a module that halves the map.
         """
         layers = OrderedDict(pool=CaffePool()) if k == 3 else OrderedDict()
         for name in STAGES[k]:
-            layers[name], in_channels = self.unit(name, in_channels)
+            layers[name], in_channels = self.module(name, in_channels)
         return nn.Sequential(layers), in_channels
 
 
@@ -127,10 +127,10 @@ def _caffe_names() -> tuple[tuple[str, str], ...]:
     for suffix, layer in (("_bn", "bn"), ("", "conv")):
         for theirs, (k, number) in stem.items():
             names.append((rf"^{theirs}{suffix}\.", f"trunk.stage{k}.{layer}{number}."))
-        for k, units in STAGES.items():
+        for k, modules in STAGES.items():
             place = "roi_head.stage5" if k == 5 else f"trunk.stage{k}"
             for theirs, (branch, number) in branches.items():
-                pattern = rf"^inception_({'|'.join(units)})_{theirs}{suffix}\."
+                pattern = rf"^inception_({'|'.join(modules)})_{theirs}{suffix}\."
                 names.append((pattern, rf"{place}.\1.branches.{branch}.{layer}{number}."))
     return tuple(names)
 
@@ -151,7 +151,7 @@ def inception(
     """The Inception family. A value that is not accepted is a ValueError.
 
     bias: whether convolutions have a bias before the norm, as in the published weights.
-    squeeze: whether squeeze-excitation ends each unit.
+    squeeze: whether squeeze-excitation ends each module.
     width: channels of the stem (64 in the published network); the other widths scale with it.
     norm: "batch", "group", "sync" (batch norm over all processes, on GPUs), or "frozen" (with weights only).
     weights: None or a file with our names or Caffe's (Caffe's expect BGR from 0 to 255); "deferred" promises a

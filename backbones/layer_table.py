@@ -20,7 +20,7 @@ class StageRow:
     """One row of the table.
 
     layers: the convolutions of each block, or of a stem, such as "1x1 64, 3x3 64, 1x1 256"; None: not known.
-    blocks: the number of units; None where there are none, or they are not known, as in networks cut by tracing.
+    blocks: the number of blocks; None where there are none, or they are not known, as in networks cut by tracing.
     output: channels, height and width.
     macs: multiply-accumulates.
     receptive_field: pixels of the image along its height; None: all of them.
@@ -79,7 +79,7 @@ def _stages(network: Backbone | nn.Sequential) -> dict[str, nn.Module]:
 
 
 def _blocks(stage: nn.Module) -> list[nn.Module]:
-    """The units of a stage. Those of a network that is cut by tracing are not known."""
+    """The blocks of a stage. Those of a network that is cut by tracing are not known."""
     return [
         module for module in stage.modules() if isinstance(module, (ResidualBlock, DenseLayer, Inception))
     ]
@@ -119,7 +119,7 @@ def count_layers(rows: list[StageRow]) -> str:
 def bottleneck_weights(network: nn.Module) -> tuple[int, int, int] | None:
     """Channels and weights of the first bottleneck that keeps its size, and the weights of two 3x3 layers so wide.
 
-    None: the network has no such unit.
+    None: the network has no such block.
     """
     for block in network.modules():
         convs = _convs(block) if isinstance(block, ResidualBlock) else []

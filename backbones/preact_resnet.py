@@ -3,7 +3,7 @@
 The stem is conv1 and max pool, as in timm's `resnetv2` weights; the norm and ReLU behind them open conv2_1.
 (Facebook's and pytorchcv's networks put a norm and ReLU before the pool, which changes the number of parameters by 128.
 They differ from each other, too.)
-A projection starts behind the norm and ReLU of its unit's branch, as in He's code. Strides sit in the 3x3, not in the
+A projection starts behind the norm and ReLU of its block's branch, as in He's code. Strides sit in the 3x3, not in the
 first 1x1 (`stride_in`). The norm and ReLU that open conv5_1 end stage 4.
 """
 

@@ -1,4 +1,4 @@
-"""Residual units in each activation order (He et al. 2016, arXiv 1603.05027, Figure 4), and stages built from them."""
+"""Residual blocks in each activation order (He et al. 2016, arXiv 1603.05027, Figure 4), and stages built from them."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,7 +24,7 @@ STRIDE_IN = ("3x3", "1x1")
 
 
 class ResidualBlock(nn.Module):
-    """Residual unit: closing(branch(x) + shortcut(x)); without a shortcut closing(branch(x)), as in a plain network."""
+    """Residual block: closing(branch(x) + shortcut(x)); without a shortcut closing(branch(x)), as in a plain network."""
 
     def __init__(
         self, branch: nn.Module, shortcut: nn.Module | None, closing: nn.Module, in_place: bool = True
@@ -42,7 +42,7 @@ class ResidualBlock(nn.Module):
         return self.closing(self.join(x))
 
     def _adds_before_relu(self) -> bool:
-        """Whether the unit is relu(branch(x) + shortcut(x)), which a GPU computes in fewer passes over the map."""
+        """Whether the block is relu(branch(x) + shortcut(x)), which a GPU computes in fewer passes over the map."""
         parts = (self.branch, self.closing)
         return (
             type(self) is ResidualBlock
@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
 
 
 class GatedBlock(ResidualBlock):
-    """Residual unit with a gate g: closing(branch(x) + (1 - g(x)) shortcut(x)).
+    """Residual block with a gate g: closing(branch(x) + (1 - g(x)) shortcut(x)).
 
     An exclusive gate also multiplies the branch: g(x) branch(x).
     """
@@ -82,7 +82,7 @@ class GatedBlock(ResidualBlock):
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """The options that all units of a network share; `backbones.resnet.resnet` explains each.
+    """The options that all blocks of a network share; `backbones.resnet.resnet` explains each.
 
     A value that is not accepted is a ValueError.
     """
@@ -114,7 +114,7 @@ class BlockOptions:
             )
 
     def definition(self) -> dict[str, object]:
-        """The options that change what trained weights compute; basic units have fewer of them than bottlenecks."""
+        """The options that change what trained weights compute; basic blocks have fewer of them than bottlenecks."""
         options = ("shortcut", "order", "branch_end")
         if self.convs is bottleneck:
             options += ("stride_in", "groups", "width_per_group")
@@ -154,7 +154,7 @@ EXPANSION = {basic: 1, bottleneck: 4}
 def arrange(convs: list[nn.Conv2d], options: BlockOptions, opened: bool) -> OrderedDict[str, nn.Module]:
     """The layers of a branch: its convolutions, with norms and ReLUs where the order places them.
 
-    opened: in a pre-activation order, whether the first convolution's norm and ReLU stand before the unit.
+    opened: in a pre-activation order, whether the first convolution's norm and ReLU stand before the block.
     """
     order, last = options.order, len(convs)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -174,7 +174,7 @@ def arrange(convs: list[nn.Conv2d], options: BlockOptions, opened: bool) -> Orde
 
 
 def opening(channels: int, options: BlockOptions) -> OrderedDict[str, nn.Module]:
-    """The norm and ReLU that a pre-activation order puts before a unit that changes the size.
+    """The norm and ReLU that a pre-activation order puts before a block that changes the size.
 
     Branch and shortcut both read their output. The ReLU-only order has no norm, the other orders have neither.
     """
@@ -198,7 +198,7 @@ def closing(channels: int, options: BlockOptions) -> nn.Module:
 def residual_block(
     options: BlockOptions, in_channels: int, width: int, stride: int, drop: float = 0.0, opened: bool = False
 ) -> ResidualBlock:
-    """One unit: (N, in_channels, H, W) -> (N, out_channels, ceil(H/stride), ceil(W/stride)).
+    """One block: (N, in_channels, H, W) -> (N, out_channels, ceil(H/stride), ceil(W/stride)).
 
     drop: the probability of dropping the branch. opened: as in `arrange`.
     """
@@ -231,13 +231,13 @@ def residual_stage(
     *,
     opened: bool = True,
 ) -> nn.Sequential:
-    """Residual units, the first with `stride`: (N, in_channels, H, W) -> (N, out, ceil(H/stride), ceil(W/stride)).
+    """Residual blocks, the first with `stride`: (N, in_channels, H, W) -> (N, out, ceil(H/stride), ceil(W/stride)).
 
     In a pre-activation order the stage ends with the norm and ReLU that open the next stage. Both paths of the next
-    stage's first unit start there. The last stage thus ends with the activation that Figure 5 of the paper asks for.
+    stage's first block start there. The last stage thus ends with the activation that Figure 5 of the paper asks for.
 
-    drops: the probability of dropping each unit's branch.
-    opened: whether the norm and ReLU that open the first unit stand before the stage.
+    drops: the probability of dropping each block's branch.
+    opened: whether the norm and ReLU that open the first block stand before the stage.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i, drop in enumerate(drops):

@@ -29,7 +29,7 @@ TORCHVISION_NAMES = (
     (r"\.downsample\.1\.", ".shortcut.bn."),
 )
 
-# Table 1 of the paper: depth -> the unit, and the number of units in conv2_x .. conv5_x.
+# Table 1 of the paper: depth -> the block, and the number of blocks in conv2_x .. conv5_x.
 LAYOUTS = {
     18: (basic, (2, 2, 2, 2)),
     34: (basic, (3, 4, 6, 3)),
@@ -46,7 +46,7 @@ STEM_POOLS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _stem(width: int, options: BlockOptions) -> nn.Sequential:
-    """conv1, norm, ReLU; in full pre-activation conv1 alone, since the norm and ReLU open the first unit."""
+    """conv1, norm, ReLU; in full pre-activation conv1 alone, since the norm and ReLU open the first block."""
     layers = OrderedDict(conv1=nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False))
     if options.order != FULL_PREACTIVATION:
         layers |= {"bn1": options.layer(width), "relu": nn.ReLU(inplace=True)}
@@ -54,7 +54,7 @@ def _stem(width: int, options: BlockOptions) -> nn.Sequential:
 
 
 def _stage2(width: int, drops: list[float], stem_pool: str, options: BlockOptions) -> nn.Sequential:
-    """Max pool and conv2_x. If conv2_x has bottlenecks, its first unit changes the number of channels."""
+    """Max pool and conv2_x. If conv2_x has bottlenecks, its first block changes the number of channels."""
     preactivated = options.order == FULL_PREACTIVATION
     changes = options.out_channels(width) != width
     layers = OrderedDict(maxpool=STEM_POOLS[stem_pool]())
@@ -94,7 +94,7 @@ def resnet(
     weights: str | None = None,
     frozen_stages: int = 0,
 ) -> Backbone:
-    """The residual family: `depths` units of `basic` or `bottleneck` convolutions in conv2_x .. conv5_x.
+    """The residual family: `depths` blocks of `basic` or `bottleneck` convolutions in conv2_x .. conv5_x.
 
     A value that is not accepted is a ValueError.
 
@@ -109,7 +109,7 @@ def resnet(
         "relu_before_addition", "relu_only_preactivation", "full_preactivation".
     branch_end: None; "se"; "relu_se", with a ReLU before it as in timm's SE-ResNet-18/34; or residual shrinkage, with
         one threshold for all channels ("shrinkage_cs") or one per channel ("shrinkage_cw").
-    stochastic_depth: probability of dropping the last unit's branch in training. The probabilities of the earlier units
+    stochastic_depth: probability of dropping the last block's branch in training. The probabilities of the earlier blocks
         rise linearly to it.
     groups, width_per_group: ResNeXt's 32x4d is 32 and 4; a network twice as wide inside is 1 and 128.
     stem_pool: "padded" as in torchvision, "ceil" as in Caffe and the SE-ResNets.

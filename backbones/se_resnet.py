@@ -6,7 +6,7 @@ The SE-ResNets fit timm's `legacy_seresnet` weights. They have Caffe's stem pool
 first 1x1, and a basic block has a ReLU before the squeeze.
 
 The shrinkage networks have channel-wise thresholds; `branch_end="shrinkage_cs"` shares one between the channels. Their
-authors build them from pre-activation units with zero-padded shortcuts (`order="full_preactivation", shortcut="A"`).
+authors build them from pre-activation blocks with zero-padded shortcuts (`order="full_preactivation", shortcut="A"`).
 """
 
 from functools import partial

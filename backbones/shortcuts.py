@@ -1,4 +1,4 @@
-"""Shortcuts of a residual unit: options A, B, C of He et al. 2015, and section 3 of He et al. 2016 (arXiv 1603.05027).
+"""Shortcuts of a residual block: options A, B, C of He et al. 2015, and section 3 of He et al. 2016 (arXiv 1603.05027).
 
 Scaling, gates and dropout use option B's projection where the size changes.
 """
@@ -76,7 +76,7 @@ def gate(in_channels: int, out_channels: int, stride: int, bias: float) -> nn.Se
 def shortcut(
     kind: str, in_channels: int, out_channels: int, stride: int, norm: Callable[[int], nn.Module] | None
 ) -> nn.Module | None:
-    """The shortcut of one unit, or None for the kind "none".
+    """The shortcut of one block, or None for the kind "none".
 
     norm: makes the norm behind a projection; None: no norm, as the branch has none behind its last convolution.
     """

@@ -2,11 +2,13 @@
 
 python benchmarks/residual.py degradation --data datasets
 python benchmarks/residual.py all --plan
-python benchmarks/residual.py all data='{format: cifar, root: datasets/cifar-10-batches-bin}' augment.padding=4 --output runs/cifar
+python benchmarks/residual.py all data='{format: cifar, root: datasets/cifar-10-batches-bin}' augment.padding=4 \\
+    --output runs/cifar
 python benchmarks/residual.py all --tables
 
 `all` is degradation, shortcuts, order, why, thousand and families; `detectors` is apart. A command that was stopped
-goes on where it was. --data holds the VOC folders bccd and foda. docs/residual.md tells the story.
+goes on where it was. Results are kept in --output, and what is there is not trained again: benchmarks/residual holds
+ours. --data holds the VOC folders bccd and foda. docs/residual.md tells the story.
 """
 
 import os
@@ -45,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", choices=["all", *ALL, *APART])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the classifiers' recipes")
     parser.add_argument("--data", type=Path, default=Path("datasets"), help="the folder of bccd and foda")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of the JSON files")
-    parser.add_argument("--figures", type=Path, default=Path("docs/residual"), help="folder of the figures")
-    parser.add_argument("--runs", type=Path, default=Path("runs/residual"), help="folder of the trainings")
+    parser.add_argument(
+        "--output", type=Path, default=HERE, help="of the results, the figures and the trainings"
+    )
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time, of one thread each")
     parser.add_argument("--only", nargs="+", default=[], help="names of trainings, such as plain-56/0")
     parser.add_argument("--quick", action="store_true", help="tiny networks, to see that all of it runs")
@@ -76,9 +78,9 @@ def run(args) -> None:
         write_tables(args, experiments)
         return
     for name, experiment in experiments.items():
-        path, folder = args.output / f"{name}.json", args.runs / name
+        path, folder = args.output / f"{name}.json", args.output / "runs" / name
         results = run_experiment(experiment, path, folder, scale.describe(), args.processes, args.only)
-        save_figure(experiment, results, args.figures / f"{name}.png")
+        save_figure(experiment, results, args.output / f"{name}.png")
         print(f"{name}\n{markdown(experiment, results)}")
 
 
@@ -95,7 +97,7 @@ def write_tables(args, experiments: Mapping[str, Experiment]) -> None:
     for name, experiment in experiments.items():
         table = markdown(experiment, read_results(args.output / f"{name}.json"))
         print(f"{name}\n{table}")
-        figure = args.figures / f"{name}.png"
+        figure = args.output / f"{name}.png"
         if figure.exists():
             table += f"\n\n![{name}]({Path(os.path.relpath(figure, args.document.parent)).as_posix()})"
         text = put_table(text, name, table)

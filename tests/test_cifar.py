@@ -70,7 +70,7 @@ def test_every_parameter_receives_a_gradient(options):
     assert without == []
 
 
-def test_both_paths_of_a_pre_activation_networks_first_unit_start_behind_the_stems_relu():
+def test_both_paths_of_a_pre_activation_networks_first_block_start_behind_the_stems_relu():
     network = cifar_resnet(20, order="full_preactivation").eval()
     first, second = network.stage1[0], network.stage1[1]
     assert isinstance(first.branch[0], nn.Conv2d) and isinstance(second.branch[0], nn.BatchNorm2d)
@@ -79,15 +79,15 @@ def test_both_paths_of_a_pre_activation_networks_first_unit_start_behind_the_ste
 
 
 def test_option_a_has_no_parameters_in_its_shortcuts():
-    units = [m for m in cifar_resnet(20).modules() if isinstance(m, ResidualBlock)]
-    assert len(units) == 9 and not any(count(m.shortcut) for m in units)
+    blocks = [m for m in cifar_resnet(20).modules() if isinstance(m, ResidualBlock)]
+    assert len(blocks) == 9 and not any(count(m.shortcut) for m in blocks)
 
 
 @pytest.mark.parametrize("depth", [21, 2, 20.0, "20"])
 def test_a_depth_without_a_formula_is_refused(depth):
-    with pytest.raises(ValueError, match=r"depth is .*; accepted: 6n \+ 2 layers of basic units"):
+    with pytest.raises(ValueError, match=r"depth is .*; accepted: 6n \+ 2 layers of basic blocks"):
         cifar_resnet(depth)
-    with pytest.raises(ValueError, match=r"depth is 1000; accepted: 9n \+ 2 layers of bottleneck units"):
+    with pytest.raises(ValueError, match=r"depth is 1000; accepted: 9n \+ 2 layers of bottleneck blocks"):
         cifar_resnet(1000)
 
 

@@ -32,8 +32,8 @@ def caffe_layers() -> dict[str, tuple[int, int, int]]:
     """name -> input channels, output channels, kernel size of every convolution."""
     layers = {"conv1_7x7_s2": (3, 64, 7), "conv2_3x3_reduce": (64, 64, 1), "conv2_3x3": (64, 192, 3)}
     channels = 192
-    for unit, branches in MODULES.items():
-        prefix, total = f"inception_{unit}", channels if unit in HALVING else 0
+    for module, branches in MODULES.items():
+        prefix, total = f"inception_{module}", channels if module in HALVING else 0
         for branch, width in branches.items():
             if branch == "3x3":
                 reduced, out = width
@@ -72,7 +72,7 @@ def caffe_weights(bias: bool) -> dict[str, Tensor]:
 
 
 def caffe_network(state: dict[str, Tensor], images: Tensor, gates: dict[str, nn.Module]) -> Tensor:
-    """The network as its prototxt wires it, from images to the last map; gates: unit -> squeeze-excitation."""
+    """The network as its prototxt wires it, from images to the last map; gates: module -> squeeze-excitation."""
 
     def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = state[f"{name}.weight"]
@@ -84,21 +84,21 @@ def caffe_network(state: dict[str, Tensor], images: Tensor, gates: dict[str, nn.
     x = F.max_pool2d(x, 3, 2, ceil_mode=True)
     x = conv("conv2_3x3", conv("conv2_3x3_reduce", x))
     x = F.max_pool2d(x, 3, 2, ceil_mode=True)
-    for unit in MODULES:
-        name, stride = f"inception_{unit}", 2 if unit in HALVING else 1
-        outputs = [] if unit in HALVING else [conv(f"{name}_1x1", x)]
+    for module in MODULES:
+        name, stride = f"inception_{module}", 2 if module in HALVING else 1
+        outputs = [] if module in HALVING else [conv(f"{name}_1x1", x)]
         outputs.append(conv(f"{name}_3x3", conv(f"{name}_3x3_reduce", x), stride))
         inner = conv(f"{name}_double_3x3_1", conv(f"{name}_double_3x3_reduce", x))
         outputs.append(conv(f"{name}_double_3x3_2", inner, stride))
-        if unit in HALVING:
+        if module in HALVING:
             outputs.append(F.max_pool2d(x, 3, 2, ceil_mode=True))
-        elif unit == "5b":
+        elif module == "5b":
             outputs.append(conv(f"{name}_pool_proj", F.max_pool2d(x, 3, 1, 1)))
         else:
             outputs.append(conv(f"{name}_pool_proj", F.avg_pool2d(x, 3, 1, 1)))
         x = torch.cat(outputs, 1)
         if gates:
-            down, up = gates[unit].fc1, gates[unit].fc2
+            down, up = gates[module].fc1, gates[module].fc2
             squeezed = F.relu(F.conv2d(x.mean((2, 3), keepdim=True), down.weight, down.bias))
             x = x * torch.sigmoid(F.conv2d(squeezed, up.weight, up.bias))
     return x
@@ -119,7 +119,7 @@ def with_caffe_weights(name: str, state: dict[str, Tensor]) -> Backbone:
 
 
 def gates_of(backbone: Backbone) -> dict[str, nn.Module]:
-    """unit -> its squeeze-excitation, with biases that are not 0."""
+    """module -> its squeeze-excitation, with biases that are not 0."""
     gates = {key.split(".")[-2]: gate for key, gate in backbone.named_modules() if key.endswith(".end")}
     assert list(gates) == list(MODULES)
     for gate in gates.values():
@@ -139,7 +139,7 @@ def test_pooled_features_equal_the_published_networks(name, bias):
         assert largest_difference(ours(images), theirs) < 1e-9
 
 
-def test_squeeze_excitation_reduces_every_unit_to_a_sixteenth():
+def test_squeeze_excitation_reduces_every_module_to_a_sixteenth():
     gates = gates_of(create_backbone("se_bn_inception"))
     # the authors' prototxt, inception_3a_1x1_down to inception_5b_1x1_down
     published = [16, 20, 36, 36, 36, 38, 38, 66, 64, 64]

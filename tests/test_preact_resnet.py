@@ -77,12 +77,12 @@ def test_with_all_branches_zero_the_network_is_the_identity_between_strides(dept
             nn.init.zeros_(parameter)
     trunk, head = backbone.trunk, backbone.roi_head
     for stage in (trunk.stage2.blocks, trunk.stage3, trunk.stage4, head.stage5):
-        units = stage[1:-1]
-        assert len(units) >= 1
+        blocks = stage[1:-1]
+        assert len(blocks) >= 1
         channels = stage.end.bn.num_features
         x = torch.randn(2, channels, 6, 6, requires_grad=True)
         gradient = torch.randn_like(x)
-        y = units(x)
+        y = blocks(x)
         y.backward(gradient)
         assert torch.equal(y, x) and torch.equal(x.grad, gradient)
 

@@ -131,7 +131,9 @@ FIGURE_4 = {
 }
 
 
-def unit(in_channels: int = 8, width: int = 8, stride: int = 1, convs=basic, **options) -> ResidualBlock:
+def make_block(
+    in_channels: int = 8, width: int = 8, stride: int = 1, convs=basic, **options
+) -> ResidualBlock:
     torch.manual_seed(0)
     drop = options.pop("drop", 0.0)
     return randomize_norms(
@@ -152,8 +154,8 @@ def values_and_gradients(function, block: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_unit_is_figure_4s_in_values_and_gradients(order, training):
-    block = unit(order=order).train(training)
+def test_a_block_is_figure_4s_in_values_and_gradients(order, training):
+    block = make_block(order=order).train(training)
     n2 = block.closing.bn if order == "bn_after_addition" else block.branch.bn2
     parts = block.branch.conv1, block.branch.bn1, block.branch.conv2, n2
     x = torch.randn(3, 8, 5, 4, dtype=torch.float64)
@@ -165,7 +167,7 @@ def test_a_unit_is_figure_4s_in_values_and_gradients(order, training):
 
 @pytest.mark.parametrize("convs", [basic, bottleneck])
 @pytest.mark.parametrize("order", ["relu_only_preactivation", "full_preactivation"])
-def test_a_units_opening_may_stand_before_it_for_both_paths(order, convs):
+def test_a_blocks_opening_may_stand_before_it_for_both_paths(order, convs):
     torch.manual_seed(0)
     options = BlockOptions(convs, order=order)
     block = randomize_norms(residual_block(options, 8, 8, 2, opened=True), weight=(-0.3, 0.7)).double().eval()
@@ -196,8 +198,8 @@ def expected_sum(kind: str, block: ResidualBlock, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", [k for k in SHORTCUTS if k != "none"])
-def test_a_unit_that_changes_size_is_the_papers_formula(kind):
-    block = unit(8, 16, 2, shortcut=kind, gate_bias=-0.5).eval()
+def test_a_block_that_changes_size_is_the_papers_formula(kind):
+    block = make_block(8, 16, 2, shortcut=kind, gate_bias=-0.5).eval()
     x = torch.randn(2, 8, 7, 5, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(block(x), F.relu(expected_sum(kind, block, x)), rtol=1e-9, atol=1e-12)
@@ -206,11 +208,11 @@ def test_a_unit_that_changes_size_is_the_papers_formula(kind):
 def test_shortcuts_that_keep_the_size_are_identities_but_for_option_c():
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
     for kind in ("A", "B", "dropout"):
-        assert torch.equal(unit(shortcut=kind).eval().shortcut(x), x)
-    assert torch.equal(unit(shortcut="constant_scaling").shortcut(x), 0.5 * x)
+        assert torch.equal(make_block(shortcut=kind).eval().shortcut(x), x)
+    assert torch.equal(make_block(shortcut="constant_scaling").shortcut(x), 0.5 * x)
     for kind in ("C", "conv1x1"):
-        assert unit(shortcut=kind).shortcut.conv.weight.shape == (8, 8, 1, 1)
-    assert unit(shortcut="none").shortcut is None
+        assert make_block(shortcut=kind).shortcut.conv.weight.shape == (8, 8, 1, 1)
+    assert make_block(shortcut="none").shortcut is None
 
 
 @pytest.mark.parametrize("kind", GATED)
@@ -218,7 +220,7 @@ def test_a_gates_bias_opens_and_shuts_the_shortcut(kind):
     x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
     outputs = {}
     for bias in (-60.0, 60.0):
-        block = unit(shortcut=kind, gate_bias=bias).eval()
+        block = make_block(shortcut=kind, gate_bias=bias).eval()
         with torch.no_grad():
             branch, outputs[bias] = block.branch(x), block(x)
     branch_when_open = branch if kind == "shortcut_only_gating" else torch.zeros_like(branch)
@@ -233,7 +235,7 @@ def test_a_gates_bias_begins_where_the_option_says_and_is_trained():
 
 
 def test_dropout_halves_the_shortcuts_values_in_training_only():
-    block = unit(shortcut="dropout").train()
+    block = make_block(shortcut="dropout").train()
     x = torch.ones(64, 8, 4, 4, dtype=torch.float64)
     kept = block.shortcut(x)
     assert set(kept.unique().tolist()) == {0.0, 2.0}
@@ -377,8 +379,8 @@ def test_stochastic_depth_drops_by_the_linear_rule():
 
 
 @pytest.mark.parametrize("end", BRANCH_ENDS)
-def test_stochastic_depth_keeps_the_units_expectation(end):
-    block = unit(order="full_preactivation", norm="group", branch_end=end, drop=0.3).train()
+def test_stochastic_depth_keeps_the_blocks_expectation(end):
+    block = make_block(order="full_preactivation", norm="group", branch_end=end, drop=0.3).train()
     x = torch.randn(1, 8, 3, 3, dtype=torch.float64)
     with torch.no_grad():
         whole = block.eval()(x) - x

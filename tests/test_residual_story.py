@@ -19,13 +19,13 @@ from benchmarks.experiments.classifiers import UNTRAINED, ClassifierJob
 from benchmarks.experiments.comparisons import degradation, order, shortcuts
 from benchmarks.experiments.experiment import by_arm, completed, read_results
 from benchmarks.experiments.inside import (
+    block_places,
     bypass,
     conv3x3_layers,
     gradient_norms,
     response_deviations,
-    unit_places,
-    with_units_swapped,
-    without_units,
+    with_blocks_swapped,
+    without_blocks,
 )
 from benchmarks.experiments.scale import full_scale, quick_scale, recipe
 from benchmarks.experiments.tables import markdown
@@ -46,8 +46,8 @@ def run(data, tmp_path, capsys):
     """run("why", ...) -> what the quick form of a command printed, with its files in tmp_path."""
 
     def call(*arguments, status=0):
-        folders = (f"--{name}={tmp_path / name}" for name in ("output", "figures", "runs"))
-        found = residual.main([*arguments, "--quick", f"--data={data}", "--processes=1", *folders])
+        output = f"--output={tmp_path / 'output'}"
+        found = residual.main([*arguments, "--quick", f"--data={data}", "--processes=1", output])
         out, error = capsys.readouterr()
         assert found == status, error
         return out + error
@@ -56,7 +56,7 @@ def run(data, tmp_path, capsys):
 
 
 def read(tmp_path, name):
-    assert (tmp_path / "figures" / f"{name}.png").stat().st_size < 100_000
+    assert (tmp_path / "output" / f"{name}.png").stat().st_size < 100_000
     record = read_json(tmp_path / "output" / f"{name}.json")
     for command in record["commands"]:
         assert {"cpu", "command", "date"} <= command.keys()
@@ -67,7 +67,7 @@ def read(tmp_path, name):
 
 def test_degradation_keeps_curves_and_trains_nothing_twice(run, tmp_path, monkeypatch):
     run("degradation", "--only", "plain-14/0")
-    assert not (tmp_path / "figures").exists()
+    assert not list((tmp_path / "output").glob("*.png"))
     printed = run("degradation")
     results = read(tmp_path, "degradation")
     assert list(by_arm(results)) == ["plain-14", "resnet-14"]
@@ -82,7 +82,7 @@ def test_degradation_keeps_curves_and_trains_nothing_twice(run, tmp_path, monkey
     assert run("degradation") == table == run("degradation", "--tables", f"--document={document}")
     text = document.read_text()
     assert table.partition("\n")[2] in text and "old" not in text
-    assert "![degradation](figures/degradation.png)" in text
+    assert "![degradation](output/degradation.png)" in text
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "holds results of other settings" in run("degradation", "train.lr=0.1", status=1)
     assert "--only names plain-9/0; accepted: plain-14/0, resnet-14/0" in run(
@@ -90,7 +90,7 @@ def test_degradation_keeps_curves_and_trains_nothing_twice(run, tmp_path, monkey
     )
 
 
-def test_why_measures_every_layer_and_every_unit(run, tmp_path):
+def test_why_measures_every_layer_and_every_block(run, tmp_path):
     run("why")
     result = read(tmp_path, "why")["resnet-14/0"]
     assert len(result["gradients_at_start"]) == len(result["gradients_after"]) == 13
@@ -280,29 +280,29 @@ def test_gradient_norms_are_those_of_autograd():
     assert found == pytest.approx(expected, rel=1e-4) and len(found) == 19
 
 
-def test_a_network_without_a_unit_skips_it_and_the_trained_one_stays():
+def test_a_network_without_a_block_skips_it_and_the_trained_one_stays():
     whole, (images, _) = network().eval(), batch()
-    dropped = without_units(whole, ["stage1.1"])
+    dropped = without_blocks(whole, ["stage1.1"])
     before = whole(images)
     features = whole.stem(images)
-    for unit in (whole.stage1[0], whole.stage1[2], *whole.stage2, *whole.stage3):
-        features = unit(features)
+    for block in (whole.stage1[0], whole.stage1[2], *whole.stage2, *whole.stage3):
+        features = block(features)
     assert torch.equal(dropped(images), whole.fc(features.mean((2, 3))))
     assert torch.equal(whole(images), before)
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B", "none"])
-def test_every_unit_can_be_bypassed(shortcut):
+def test_every_block_can_be_bypassed(shortcut):
     whole, x = network(shortcut=shortcut).eval(), torch.rand(2, 16, 16, 16)
-    for unit in (*whole.stage1, *whole.stage2):
-        assert bypass(unit)(x).shape == unit(x).shape
-        x = unit(x)
+    for block in (*whole.stage1, *whole.stage2):
+        assert bypass(block)(x).shape == block(x).shape
+        x = block(x)
     assert torch.equal(bypass(network(shortcut="none").stage1[1])(x[:, :16]), x[:, :16])
 
 
-def test_two_units_change_places():
+def test_two_blocks_change_places():
     whole = network().eval()
-    swapped = with_units_swapped(whole, "stage2.1", "stage2.2")
+    swapped = with_blocks_swapped(whole, "stage2.1", "stage2.2")
     assert torch.equal(swapped.stage2[1].branch.conv1.weight, whole.stage2[2].branch.conv1.weight)
     assert torch.equal(swapped.stage2[2].branch.conv1.weight, whole.stage2[1].branch.conv1.weight)
 
@@ -312,7 +312,7 @@ def test_response_deviations_are_those_behind_each_norm():
     found = response_deviations(whole, images)
     first = whole.stage1[0].branch
     x = whole.stem(images)
-    assert len(found) == 18 and len(unit_places(whole)) == 9
+    assert len(found) == 18 and len(block_places(whole)) == 9
     assert found[0] == pytest.approx(first.bn1(first.conv1(x)).std().item(), rel=1e-4)
 
 
@@ -354,12 +354,12 @@ def error(trained):
 
 
 @pytest.mark.slow
-def test_residual_networks_lose_little_without_a_unit_and_plain_ones_collapse():
+def test_residual_networks_lose_little_without_a_block_and_plain_ones_collapse():
     lost = {}
     for kind, options in {"plain": {"shortcut": "none"}, "residual": {}}.items():
         trained = train_on_gratings(network(20, **options), 400)
         assert error(trained) < 0.3
-        lost[kind] = [error(without_units(trained, [place])) for place in unit_places(trained)]
+        lost[kind] = [error(without_blocks(trained, [place])) for place in block_places(trained)]
     assert min(lost["plain"]) > 0.5
     assert np.median(lost["residual"]) < 0.1
     assert mean(lost["plain"]) > 3 * mean(lost["residual"])

@@ -1,4 +1,4 @@
-"""ResNet-18 inside detectors: options of its units, and pre-training on the training split's objects."""
+"""ResNet-18 inside detectors: options of its blocks, and pre-training on the training split's objects."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ WIDE = ("resnet18", "densenet121")
 def families(scale: Scale) -> Experiment:
     jobs = {}
     for seed in range(scale.seeds):
-        for arm, job in (arms_of_dense(scale, seed) | arms_of_units(scale, seed)).items():
+        for arm, job in (arms_of_dense(scale, seed) | arms_of_blocks(scale, seed)).items():
             jobs[f"{arm}/{seed}"] = job
     return Experiment(jobs, draw, HEADER, row)
 
@@ -37,7 +37,7 @@ def arms_of_dense(scale: Scale, seed: int) -> dict[str, ClassifierJob]:
     }
 
 
-def arms_of_units(scale: Scale, seed: int) -> dict[str, ClassifierJob]:
+def arms_of_blocks(scale: Scale, seed: int) -> dict[str, ClassifierJob]:
     """CIFAR ResNets of equal depth that differ in what ends their branches."""
     base = {"name": "cifar_resnet", "depth": scale.depth}
     arms = {
@@ -55,7 +55,7 @@ def arms_of_units(scale: Scale, seed: int) -> dict[str, ClassifierJob]:
 
 @torch.no_grad()
 def look_at_gates(run: MeasuredRun) -> Result:
-    """Mean of each unit's gates, and the deviation of their means over the classes: a list for each, (U,)."""
+    """Mean of each block's gates, and the deviation of their means over the classes: a list for each, (B,)."""
     images, labels = run.some_pictures(1024)
     gates: list[torch.Tensor] = []
     network = run.training.model.network.eval()
@@ -92,7 +92,7 @@ def step_time(found: Sequence[Result]) -> str | None:
 
 
 def draw(figure: Figure, results: Results) -> None:
-    """Error against parameters, gates of squeeze-excitation by unit, and error against noise."""
+    """Error against parameters, gates of squeeze-excitation by block, and error against noise."""
     arms = by_arm(results)
     left, middle, right = figure.subplots(1, 3)
     for name in WIDE:
@@ -101,7 +101,7 @@ def draw(figure: Figure, results: Results) -> None:
     for key in ("gate_means", "gate_class_deviations"):
         of_seeds = [result[key] for result in arms.get("se", [])]
         middle.plot(np.mean(of_seeds, axis=0), label=key.replace("_", " "))
-    middle.set(xlabel="unit", title="gates of squeeze-excitation")
+    middle.set(xlabel="block", title="gates of squeeze-excitation")
     for name in ENDS:
         noises = [float(arm.rpartition(" ")[2]) for arm in arms if arm.startswith(f"{name},")]
         plot_errors(right, arms, f"{name},", noises)

@@ -1,6 +1,6 @@
-"""Look into a CIFAR network: gradients and responses of its layers, and what is left of it without some units.
+"""Look into a CIFAR network: gradients and responses of its layers, and what is left of it without some blocks.
 
-Letters: N pictures of h x w pixels, L 3x3 layers, U units.
+Letters: N pictures of h x w pixels, L 3x3 layers, B blocks.
 """
 
 import copy
@@ -38,7 +38,7 @@ def response_deviations(network: nn.Module, images: Tensor) -> list[float]:
     The network is in evaluation mode, and in the original order. images: (N, 3, h, w).
     """
     network, found = copy.deepcopy(network).eval(), []
-    for place in unit_places(network):
+    for place in block_places(network):
         for layer in network.get_submodule(place).branch:
             if isinstance(layer, nn.BatchNorm2d):
                 layer.register_forward_hook(lambda layer, inputs, output: found.append(float(output.std())))
@@ -46,36 +46,36 @@ def response_deviations(network: nn.Module, images: Tensor) -> list[float]:
     return found
 
 
-def unit_places(network: nn.Module) -> list[str]:
-    """The names of the U residual units, in the order of the forward pass."""
+def block_places(network: nn.Module) -> list[str]:
+    """The names of the B residual blocks, in the order of the forward pass."""
     return [name for name, module in network.named_modules() if isinstance(module, ResidualBlock)]
 
 
-def keeps_size(unit: ResidualBlock) -> bool:
-    """Whether the unit's output has the size of its input."""
-    convs = [layer for layer in unit.branch if isinstance(layer, nn.Conv2d)]
+def keeps_size(block: ResidualBlock) -> bool:
+    """Whether the block's output has the size of its input."""
+    convs = [layer for layer in block.branch if isinstance(layer, nn.Conv2d)]
     return all(conv.stride == (1, 1) for conv in convs) and convs[0].in_channels == convs[-1].out_channels
 
 
-def bypass(unit: ResidualBlock) -> nn.Module:
-    """The unit without its branch. A plain unit, which has no shortcut, leaves what option A's would give."""
-    shortcut = unit.shortcut
+def bypass(block: ResidualBlock) -> nn.Module:
+    """The block without its branch. A plain block, which has no shortcut, leaves what option A's would give."""
+    shortcut = block.shortcut
     if shortcut is None:
-        convs = [layer for layer in unit.branch if isinstance(layer, nn.Conv2d)]
+        convs = [layer for layer in block.branch if isinstance(layer, nn.Conv2d)]
         shortcut = ZeroPadding(convs[0].in_channels, convs[-1].out_channels, convs[0].stride[0])
-    return nn.Sequential(shortcut, unit.closing)
+    return nn.Sequential(shortcut, block.closing)
 
 
-def without_units(network: nn.Module, places: Collection[str]) -> nn.Module:
-    """A copy of the network in which these units are bypassed."""
+def without_blocks(network: nn.Module, places: Collection[str]) -> nn.Module:
+    """A copy of the network in which these blocks are bypassed."""
     network = copy.deepcopy(network)
     for place in places:
         network.set_submodule(place, bypass(network.get_submodule(place)))
     return network
 
 
-def with_units_swapped(network: nn.Module, one: str, two: str) -> nn.Module:
-    """A copy of the network in which two units have changed places. They must fit each other's."""
+def with_blocks_swapped(network: nn.Module, one: str, two: str) -> nn.Module:
+    """A copy of the network in which two blocks have changed places. They must fit each other's."""
     network = copy.deepcopy(network)
     first, second = network.get_submodule(one), network.get_submodule(two)
     network.set_submodule(one, second)

@@ -25,7 +25,7 @@ class Scale:
     pictures, large_pictures: the section `data` of CIFAR networks, and of backbones.
     depths: of the plain and residual networks that are compared. orders: depths of the networks in each order.
     depth: of all other CIFAR networks.
-    thousand: depths of very deep networks, and whether their units are bottlenecks. Their epochs must reach well past
+    thousand: depths of very deep networks, and whether their blocks are bottlenecks. Their epochs must reach well past
         the warm-up of 100 steps before the rate is divided, which is at half of them.
     share: of the epochs of a detector's recipe. detector: overrides of it.
     """

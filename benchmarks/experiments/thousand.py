@@ -25,7 +25,7 @@ def thousand(scale: Scale) -> Experiment:
     return Experiment(jobs, draw, HEADER, row, PUBLISHED)
 
 
-# Test error on CIFAR-10 in percent: He et al. 2016, Table 4; 1202 layers, He et al. 2015, Table 6.
+# Test error on CIFAR-10 in percent: He et al. 2016, Table 3; 1202 layers, He et al. 2015, Table 6.
 PUBLISHED = {"1001 original": "7.61", "1001 full_preactivation": "4.92", "1202 original": "7.93"}
 
 

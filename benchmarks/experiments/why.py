@@ -1,4 +1,4 @@
-"""Experiment 4: gradients and responses of every layer, and what a trained network does without some of its units."""
+"""Experiment 4: gradients and responses of every layer, and what a trained network does without some of its blocks."""
 
 from functools import partial
 from itertools import combinations
@@ -14,19 +14,19 @@ from detector.classify.classifier import build_classifier
 from .classifiers import ClassifierJob, MeasuredRun
 from .experiment import Experiment, Result, Results, by_arm
 from .inside import (
+    block_places,
     gradient_norms,
     keeps_size,
     response_deviations,
-    unit_places,
-    with_units_swapped,
-    without_units,
+    with_blocks_swapped,
+    without_blocks,
 )
 from .scale import Scale, recipe
 from .spread import errors, spread
 
 KINDS = {"plain": {"shortcut": "none"}, "resnet": {}, "stochastic": {"stochastic_depth": 0.5}}
 DRAWS = 5
-# Percent of the units that are dropped together.
+# Percent of the blocks that are dropped together.
 SHARES = (10, 25, 50)
 
 
@@ -38,7 +38,7 @@ def why(scale: Scale) -> Experiment:
         for depth in depths:
             for kind, options in KINDS.items():
                 backbone = {"name": "cifar_resnet", "depth": depth, **options}
-                job = ClassifierJob(recipe(scale, backbone, seed), (look_at_layers, look_at_units))
+                job = ClassifierJob(recipe(scale, backbone, seed), (look_at_layers, look_at_blocks))
                 jobs[f"{kind}-{depth}/{seed}"] = job
     return Experiment(jobs, draw, HEADER, row)
 
@@ -61,13 +61,13 @@ def untrained(run: MeasuredRun) -> nn.Module:
     return build_classifier(config.model.backbone, len(run.class_names), run.preprocessing).network
 
 
-def look_at_units(run: MeasuredRun) -> Result:
-    """The test error with all units, without each one, without several, and with two exchanged."""
+def look_at_blocks(run: MeasuredRun) -> Result:
+    """The test error with all blocks, without each one, without several, and with two exchanged."""
     network, rng = run.training.model.network, np.random.default_rng(0)
-    places = unit_places(network)
+    places = block_places(network)
 
     def without(dropped: list[str]) -> float:
-        return run.test_error(without_units(network, dropped))
+        return run.test_error(without_blocks(network, dropped))
 
     counts = sorted({count_of(len(places), percent) for percent in SHARES})
     several = {
@@ -80,14 +80,14 @@ def look_at_units(run: MeasuredRun) -> Result:
         "error": run.test_error(network),
         "without_one": [without([place]) for place in places],
         "without_several": {str(count): errors for count, errors in several.items()},
-        "two_swapped": [run.test_error(with_units_swapped(network, *pairs[i])) for i in chosen],
+        "two_swapped": [run.test_error(with_blocks_swapped(network, *pairs[i])) for i in chosen],
     }
 
 
 def exchangeable(network: nn.Module, places: list[str]) -> list[tuple[str, str]]:
-    """Pairs of units of one stage that keep the map's size."""
-    units: dict[str, ResidualBlock] = {place: network.get_submodule(place) for place in places}
-    kept = [place for place in places if keeps_size(units[place])]
+    """Pairs of blocks of one stage that keep the map's size."""
+    blocks: dict[str, ResidualBlock] = {place: network.get_submodule(place) for place in places}
+    kept = [place for place in places if keeps_size(blocks[place])]
     return [(a, b) for a, b in combinations(kept, 2) if a.partition(".")[0] == b.partition(".")[0]]
 
 
@@ -98,12 +98,12 @@ def growth(gradients: list[float | None]) -> float | None:
 
 
 def without_share(result: Result, percent: int) -> float:
-    """The mean test error without so many percent of the units."""
+    """The mean test error without so many percent of the blocks."""
     return float(np.mean(result["without_several"][str(count_of(len(result["without_one"]), percent))]))
 
 
-def count_of(units: int, percent: int) -> int:
-    return max(1, units * percent // 100)
+def count_of(blocks: int, percent: int) -> int:
+    return max(1, blocks * percent // 100)
 
 
 HEADER = (
@@ -112,9 +112,9 @@ HEADER = (
     "std of responses",
     "training error, %",
     "test error, %",
-    "without one unit, worst",
+    "without one block, worst",
     "mean",
-    *(f"without {share} % of the units" for share in SHARES),
+    *(f"without {share} % of the blocks" for share in SHARES),
     "two swapped",
 )
 
@@ -136,7 +136,7 @@ def row(found: list[Result]) -> list[str | None]:
 
 
 def draw(figure: Figure, results: Results) -> None:
-    """Gradients at the start, deviations of the responses, and the error without one unit and without several: of the
+    """Gradients at the start, deviations of the responses, and the error without one block and without several: of the
     first seed.
     """
     arms = {arm: found[0] for arm, found in by_arm(results).items()}
@@ -152,8 +152,8 @@ def draw(figure: Figure, results: Results) -> None:
         several.plot([0, *SHARES], dropped, "o-", color=color)
     gradients.set(xlabel="3x3 layer", title="gradient norm at the start")
     responses.set(xlabel="layer of a branch", title="std of responses after training")
-    one.set(xlabel="place of the dropped unit: 0 first, 1 last", title="test error without one unit, %")
-    several.set(xlabel="dropped units, %", title="test error without several units, %")
+    one.set(xlabel="place of the dropped block: 0 first, 1 last", title="test error without one block, %")
+    several.set(xlabel="dropped blocks, %", title="test error without several blocks, %")
     gradients.legend(fontsize="small")
     for axes in (gradients, responses, one, several):
         axes.grid(alpha=0.3)

@@ -8,8 +8,8 @@ from torch import Tensor
 from backbones.residual import bottleneck
 from backbones.resnet import LAYOUTS
 
-# (whether units have three convolutions, units of conv2_x .. conv5_x) -> name
-_RESNETS = {(unit is bottleneck, depths): f"resnet{depth}" for depth, (unit, depths) in LAYOUTS.items()}
+# (whether blocks have three convolutions, blocks of conv2_x .. conv5_x) -> name
+_RESNETS = {(block is bottleneck, depths): f"resnet{depth}" for depth, (block, depths) in LAYOUTS.items()}
 _WIDTH = 64
 
 
