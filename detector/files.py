@@ -79,7 +79,15 @@ def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a .safetensors file, whole or not at all, on the disk when this returns."""
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(on_cpu, temporary, metadata=metadata), durable=True)
+
+    def write(temporary: Path) -> None:
+        # safetensors makes files that only their owner can read. Those of a run have the mode that others have.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(on_cpu, temporary, metadata=metadata)
+        temporary.chmod(mode)
+
+    write_atomically(path, write, durable=True)
 
 
 def read_json(path: str | Path) -> Any:
@@ -96,7 +104,7 @@ def read_bytes(path: str | Path, max_bytes: int) -> bytes:
     """A file's bytes. FileNotFoundError: it is absent or no plain file. ValueError: it is larger, or unreadable."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such annotation file")
+        raise FileNotFoundError(f"{path}: no such file")
     if (size := path.stat().st_size) > max_bytes:
         raise ValueError(f"{path}: the file has {size} bytes; max_bytes accepts {max_bytes}")
     try:

@@ -58,4 +58,6 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _describe(data: dict[str, Any] | None) -> str:
-    return "none" if data is None else ", ".join(f"{value} {key}" for key, value in data.items())
+    if data is None:
+        return "none"
+    return ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v} {key}" for key, v in data.items())

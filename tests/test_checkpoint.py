@@ -89,6 +89,13 @@ def test_a_failing_checkpoint_leaves_the_old_one(checkpoint, tmp_path, monkeypat
     assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_checkpoint_has_the_mode_of_other_files(checkpoint, tmp_path):
+    (tmp_path / "other").touch()
+    save_checkpoint(tmp_path / "saved.safetensors", checkpoint)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_json_is_written_whole_into_new_folders_and_refuses_nan(tmp_path):
     write_json(tmp_path / "new" / "folder" / "a.json", {"name": "Größe"})
     assert (tmp_path / "new" / "folder" / "a.json").read_text(encoding="utf-8") == '{"name": "Größe"}\n'

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from short_runs import CPU, lines, same_tensors, stop_after
 
 import detector.training_run
-from backbones import IMAGENET, create_backbone
+from backbones import IMAGENET, Preprocessing, create_backbone
 from detector import processes
 from detector.build import build_model
 from detector.checkpoint import load_checkpoint, load_training_state
@@ -21,7 +21,7 @@ from detector.classify.cifar import load_cifar
 from detector.classify.classifier import build_classifier
 from detector.classify.config import ClassifierConfig
 from detector.classify.pictures import measure_preprocessing
-from detector.classify.run import ClassifierRun
+from detector.classify.run import ClassifierRun, mean_color
 from detector.config import load_config, parse_config
 from detector.engine import AMP_DTYPES
 from detector.run_log import RunLog
@@ -182,11 +182,76 @@ def test_the_recipes_are_complete_and_say_their_command(path):
         ("data.format=none", "data.*none"),
         ("train.best_metric=AP", "train.best_metric is 'AP'; accepted: top1, top5, mean_accuracy"),
         ("model.size=0", "model.size is 0"),
+        ("augment.scale=[0.5, 2]", r"augment.scale is \(0.5, 2.0\); accepted: two positive numbers up to 1"),
+        ("data={format: folder, root: x}", "model.size is missing; class folders need the side"),
     ],
 )
 def test_a_wrong_setting_is_a_sentence(shapes, tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         ClassifierRun(shapes(override), tmp_path, CPU)
+
+
+def test_a_last_batch_of_one_picture_has_another_beside_it(shapes, tmp_path):
+    overrides = ["model.backbone={name: resnet18, width: 8}", "train.batch_size=23", "train.epochs=1"]
+    run = ClassifierRun(shapes(*overrides), tmp_path, CPU)
+    assert sorted(map(len, run.batches)) == [2, 23]
+    run.train()
+    assert run.training.step == 2
+
+
+def test_padding_has_the_colour_that_the_weights_call_mean():
+    assert mean_color(Preprocessing((0.5, 0.4, 0.2), (1, 1, 1))) == (128, 102, 51)
+    assert mean_color(Preprocessing((103.53, 116.28, 123.675), (1, 1, 1), "bgr", 255.0)) == (124, 116, 104)
+
+
+@pytest.fixture
+def noisy_folders(tmp_path):
+    """Two class folders of 12 noisy pictures for training and 6 for validation, one of each cut short."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for name, value in (("dark", 0), ("light", 150)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(rng.integers(value, value + 100, (20, 24, 3), np.uint8))
+                image.save(tmp_path / "data" / split / name / f"{number}.png")
+        cut = tmp_path / "data" / split / "dark" / "3.png"
+        cut.write_bytes(cut.read_bytes()[:700])
+    return tmp_path / "data"
+
+
+def folder_recipe(root, *overrides):
+    recipe = {
+        "model": {"backbone": {"name": "cifar_resnet", "depth": 8}, "size": 16},
+        "data": {"format": "folder", "root": str(root)},
+        "train": {"epochs": 1, "batch_size": 8, "warmup_steps": 0},
+    }
+    return parse_config(recipe, overrides, kind=ClassifierConfig)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_that_fail_on_decoding_are_replaced_or_left_out(noisy_folders, tmp_path, capsys, workers):
+    config = folder_recipe(noisy_folders, f"loader.num_workers={workers}")
+    metrics = ClassifierRun(config, tmp_path / "run", CPU).train()
+    out = capsys.readouterr().out
+    assert metrics["pictures"] == 11
+    for split, fate in (("train", "replaced by another"), ("val", "left out")):
+        path = noisy_folders / split / "dark" / "3.png"
+        assert out.count(f"{fate}: {path}") == 1
+    events = lines(tmp_path / "run", "unreadable")
+    assert len(events) == 1 and "3.png" in events[0]["message"]
+
+
+def test_strict_ends_at_a_picture_that_fails_on_decoding(noisy_folders, tmp_path):
+    with pytest.raises(ValueError, match="train/dark/3.png"):
+        ClassifierRun(folder_recipe(noisy_folders, "data.strict=true"), tmp_path / "run", CPU).train()
+
+
+def test_other_pictures_of_the_same_classes_are_refused_on_resuming(noisy_folders, tmp_path):
+    config = folder_recipe(noisy_folders)
+    ClassifierRun(config, tmp_path / "run", CPU).train()
+    (noisy_folders / "val/light/5.png").rename(noisy_folders / "val/light/6.png")
+    with pytest.raises(ValueError, match="data.val was 12 pictures, contents .*, now 12 pictures, contents"):
+        ClassifierRun(config, tmp_path / "run", CPU, resume=True)
 
 
 def test_the_tool_trains_class_folders_of_any_size_and_says_how_well(run_tool, tmp_path):

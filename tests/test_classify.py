@@ -62,9 +62,9 @@ def test_the_padding_has_the_colour_that_is_given():
 @pytest.mark.parametrize("size", [None, 8])
 def test_a_picture_is_augmented_alike_in_any_batch_and_anew_in_each_epoch(size):
     samples = Samples(pictures(), size, ClassifierAugment(padding=4), seed=3)
-    whole, labels = samples.__getitems__([(1, k) for k in range(40)])
+    whole, labels, _ = samples.__getitems__([(1, k) for k in range(40)])
     for rows in ([5], [30, 2, 17]):
-        images, found = samples.__getitems__([(1, k) for k in rows])
+        images, found, _ = samples.__getitems__([(1, k) for k in rows])
         assert torch.equal(images, whole[rows]) and torch.equal(found, labels[rows])
     assert torch.equal(samples[1, 5][0], whole[5])
     assert not torch.equal(samples.__getitems__([(2, k) for k in range(40)])[0], whole)
@@ -79,7 +79,7 @@ def test_the_number_of_workers_changes_nothing():
         batches = TrainBatches(np.ones(40), 16, 0)
         loader = DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=whole_batch)
         read.append(list(loader))
-    assert [len(labels) for _, labels in read[0]] == [len(labels) for _, labels in read[1]]
+    assert [len(labels) for _, labels, _ in read[0]] == [len(labels) for _, labels, _ in read[1]]
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(*read, strict=True))
 
 
@@ -108,6 +108,13 @@ def test_evaluation_sees_the_middle(height, width):
     assert found.shape == (28, 28, 3)
     rows, columns = np.nonzero(found[..., 0] > found.max() / 2)
     assert abs(rows.mean() - 13.5) <= 1 and abs(columns.mean() - 13.5) <= 1
+
+
+def test_the_middle_of_a_long_picture_takes_no_more_than_its_square():
+    long = np.zeros((1, 32_000, 3), np.uint8)
+    long[:, 15_999] = 255
+    # Enlarged as a whole, it would take 9 GB.
+    assert center_crop(long, 224).shape == (224, 224, 3) and center_crop(long, 224).min() == 255
 
 
 @pytest.mark.parametrize("wrong", [{"scale": (0.5, 0.1)}, {"ratio": (0, 1)}, {"padding": -1}])
@@ -184,7 +191,7 @@ def test_the_table_puts_the_worst_class_first():
     measures = Measures(3)
     measures.add(torch.eye(3)[[0, 0, 1]], torch.tensor([0, 1, 1]))
     lines = format_measures(measures.summary(("ant", "bee", "cat"))).splitlines()
-    assert lines[0] == "3 pictures: top-1 66.67%"
+    assert lines[0] == "3 pictures: top-1 66.67%, mean of classes 75.00%"
     assert [line.split()[0] for line in lines[3:]] == ["bee", "ant", "cat"]
     assert lines[3].split() == ["bee", "2", "0.500", "ant"]
 

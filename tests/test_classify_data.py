@@ -94,6 +94,13 @@ def test_folders_that_are_no_classes_are_one_sentence(class_folders, tmp_path):
         load_folder(class_folders, "val", ("cat", "dog"))
 
 
+@pytest.mark.parametrize("name", ["Train", "training"])
+def test_a_split_by_another_name_is_no_class(class_folders, name):
+    (class_folders / "train").rename(class_folders / name)
+    with pytest.raises(ValueError, match="the name of a split; accepted: .* with train/ and val/"):
+        load_folder(class_folders, "train")
+
+
 def test_many_unreadable_pictures_are_refused(class_folders):
     for k in range(3):
         (class_folders / f"train/cat/{k}.png").write_bytes(b"nothing")
@@ -299,6 +306,26 @@ def test_generated_shapes_never_overwrite_cifar(cifar10):
     root, _ = cifar10
     with pytest.raises(ValueError, match="holds files that are not generated shapes"):
         generate_labelled(root, num_train=4, num_test=2)
+
+
+def test_generated_shapes_are_not_written_among_other_files(tmp_path):
+    generate_labelled(tmp_path, num_train=4, num_test=2)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"holds files that are not generated shapes \(mine.txt\)"):
+        generate_labelled(tmp_path, num_train=5, num_test=2)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file: a file, where the folder"):
+        generate_labelled(tmp_path / "file", num_train=5, num_test=2)
+
+
+def test_cifars_names_may_have_spaces_and_come_once(cifar10):
+    root, _ = cifar10
+    names = [f"sea animal {k}" for k in range(10)]
+    (root / "batches.meta.txt").write_text("\n".join(names) + "\n\n")
+    assert load_cifar(root, "train").class_names == tuple(names)
+    (root / "batches.meta.txt").write_text("\n".join([*names[:9], names[0]]))
+    with pytest.raises(ValueError, match="has the class 'sea animal 0' twice"):
+        load_cifar(root, "train")
 
 
 def test_every_class_is_drawn_and_colour_says_nothing_of_it():

@@ -274,7 +274,7 @@ def test_categories_of_one_name_are_one_class_with_a_note(write):
 
 def test_files_that_are_missing_or_no_json_are_named(write, tmp_path):
     images_dir, path = write()
-    with pytest.raises(FileNotFoundError, match="no such annotation file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         load_coco(images_dir, tmp_path / "gone.json")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder of images"):
         load_coco(tmp_path / "nowhere", path)

@@ -1,4 +1,4 @@
-"""Train a backbone, or a CIFAR ResNet, as a classifier. Its weights go into `weights:` of a detector's recipe.
+"""Train a backbone, or a CIFAR ResNet, as a classifier. A backbone's weights go into `weights:` of a detector's recipe.
 
 python tools/train_classifier.py configs/classify/shapes.yaml --output runs/classifier
 python tools/train_classifier.py configs/classify/cifar10.yaml data.root=datasets/cifar-10-batches-bin --output runs/cifar10

@@ -12,7 +12,7 @@ import albumentations as A
 import cv2
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from ..settings import Probability, Section
 
@@ -36,9 +36,10 @@ class ClassifierAugment(Section):
 
     @field_validator("scale", "ratio")
     @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1] <= 10:
-            raise ValueError(f"is {value}; accepted: two positive numbers up to 10, the smaller first")
+    def _ordered(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        most = 1 if info.field_name == "scale" else 10
+        if not 0 < value[0] <= value[1] <= most:
+            raise ValueError(f"is {value}; accepted: two positive numbers up to {most}, the smaller first")
         return value
 
 
@@ -110,10 +111,12 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
     The short side is first resized to 256/224 of `size`.
     """
-    height, width = image.shape[:2]
-    factor = size * _MARGIN / min(height, width)
-    height, width = (max(size, round(side * factor)) for side in (height, width))
-    method = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
-    image = cv2.resize(image, (width, height), interpolation=method)
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[top : top + size, left : left + size]
+    # What a long picture loses is not resized.
+    side, large = min(image.shape[:2]), round(size * _MARGIN)
+    method = cv2.INTER_AREA if large < side else cv2.INTER_LINEAR
+    return _middle(cv2.resize(_middle(image, side), (large, large), interpolation=method), size)
+
+
+def _middle(image: np.ndarray, side: int) -> np.ndarray:
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    return image[top : top + side, left : left + side]

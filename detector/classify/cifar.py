@@ -55,7 +55,8 @@ def load_cifar(
         raise FileNotFoundError(
             f"{root}: has no {pattern} of CIFAR-10 and no {split}.bin of CIFAR-100 in binary form"
         )
-    names = tuple(read_text(root / names_file, _MAX_NAMES).split())
+    lines = map(str.strip, read_text(root / names_file, _MAX_NAMES).splitlines())
+    names = tuple(line for line in lines if line)
     check_classes(names, str(root / names_file))
     if class_names not in (None, names):
         raise ValueError(f"{root / names_file}: the classes are not those of the training pictures")

@@ -16,8 +16,7 @@ from ..engine import autocast
 from .config import CIFAR
 from .measures import Measures
 from .normalize import Normalize
-
-LabelledBatch = tuple[Tensor, Tensor]
+from .samples import LabelledBatch
 
 
 class Classifier(nn.Module):
@@ -86,16 +85,16 @@ class ClassifierTask:
     def __call__(
         self, network: nn.Module, batch: LabelledBatch, device: torch.device, key: tuple[int, int, int]
     ) -> dict[str, Tensor]:
-        images, labels = (each.to(device, non_blocking=True) for each in batch)
+        images, labels = (each.to(device, non_blocking=True) for each in batch[:2])
         logits = network(images).float()
         loss = nn.functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return {"cross_entropy": loss}
 
     def name(self, batch: LabelledBatch) -> str:
-        return f"a batch of {len(batch[1])} pictures"
+        return f"a batch of {len(batch.labels)} pictures"
 
     def count(self, batch: LabelledBatch) -> int:
-        return len(batch[1])
+        return len(batch.labels)
 
 
 @torch.inference_mode()
@@ -112,7 +111,9 @@ def evaluate_classifier(
     model.eval()
     measures, total = Measures(num_classes), torch.zeros((), device=device)
     for batch in loader:
-        images, labels = (each.to(device, non_blocking=True) for each in batch)
+        images, labels = (each.to(device, non_blocking=True) for each in batch[:2])
+        if not len(labels):
+            continue
         with autocast(device, amp_dtype):
             logits = model(images).float()
         measures.add(logits, labels)

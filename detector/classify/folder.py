@@ -13,6 +13,7 @@ from .pictures import FilePictures, check_classes
 
 # Where the folder has no splits, every fifth picture of a class is for validation.
 _FIFTH = 5
+_SPLITS = ("train", "training", "val", "valid", "validation", "test")
 
 
 class FolderSource(Section):
@@ -31,8 +32,8 @@ def load_folder(
 ) -> FilePictures:
     """The pictures of a split, with the folders' names as classes in sorted order.
 
-    Where root/train is absent, root holds the class folders. A fifth of each class's pictures, chosen at random but
-    always the same, is then "val"; the others are "train".
+    Where root/train is absent, root holds the class folders. A fifth of each class's pictures, or one of two to four,
+    chosen at random but always the same, is then "val"; the others are "train".
 
     class_names: those of the training pictures; a folder of another name is refused.
     strict: refuse the first unreadable picture instead of leaving it out.
@@ -46,8 +47,15 @@ def load_folder(
     has_splits = (root / "train").is_dir()
     folder = root / split if has_splits else root
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; accepted: {root} with a folder for each class")
+        parts = (
+            "train/ and val/, each with a folder for each class" if has_splits else "a folder for each class"
+        )
+        raise FileNotFoundError(f"{folder}: no such folder; accepted: {root} with {parts}")
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not has_splits and (splits := [name for name in names if name.lower() in _SPLITS]):
+        raise ValueError(
+            f"{root / splits[0]}: the name of a split; accepted: {root} with train/ and val/, or with a folder for each class"
+        )
     class_names = tuple(class_names or names)
     check_classes(class_names, str(folder))
     if unknown := [name for name in names if name not in class_names]:
@@ -59,13 +67,18 @@ def load_folder(
     if not has_splits:
         paths = {name: _part(found, split) for name, found in paths.items()}
     labels = np.repeat([class_names.index(name) for name in names], list(map(len, paths.values())))
-    return _readable(np.concatenate(list(paths.values())), labels, class_names, tuple(problems), strict)
+    found = _readable(np.concatenate(list(paths.values())), labels, class_names, tuple(problems), strict)
+    if split == "train" and (empty := set(range(len(class_names))) - set(found.labels.tolist())):
+        raise ValueError(f"{folder / class_names[min(empty)]}: no picture can be read")
+    return found
 
 
 def _part(paths: np.ndarray, split: str) -> np.ndarray:
     """The pictures of a class that are for this split, of all pictures of the class in sorted order."""
     order = np.random.default_rng(len(paths)).permutation(len(paths))
     is_val = order % _FIFTH == _FIFTH - 1
+    if 1 < len(paths) < _FIFTH:
+        is_val = order == 0
     return paths[~is_val if split == "train" else is_val]
 
 
@@ -82,4 +95,4 @@ def _readable(
     refuse_many(left_out, len(paths))
     kept = np.ones(len(paths), bool)
     kept[list(reasons)] = False
-    return FilePictures(paths[kept], labels[kept].astype(np.int64), class_names, notes, left_out)
+    return FilePictures(paths[kept], labels[kept].astype(np.int64), class_names, notes, left_out, strict)

@@ -72,7 +72,10 @@ class Measures:
 
 def format_measures(summary: dict[str, Any]) -> str:
     """The measures as text: a line for all pictures, and a table of the classes, the worst first."""
-    shares = [(name, summary[key]) for name, key in (("top-1", "top1"), ("top-5", "top5"))]
+    shares = [
+        (name, summary[key])
+        for name, key in (("top-1", "top1"), ("top-5", "top5"), ("mean of classes", "mean_accuracy"))
+    ]
     line = ", ".join(f"{name} {value:.2%}" for name, value in shares if value is not None)
     worst = sorted(summary["classes"], key=lambda row: (row["accuracy"] is None, row["accuracy"] or 0))
     rows = [[row[key] for key in ("name", "pictures", "accuracy", "taken_for")] for row in worst]

@@ -28,6 +28,7 @@ class ArrayPictures(Dataset):
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()  # a sentence for each picture that is left out, with its file
+    strict: bool = False  # of pictures in files
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,6 +50,7 @@ class FilePictures(Dataset):
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    strict: bool = False  # a picture that cannot be decoded ends a run
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,20 +68,32 @@ Pictures = ArrayPictures | FilePictures
 
 
 def check_classes(class_names: Sequence[str], source: str) -> None:
-    """Raise a ValueError where there are fewer than two classes."""
+    """Raise a ValueError where there are fewer than two classes, or two of one name."""
     if len(class_names) < 2:
         found = f"one class, {class_names[0]!r}" if class_names else "no class"
         raise ValueError(f"{source} has {found}; a classifier needs two or more")
+    if twice := [name for name in class_names if class_names.count(name) > 1]:
+        raise ValueError(f"{source} has the class {twice[0]!r} twice; accepted: a name for each class")
 
 
 def measure_preprocessing(pictures: Pictures) -> Preprocessing:
-    """Mean and standard deviation per channel, of at most 5000 of the pictures, as a backbone's preprocessing."""
-    count = min(_MEASURED, len(pictures))
-    counts = np.zeros((3, 256))
-    for index in np.linspace(0, len(pictures) - 1, count).astype(int):
-        image = pictures.image(index)
+    """Mean and standard deviation per channel, of at most 5000 of the pictures, as a backbone's preprocessing.
+
+    ValueError: none of them can be decoded, or one where the pictures are `strict`.
+    """
+    counts, failed = np.zeros((3, 256)), None
+    for index in np.linspace(0, len(pictures) - 1, min(_MEASURED, len(pictures))).astype(int):
+        try:
+            image = pictures.image(index)
+        except (ValueError, OSError) as error:
+            if pictures.strict:
+                raise
+            failed = error
+            continue
         counts += [np.bincount(image[..., k].ravel(), minlength=256) / image[..., k].size for k in range(3)]
-    values, shares = np.arange(256) / 255, counts / count
+    if failed is not None and not counts.any():
+        raise failed
+    values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
     mean = shares @ values
     std = np.sqrt(np.maximum(shares @ values**2 - mean**2, 0))
     # A constant channel keeps its scale.

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .. import processes
 from ..config import parse_config
 from ..data.loader import EvalBatches, TrainBatches, build_loader
 from ..data.tolerance import first_few
+from ..data.unreadable import Unreadable
 from ..describe import training_lines
 from ..engine import AMP_DTYPES
 from ..files import save_tensors
@@ -30,10 +31,10 @@ from ..sheets import save_tiles
 from ..tables import format_cell, format_count, format_duration, format_table
 from ..training_run import STATE, TrainingRun
 from ..visualize import draw_boxes
-from .classifier import ClassifierTask, LabelledBatch, build_classifier, evaluate_classifier
+from .classifier import ClassifierTask, build_classifier, evaluate_classifier
 from .config import ClassifierConfig
-from .pictures import Pictures, measure_preprocessing
-from .samples import Samples, whole_batch
+from .pictures import ArrayPictures, Pictures, measure_preprocessing
+from .samples import LabelledBatch, Samples, whole_batch
 
 FORMAT = "classifier"
 _SHOWN, _COLUMNS, _SIDE = 32, 8, 96
@@ -56,6 +57,10 @@ class ClassifierRun(TrainingRun):
     def __init__(
         self, config: ClassifierConfig, folder: str | Path, device: torch.device, *, resume: bool = False
     ) -> None:
+        if config.data.format == "folder" and config.model.size is None:
+            raise ValueError(
+                "model.size is missing; class folders need the side of the network's input, such as model.size=224"
+            )
         self._open(config, folder, device, resume)
         self.train_set = config.data.load("train")
         self.class_names = tuple(self.train_set.class_names)
@@ -69,15 +74,18 @@ class ClassifierRun(TrainingRun):
             self._measured(),
             load_weights=self.is_new,
         ).to(device)
-        self.fill = tuple(round(255 * mean) for mean in model.preprocessing.mean)
+        self.fill = mean_color(model.preprocessing)
+        # The batch norms of a last map of one position need two pictures.
         batches = TrainBatches(
-            np.ones(len(self.train_set)), config.train.batch_size, config.train.seed, group=False
+            np.ones(len(self.train_set)), config.train.batch_size, config.train.seed, group=False, least=2
         )
         samples = Samples(self.train_set, config.model.size, config.augment, config.train.seed, self.fill)
         self.val_loader = self._load(
             Samples(self.val_set, config.model.size),
             EvalBatches(np.ones(len(self.val_set)), config.loader.eval_batch_size),
         )
+        self.unreadable = Unreadable(len(self.train_set), "replaced by another")
+        self.unreadable_val = Unreadable(len(self.val_set), "left out")
         task = ClassifierTask(config.train.label_smoothing)
         self._start(model, task, batches, self._load(samples, batches))
 
@@ -99,7 +107,7 @@ class ClassifierRun(TrainingRun):
 
     @property
     def has_validation(self) -> bool:
-        return True
+        return len(self.val_set) > 0
 
     def _parse_saved(self, values: dict[str, Any], version: int) -> ClassifierConfig:
         return parse_config(values, source=f"the config in {self.folder / STATE}", kind=ClassifierConfig)
@@ -108,12 +116,16 @@ class ClassifierRun(TrainingRun):
         model, sets = self.training.model, {"train": self.train_set, "val": self.val_set}
         for name, pictures in sets.items():
             print(f"{name}: {len(pictures)} pictures of {len(self.class_names)} classes")
-            print(
-                *first_few(pictures.left_out, "left out"), *(f"  note: {n}" for n in pictures.notes), sep="\n"
-            )
+            for line in (
+                *first_few(pictures.left_out, "left out"),
+                *(f"  note: {n}" for n in pictures.notes),
+            ):
+                print(line)
         counts = [np.bincount(p.labels, minlength=len(self.class_names)) for p in sets.values()]
         rows = list(zip(self.class_names, *(c.tolist() for c in counts), strict=True))[:_SHOWN]
         print(format_table(rows, header=("class", *sets)))
+        if (more := len(self.class_names) - _SHOWN) > 0:
+            print(f"and {more} classes more")
         image = self._first_pictures()[0][:1].to(self.device)
         print(
             f"parameters: {format_count(count_parameters(model))}; multiply-accumulates: "
@@ -129,7 +141,7 @@ class ClassifierRun(TrainingRun):
         self._save_sheet(self.folder / "first_batch.jpg", self._first_pictures())
 
     def _save_sheet(self, path: Path, batch: LabelledBatch) -> None:
-        images, labels = batch
+        images, labels, _ = batch
         names = [self.class_names[label] for label in labels[:_SHOWN].tolist()]
         _save_named(path, images[:_SHOWN], names)
 
@@ -140,9 +152,12 @@ class ClassifierRun(TrainingRun):
         samples, batch = self.val_loader.dataset, self.config.loader.eval_batch_size
         found: list[tuple[float, Tensor, str]] = []
         model.eval()
-        for first in range(0, min(len(samples), _LOOKED_AT), batch):
-            last = min(first + batch, len(samples), _LOOKED_AT)
-            images, labels = samples.__getitems__([(0, index) for index in range(first, last)])
+        # Folders come class by class, so the pictures are spread over all of them.
+        indices = np.linspace(0, len(samples) - 1, min(len(samples), _LOOKED_AT)).astype(int).tolist()
+        for first in range(0, len(indices), batch):
+            images, labels, _ = samples.__getitems__([(0, index) for index in indices[first : first + batch]])
+            if not len(labels):
+                continue
             with torch.inference_mode():
                 scores, taken = model(images.to(self.device)).float().softmax(1).cpu().max(1)
             for row in torch.where(taken != labels)[0].tolist():
@@ -152,8 +167,15 @@ class ClassifierRun(TrainingRun):
         if found := found[:_SHOWN]:
             _save_named(self.folder / "found.jpg", (f[1] for f in found), [f[2] for f in found])
 
+    def _watched(self, log: RunLog) -> Iterator[LabelledBatch]:
+        def on_unreadable(sentence: str) -> None:
+            training = self.training
+            log.write("unreadable", epoch=training.epoch + 1, step=training.step, message=sentence)
+
+        return watched(self.loader, self.unreadable, on_unreadable)
+
     def _end_epoch(self) -> None:
-        """Nothing is counted in an epoch."""
+        self.unreadable.collect()
 
     def _measure(self, title: str, log: RunLog) -> dict[str, Any]:
         started, training = time.perf_counter(), self.training
@@ -161,17 +183,18 @@ class ClassifierRun(TrainingRun):
         with Progress(len(self.val_set), title) as progress:
             measures, loss = evaluate_classifier(
                 training.evaluated_model,
-                self.val_loader,
+                watched(self.val_loader, self.unreadable_val),
                 len(self.class_names),
                 self.device,
                 AMP_DTYPES[self.config.train.amp],
                 on_step=lambda num_images: progress.update(num_images * processes.world_size()),
             )
+        self.unreadable_val.collect()
         metrics = measures.summary(self.class_names)
         numbers = {name: metrics[name] for name in ("top1", "top5", "mean_accuracy")}
         log.write("val", epoch=training.epoch, step=training.step, **numbers, loss=loss)
         shown = ", ".join(f"{name} {format_cell(value)}" for name, value in numbers.items())
-        taken = f"{len(self.val_set)} pictures, {format_duration(time.perf_counter() - started)}"
+        taken = f"{metrics['pictures']} pictures, {format_duration(time.perf_counter() - started)}"
         print(f"{title}: {shown}, loss {loss:.3f} ({taken})", flush=True)
         return metrics | {"losses": {"loss": loss}}
 
@@ -185,12 +208,31 @@ class ClassifierRun(TrainingRun):
         save_tensors(path, self.training.evaluated_model.weights(), metadata)
 
 
+def watched(
+    batches: Iterable[LabelledBatch],
+    unreadable: Unreadable,
+    on_new: Callable[[str], object] = lambda sentence: None,
+) -> Iterator[LabelledBatch]:
+    """The same batches, whose unreadable pictures are counted. ValueError: they are too many."""
+    for batch in batches:
+        unreadable.count(dict.fromkeys(batch.unreadable), len(batch.labels), on_new)
+        yield batch
+
+
 def _fingerprint(pictures: Pictures) -> dict[str, Any]:
-    """The number of pictures, and a hash of their labels."""
-    return {
-        "pictures": len(pictures),
-        "labels": hashlib.sha256(pictures.labels.tobytes()).hexdigest()[:16],
-    }
+    """The number of pictures, and a hash of their labels and of what is in memory or of their files' names."""
+    digest = hashlib.sha256(pictures.labels.tobytes())
+    if isinstance(pictures, ArrayPictures):
+        digest.update(np.ascontiguousarray(pictures.images).data)
+    else:
+        digest.update("\0".join(Path(path).name for path in pictures.paths).encode(errors="surrogateescape"))
+    return {"pictures": len(pictures), "contents": digest.hexdigest()[:16]}
+
+
+def mean_color(preprocessing: Preprocessing) -> tuple[int, ...]:
+    """The mean as RGB in 0..255."""
+    color = [round(255 * mean / preprocessing.scale) for mean in preprocessing.mean]
+    return tuple(color if preprocessing.channel_order == "rgb" else color[::-1])
 
 
 def _save_named(path: Path, images: Iterable[Tensor], names: list[str]) -> None:

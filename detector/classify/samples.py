@@ -1,6 +1,7 @@
 """The pictures of a classifier as the network gets them: whole batches of one size."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,12 +12,23 @@ from .augment import BatchAugment, ClassifierAugment, PictureAugment, center_cro
 from .pictures import ArrayPictures, Pictures
 
 Keys = Sequence[tuple[int, int]]  # (epoch, index) of each picture
+# So many other pictures are tried in place of one that cannot be decoded.
+_TRIES = 20
+
+
+class LabelledBatch(NamedTuple):
+    """Pictures with their labels, and a sentence for each picture that could not be decoded."""
+
+    images: Tensor  # (N, 3, h, w) uint8
+    labels: Tensor  # (N,) int64
+    unreadable: tuple[str, ...] = ()
 
 
 class Samples(Dataset):
     """Pictures at the network's size. The keys of a batch are (epoch, index), as in `TransformedDataset`.
 
-    A batch is made at once: give `collate_fn=whole_batch` to a `DataLoader`.
+    A batch is made at once: give `collate_fn=whole_batch` to a `DataLoader`. In training, another picture stands for one
+    that cannot be decoded, with its own label; in evaluation it is left out. `pictures.strict` raises its ValueError.
 
     size: side of the network's input in pixels; None: the pictures' own, which must be an array's.
     augment: of training pictures; None: evaluation.
@@ -35,6 +47,7 @@ class Samples(Dataset):
             raise ValueError("size is None; accepted for pictures in files: the side of the network's input")
         self.pictures = pictures
         self.size = size
+        self.seed = seed
         if size is None:
             self.augment = augment and BatchAugment(augment, len(pictures), seed, fill)
         else:
@@ -45,28 +58,53 @@ class Samples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         """The image (3, h, w) uint8 and the label."""
-        images, labels = self.__getitems__([key])
+        images, labels, _ = self.__getitems__([key])
         return images[0], int(labels[0])
 
-    def __getitems__(self, keys: Keys) -> tuple[Tensor, Tensor]:
-        """The images (N, 3, h, w) uint8 and the labels (N,) int64. A picture that cannot be decoded is a ValueError."""
+    def __getitems__(self, keys: Keys) -> LabelledBatch:
+        return self._array(keys) if self.size is None else self._resized(keys)
+
+    def _array(self, keys: Keys) -> LabelledBatch:
         indices = np.array([index for _, index in keys])
-        images = self._array(keys, indices) if self.size is None else self._resized(keys)
-        return torch.from_numpy(images), torch.from_numpy(self.pictures.labels[indices])
-
-    def _array(self, keys: Keys, indices: np.ndarray) -> np.ndarray:
         images = self.pictures.images[indices]
-        return images if self.augment is None else self.augment(images, keys[0][0], indices)
+        if self.augment is not None:
+            images = self.augment(images, keys[0][0], indices)
+        return LabelledBatch(torch.from_numpy(images), torch.from_numpy(self.pictures.labels[indices]))
 
-    def _resized(self, keys: Keys) -> np.ndarray:
-        images = [self._resized_picture(epoch, index) for epoch, index in keys]
-        return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
+    def _resized(self, keys: Keys) -> LabelledBatch:
+        images, indices, unreadable = [], [], []
+        for epoch, index in keys:
+            try:
+                image = self._resized_picture(epoch, index)
+            except (ValueError, OSError) as error:
+                if self.pictures.strict:
+                    raise
+                unreadable.append(str(error))
+                if self.augment is None:
+                    continue
+                index, image = self._another(epoch, index, error)
+            images.append(image)
+            indices.append(index)
+        stacked = np.stack(images) if images else np.empty((0, self.size, self.size, 3), np.uint8)
+        images = torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
+        labels = torch.from_numpy(self.pictures.labels[np.array(indices, int)])
+        return LabelledBatch(images, labels, tuple(unreadable))
+
+    def _another(self, epoch: int, index: int, error: Exception) -> tuple[int, np.ndarray]:
+        """The first picture that decodes, and its index, in an order that (seed, epoch, index) gives."""
+        order = np.random.default_rng((self.seed, epoch, index)).integers(len(self), size=_TRIES)
+        for other in map(int, order):
+            try:
+                return other, self._resized_picture(epoch, other)
+            except (ValueError, OSError):
+                continue
+        raise ValueError(f"{error}; nor can the {_TRIES} tried in its place be read")
 
     def _resized_picture(self, epoch: int, index: int) -> np.ndarray:
         image = self.pictures.image(index)
         return center_crop(image, self.size) if self.augment is None else self.augment(image, epoch, index)
 
 
-def whole_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def whole_batch(batch: LabelledBatch) -> LabelledBatch:
     """The batch as `Samples` made it."""
     return batch

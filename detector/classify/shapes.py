@@ -1,11 +1,12 @@
 """Generate pictures of 32x32 pixels in ten classes of shapes, in the files of CIFAR-10's binary form.
 
-    root/data_batch_1.bin ...  root/test_batch.bin  root/batches.meta.txt  root/shapes.json
+    root/data_batch_1.bin ...  root/test_batch.bin  root/batches.meta.txt  root/shapes32.json
 
 The class is the shape of the largest object. Small objects of other shapes, low contrast, noise and random colours,
 turns and stretches make it hard: see `draw_labelled`.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +16,8 @@ from pydantic import Field
 
 from .. import processes
 from ..data.drawing import blend, cover, draw_background, outline_of
-from ..files import read_json, write_atomically, write_json
+from ..data.shapes import read_settings
+from ..files import write_atomically, write_json
 from ..settings import Count, checked
 from .cifar import NAMES_FILE, load_cifar
 from .pictures import ArrayPictures
@@ -28,8 +30,9 @@ SIZE = 32
 _CONTRAST = (20, 160)
 # Raise this when the drawing changes, so that older folders are written anew.
 _VERSION = 1
-_SETTINGS_NAME = "shapes.json"
+_SETTINGS_NAME = "shapes32.json"
 _PER_FILE = 10_000
+_OURS = re.compile(rf"data_batch_\d+\.bin|test_batch\.bin|{NAMES_FILE}|{_SETTINGS_NAME}")
 
 
 @checked
@@ -49,7 +52,7 @@ def generate_labelled(
     root = Path(root)
     settings = {"version": _VERSION, "num_train": num_train, "num_test": num_test, "seed": seed}
     marker = root / _SETTINGS_NAME
-    if marker.is_file() and read_json(marker) == settings:
+    if read_settings(marker) == settings:
         return
     _clear(root)
     (root / NAMES_FILE).write_text("\n".join(CLASS_NAMES) + "\n", encoding="utf-8")
@@ -76,15 +79,21 @@ class ShapesSource(generate_labelled.settings):
 
 def _clear(root: Path) -> None:
     """Empty `root` and mark it as ours. Files of another origin are a ValueError."""
-    present = sorted(root.iterdir()) if root.is_dir() else []
-    if present and not (root / _SETTINGS_NAME).is_file():
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root}: a file, where the folder of the pictures should be")
+    present = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
+    foreign = (
+        [name for name in present if not _OURS.fullmatch(name)] if _SETTINGS_NAME in present else present
+    )
+    if foreign:
         raise ValueError(
-            f"{root}: holds files that are not generated shapes ({present[0].name}); name a new or empty folder"
+            f"{root}: holds files that are not generated shapes ({foreign[0]}); name a new or empty folder"
         )
     root.mkdir(parents=True, exist_ok=True)
     write_json(root / _SETTINGS_NAME, {})
-    for path in [*root.glob("data_batch_*.bin"), *root.glob("test_batch.bin")]:
-        path.unlink()
+    for name in present:
+        if name.endswith(".bin"):
+            (root / name).unlink()
 
 
 def _write(path: Path, seeds: tuple[int, int], numbers: range) -> None:

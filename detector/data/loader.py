@@ -80,14 +80,19 @@ class TrainBatches(Sampler):
     batch square. The order depends on (seed, epoch) only. A resumed epoch skips its first `start` batches.
 
     Where there are several processes, a batch is made for all of them, with `batch_size` images for each, and dealt out.
-    The short batch of an epoch is then filled up with the epoch's first images.
+    The short batch of an epoch is then filled up with the epoch's first images. On one process it is filled up to
+    `least` images.
     """
 
-    def __init__(self, aspect_ratios: np.ndarray, batch_size: int, seed: int, group: bool = True) -> None:
+    def __init__(
+        self, aspect_ratios: np.ndarray, batch_size: int, seed: int, group: bool = True, least: int = 1
+    ) -> None:
         self.tall = aspect_ratios > 1 if group else np.zeros(len(aspect_ratios), dtype=bool)
         self.batch_size = batch_size * processes.world_size()
         self.own = slice(processes.rank() * batch_size, (processes.rank() + 1) * batch_size)
-        self.num_repeated = -len(aspect_ratios) % self.batch_size if processes.world_size() > 1 else 0
+        missing, last = -len(aspect_ratios) % self.batch_size, len(aspect_ratios) % self.batch_size
+        alone = processes.world_size() == 1
+        self.num_repeated = min(missing, max(0, least - last)) if alone else missing
         self.seed = seed
         self.epoch = 0
         self.start = 0

@@ -57,7 +57,7 @@ def generate_shapes(
         "image_size": image_size,
         "seed": seed,
     }
-    if _read_settings(root / _SETTINGS_NAME) == settings:
+    if read_settings(root / _SETTINGS_NAME) == settings:
         return
     _clear(root)
     (root / "annotations").mkdir(parents=True)
@@ -81,8 +81,8 @@ class ShapesSource(generate_shapes.settings, FileSource):
         return read_coco(root / self.split, root / "annotations" / f"{self.split}.json", root)
 
 
-def _read_settings(path: Path) -> dict | None:
-    """The settings that a folder was written with, or None."""
+def read_settings(path: Path) -> dict | None:
+    """The settings that a folder of generated pictures was written with, or None."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -1,6 +1,6 @@
 """The count of pictures that fail on decoding while a run goes on."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from .. import processes
 from .loader import Batch
@@ -23,7 +23,7 @@ class Unreadable:
         self.num_pictures = num_pictures
         self.fate = fate
         self.num_seen = 0
-        self.image_ids: dict[str, int] = {}  # by sentence
+        self.image_ids: dict[str, int | None] = {}  # by sentence
 
     def watch(
         self, batches: Iterable[Batch], on_new: Callable[[str], object] = lambda sentence: None
@@ -33,16 +33,26 @@ class Unreadable:
         ValueError: more pictures failed than `refuse_many` allows.
         """
         for images, targets in batches:
-            for target in targets:
-                if (sentence := target.get("unreadable", "")) and sentence not in self.image_ids:
-                    self.image_ids[sentence] = target["image_id"]
-                    self._print(sentence)
-                    on_new(sentence)
-            self.num_seen += len(targets)
-            self._judge()
+            failed = {t["unreadable"]: t["image_id"] for t in targets if t.get("unreadable")}
+            self.count(failed, len(targets), on_new)
             kept = [row for row, image in enumerate(images) if image.numel()]
             if kept:
                 yield [images[row] for row in kept], [targets[row] for row in kept]
+
+    def count(
+        self,
+        failed: Mapping[str, int | None],
+        num_pictures: int,
+        on_new: Callable[[str], object] = lambda sentence: None,
+    ) -> None:
+        """Count a batch of so many pictures. failed: sentence -> image id, where there are ids. ValueError: as `watch`."""
+        for sentence, image_id in failed.items():
+            if sentence not in self.image_ids:
+                self.image_ids[sentence] = image_id
+                self._print(sentence)
+                on_new(sentence)
+        self.num_seen += num_pictures
+        self._judge()
 
     def collect(self) -> None:
         """Learn of the pictures that failed in other processes."""
