@@ -148,7 +148,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         stored = _Metadata.model_validate(metadata)
     except ValidationError as error:
-        raise ValueError(f"{path} has damaged metadata: {'; '.join(sentences(error))}") from None
+        raise ValueError(f"{path} has damaged metadata: {'; '.join(sentences(error, metadata))}") from None
     if stored.version > VERSION:
         raise ValueError(f"{path} is of version {stored.version}; this program reads up to {VERSION}")
     config = parse_stored_config(stored.config, stored.version, f"the config in {path}")

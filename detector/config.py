@@ -212,7 +212,7 @@ def parse_config(
     except PydanticSerializationError:
         raise ValueError(f"{source} is not a valid config: a name in it is not UTF-8 text") from None
     except ValidationError as error:
-        lines = "\n  ".join(sentences(error))
+        lines = "\n  ".join(sentences(error, values))
         raise ValueError(f"{source} is not a valid config:\n  {lines}") from None
 
 

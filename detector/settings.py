@@ -91,13 +91,32 @@ def parse(section: type[S], values: dict[str, Any]) -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ValueError("; ".join(sentences(error))) from None
+        raise ValueError("; ".join(sentences(error, values))) from None
 
 
-def sentences(error: ValidationError) -> list[str]:
-    """A sentence for each fault, of the first twenty."""
-    faults = [sentence(fault)[:1000] for fault in error.errors()[:20]]
+def sentences(error: ValidationError, values: Any) -> list[str]:
+    """A sentence for each fault of these values, of the first twenty."""
+    faults = [
+        sentence(fault | {"loc": keys_of(fault["loc"], values)})[:1000] for fault in error.errors()[:20]
+    ]
     return faults + ([f"and {error.error_count() - 20} more"] if error.error_count() > 20 else [])
+
+
+def keys_of(loc: tuple[int | str, ...], values: Any) -> tuple[int | str, ...]:
+    """The keys on the way to a fault as the recipe has them.
+
+    pydantic puts the name of a format between them, and a 0 where a source stands alone for a list of them.
+    """
+    keys = []
+    for key in loc:
+        if isinstance(values, dict) and key not in values and key in (values.get("format"), 0):
+            continue
+        keys.append(key)
+        if isinstance(values, list) and isinstance(key, int) and key < len(values):
+            values = values[key]
+        else:
+            values = values.get(key) if isinstance(values, dict) else None
+    return tuple(keys)
 
 
 def sentence(error: dict[str, Any]) -> str:
@@ -108,6 +127,11 @@ def sentence(error: dict[str, Any]) -> str:
     where = ".".join(map(str, error["loc"])) or "config"
     if error["type"] == "missing":
         return f"{where} is missing"
+    if error["type"] == "union_tag_not_found":
+        return f"{where}.format is missing"
+    if error["type"] == "union_tag_invalid":
+        accepted = re.findall("'([^']*)'", error["ctx"]["expected_tags"])
+        return f"{where}.format is {shown(error['ctx']['tag'])}; {nearest(error['ctx']['tag'], accepted)}"
     if error["type"] == "literal_error":
         accepted = re.findall("'([^']*)'", error["ctx"]["expected"])
         return f"{where} is {shown(error['input'])}; {nearest(error['input'], accepted)}"

@@ -85,7 +85,7 @@ def test_later_overrides_win_and_the_given_values_stay(recipe):
         ),
         ("model.backbone.name=resnet81", "there is no backbone 'resnet81'; did you mean 'resnet18'"),
         ("data.roott=a", r"unknown key data\.roott; did you mean 'root'\?"),
-        ("data.val.0.sed=1", r"unknown key data\.val\.0\.shapes\.sed; did you mean 'seed'\?"),
+        ("data.val.0.sed=1", r"unknown key data\.val\.0\.sed; did you mean 'seed'\?"),
         (
             "data.train={format: coco, images: a, anotations: b}",
             r"unknown key .*anotations; did you mean 'annotations'\?",
@@ -121,9 +121,9 @@ def test_an_unknown_key_at_any_level_is_refused_with_a_suggestion(recipe, overri
         ("data.train=pictures", r"data\.train is 'pictures': .*list"),
         (
             "data.train.format=cocoa",
-            r"data\.train\.0.*'cocoa'.*'coco', 'voc', 'yolo', 'csv', 'labelme', 'shapes'",
+            r"data\.train\.format is 'cocoa'; did you mean 'coco'\? accepted: coco, voc, yolo, csv, labelme, shapes",
         ),
-        ("data.train={format: coco, images: a}", r"data\.train\.0\.coco\.annotations is missing"),
+        ("data.train={format: coco, images: a}", r"data\.train\.annotations is missing"),
         ("model.backbone.width=wide", r"model\.backbone: width is 'wide': .*integer"),
         ("model.backbone.weights=5", r"model\.backbone: weights is 5: .*string"),
         ("model.backbone=18", r"model\.backbone is 18: .*dictionary"),
