@@ -138,5 +138,7 @@ def sentence(error: dict[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if message.startswith("is "):
         return f"{where} {message}"
+    if error["type"] == "value_error" and not error["loc"]:
+        return message
     value = "" if error["type"] == "value_error" else f" is {shown(error['input'])}"
     return f"{where}{value}: {message}"

@@ -186,6 +186,7 @@ def test_the_recipes_are_complete_and_say_their_command(path):
         ("model.size=0", "model.size is 0"),
         ("augment.scale=[0.5, 2]", r"augment.scale is \(0.5, 2.0\); accepted: two positive numbers up to 1"),
         ("data={format: folder, root: x}", "model.size is missing; class folders need the side"),
+        ("model.size=16", "augment.padding is 4; with model.size, which cuts and resizes, accepted: 0"),
     ],
 )
 def test_a_wrong_setting_is_a_sentence(shapes, tmp_path, override, message):

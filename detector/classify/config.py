@@ -3,7 +3,7 @@
 import inspect
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from backbones import backbone_options
 from backbones.cifar import cifar_resnet
@@ -58,3 +58,15 @@ class ClassifierConfig(Section):
     augment: ClassifierAugment = ClassifierAugment()
     train: ClassifierTrainConfig = ClassifierTrainConfig()
     loader: ClassifierLoaderConfig = ClassifierLoaderConfig()
+
+    @model_validator(mode="after")
+    def _check_size(self) -> "ClassifierConfig":
+        if self.data.format == "folder" and self.model.size is None:
+            raise ValueError(
+                "model.size is missing; class folders need the side of the network's input, such as model.size=224"
+            )
+        if self.model.size is not None and self.augment.padding:
+            raise ValueError(
+                f"augment.padding is {self.augment.padding}; with model.size, which cuts and resizes, accepted: 0"
+            )
+        return self

@@ -37,7 +37,7 @@ from .pictures import ArrayPictures, Pictures, measure_preprocessing
 from .samples import LabelledBatch, Samples, whole_batch
 
 FORMAT = "classifier"
-_SHOWN, _COLUMNS, _SIDE = 32, 8, 96
+_SHOWN, _COLUMNS, _SIDE = 32, 8, 144
 # Mistakes are looked for among so many validation pictures.
 _LOOKED_AT = 2000
 
@@ -57,10 +57,6 @@ class ClassifierRun(TrainingRun):
     def __init__(
         self, config: ClassifierConfig, folder: str | Path, device: torch.device, *, resume: bool = False
     ) -> None:
-        if config.data.format == "folder" and config.model.size is None:
-            raise ValueError(
-                "model.size is missing; class folders need the side of the network's input, such as model.size=224"
-            )
         self._open(config, folder, device, resume)
         self.train_set = config.data.load("train")
         self.class_names = tuple(self.train_set.class_names)
