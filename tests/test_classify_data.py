@@ -58,6 +58,23 @@ def test_a_folder_without_splits_gives_a_fifth_of_each_class_for_validation(tmp_
     assert not set(parts["val"].paths) & set(parts["train"].paths)
 
 
+def test_a_small_class_without_splits_has_one_picture_for_validation(tmp_path):
+    for name, count in (("a", 1), ("b", 2), ("c", 4)):
+        for k in range(count):
+            picture(tmp_path / name / f"{k}.png")
+    assert np.bincount(load_folder(tmp_path, "val").labels).tolist() == [0, 1, 1]
+    assert np.bincount(load_folder(tmp_path, "train").labels).tolist() == [1, 1, 3]
+
+
+def test_a_class_without_a_readable_picture_is_refused(class_folders):
+    for k in range(30):
+        picture(class_folders / f"train/dog/more{k}.png")
+    picture(class_folders / "train/emu/0.png")
+    (class_folders / "train/emu/0.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="train/emu: no picture can be read"):
+        load_folder(class_folders, "train")
+
+
 def test_validation_pictures_have_the_training_classes(class_folders):
     picture(class_folders / "train/ant/0.png")
     train = source(format="folder", root=class_folders).load("train")
