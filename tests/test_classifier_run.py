@@ -1,6 +1,7 @@
 """Classifiers train on the engine of detectors, and their files start detectors."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,24 @@ def test_a_last_batch_of_one_picture_has_another_beside_it(shapes, tmp_path):
 def test_padding_has_the_colour_that_the_weights_call_mean():
     assert mean_color(Preprocessing((0.5, 0.4, 0.2), (1, 1, 1))) == (128, 102, 51)
     assert mean_color(Preprocessing((103.53, 116.28, 123.675), (1, 1, 1), "bgr", 255.0)) == (124, 116, 104)
+
+
+def test_a_run_starts_from_weights_that_expect_bgr(shapes, tmp_path, monkeypatch):
+    preprocessing = Preprocessing((103.53, 116.28, 123.675), (1, 1, 1), "bgr", 255.0)
+    metadata = {"preprocessing": json.dumps(asdict(preprocessing))}
+    backbone = {"name": "resnet18", "width": 8}
+    save_file(create_backbone(**backbone).state_dict(), tmp_path / "w.safetensors", metadata=metadata)
+    monkeypatch.setattr(
+        "detector.classify.run.measure_preprocessing", lambda pictures: pytest.fail("measured")
+    )
+    config = shapes(
+        f"model.backbone={{name: resnet18, width: 8, weights: {tmp_path / 'w.safetensors'}}}",
+        "train.epochs=1",
+    )
+    run = ClassifierRun(config, tmp_path / "run", CPU)
+    run.train()
+    assert run.preprocessing == preprocessing
+    assert ClassifierRun(config, tmp_path / "run", CPU, resume=True).preprocessing == preprocessing
 
 
 @pytest.fixture

@@ -53,11 +53,15 @@ class Classifier(nn.Module):
 
 
 def build_classifier(
-    backbone: dict[str, Any], num_classes: int, preprocessing: Preprocessing, *, load_weights: bool = True
+    backbone: dict[str, Any],
+    num_classes: int,
+    preprocessing: Preprocessing | None,
+    *,
+    load_weights: bool = True,
 ) -> Classifier:
     """Build the classifier that a recipe's `model.backbone` names, in channels-last layout.
 
-    preprocessing: of the pictures; that of the backbone's weights comes before it, where they are read. load_weights: False reads none.
+    preprocessing: of the pictures; that of the backbone's weights comes in its place, where they are read. load_weights: False reads none.
     """
     options = dict(backbone)
     name = options.pop("name")

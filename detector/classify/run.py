@@ -67,7 +67,7 @@ class ClassifierRun(TrainingRun):
         model = build_classifier(
             config.model.backbone,
             len(self.class_names),
-            self._measured(),
+            self._preprocessing(),
             load_weights=self.is_new,
         ).to(device)
         self.fill = mean_color(model.preprocessing)
@@ -85,7 +85,10 @@ class ClassifierRun(TrainingRun):
         task = ClassifierTask(config.train.label_smoothing)
         self._start(model, task, batches, self._load(samples, batches))
 
-    def _measured(self) -> Preprocessing:
+    def _preprocessing(self) -> Preprocessing | None:
+        """That of the saved run, or of the pictures; None where weights will bring theirs."""
+        if self.is_new and self.config.model.backbone.get("weights") is not None:
+            return None
         saved = None if self.state is None else self.state.get("preprocessing")
         return Preprocessing(**saved) if saved else measure_preprocessing(self.train_set)
 
