@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torchvision.ops import SqueezeExcitation
 
 from .classifiers import ClassifierJob, MeasuredRun
@@ -98,6 +99,8 @@ def draw(figure: Figure, results: Results) -> None:
     for name in WIDE:
         plot_errors(left, arms, name, [f[0]["parameters"] for arm, f in arms.items() if arm.startswith(name)])
     left.set(xscale="log", xlabel="parameters", title="test error, %")
+    # The names of minor ticks would lie over each other.
+    left.xaxis.set_minor_formatter(NullFormatter())
     for key in ("gate_means", "gate_class_deviations"):
         of_seeds = [result[key] for result in arms.get("se", [])]
         middle.plot(np.mean(of_seeds, axis=0), label=key.replace("_", " "))
