@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +133,7 @@ class Run(TrainingRun):
         ]
 
     def _watched(self, log: RunLog) -> Iterator[Batch]:
-        def on_unreadable(sentence: str) -> None:
-            training = self.training
-            log.write("unreadable", epoch=training.epoch + 1, step=training.step, message=sentence)
-
-        return self.unreadable.watch(self.loader, on_unreadable)
+        return self.unreadable.watch(self.loader, partial(self._note_unreadable, log))
 
     def _end_epoch(self) -> None:
         self.unreadable.collect()

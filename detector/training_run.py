@@ -151,6 +151,10 @@ class TrainingRun(ABC):
     def _save_found(self) -> None:
         """Save pictures of what the best weights find."""
 
+    def _note_unreadable(self, log: RunLog, sentence: str) -> None:
+        """Log that a picture failed on decoding."""
+        log.write("unreadable", epoch=self.training.epoch + 1, step=self.training.step, message=sentence)
+
     def _watched(self, log: RunLog) -> Any:
         """The batches of the loader, as they come."""
         return self.loader

@@ -327,6 +327,9 @@ def test_generated_shapes_never_overwrite_cifar(cifar10):
 
 def test_generated_shapes_are_not_written_among_other_files(tmp_path):
     generate_labelled(tmp_path, num_train=4, num_test=2)
+    (tmp_path / ".test_batch.bin.123.tmp.bin").touch()
+    generate_labelled(tmp_path, num_train=6, num_test=2)
+    assert not list(tmp_path.glob(".*"))
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ValueError, match=r"holds files that are not generated shapes \(mine.txt\)"):
         generate_labelled(tmp_path, num_train=5, num_test=2)

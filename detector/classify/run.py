@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +168,7 @@ class ClassifierRun(TrainingRun):
             _save_named(self.folder / "found.jpg", (f[1] for f in found), [f[2] for f in found])
 
     def _watched(self, log: RunLog) -> Iterator[LabelledBatch]:
-        def on_unreadable(sentence: str) -> None:
-            training = self.training
-            log.write("unreadable", epoch=training.epoch + 1, step=training.step, message=sentence)
-
-        return watched(self.loader, self.unreadable, on_unreadable)
+        return watched(self.loader, self.unreadable, partial(self._note_unreadable, log))
 
     def _end_epoch(self) -> None:
         self.unreadable.collect()

@@ -1,6 +1,7 @@
 """The pictures of a classifier as the network gets them: whole batches of one size."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -8,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.loader import first_readable
 from .augment import BatchAugment, ClassifierAugment, PictureAugment, center_crop
 from .pictures import ArrayPictures, Pictures
 
 Keys = Sequence[tuple[int, int]]  # (epoch, index) of each picture
-# So many other pictures are tried in place of one that cannot be decoded.
-_TRIES = 20
 
 
 class LabelledBatch(NamedTuple):
@@ -82,23 +82,14 @@ class Samples(Dataset):
                 unreadable.append(str(error))
                 if self.augment is None:
                     continue
-                index, image = self._another(epoch, index, error)
+                read = partial(self._resized_picture, epoch)
+                index, image = first_readable((self.seed, epoch, index), len(self), read, error)
             images.append(image)
             indices.append(index)
         stacked = np.stack(images) if images else np.empty((0, self.size, self.size, 3), np.uint8)
         images = torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
         labels = torch.from_numpy(self.pictures.labels[np.array(indices, int)])
         return LabelledBatch(images, labels, tuple(unreadable))
-
-    def _another(self, epoch: int, index: int, error: Exception) -> tuple[int, np.ndarray]:
-        """The first picture that decodes, and its index, in an order that (seed, epoch, index) gives."""
-        order = np.random.default_rng((self.seed, epoch, index)).integers(len(self), size=_TRIES)
-        for other in map(int, order):
-            try:
-                return other, self._resized_picture(epoch, other)
-            except (ValueError, OSError):
-                continue
-        raise ValueError(f"{error}; nor can the {_TRIES} tried in its place be read")
 
     def _resized_picture(self, epoch: int, index: int) -> np.ndarray:
         image = self.pictures.image(index)

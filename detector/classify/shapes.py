@@ -17,7 +17,7 @@ from pydantic import Field
 from .. import processes
 from ..data.drawing import blend, cover, draw_background, outline_of
 from ..data.shapes import read_settings
-from ..files import write_atomically, write_json
+from ..files import remove_temporaries, write_atomically, write_json
 from ..settings import Count, checked
 from .cifar import NAMES_FILE, load_cifar
 from .pictures import ArrayPictures
@@ -81,11 +81,12 @@ def _clear(root: Path) -> None:
     """Empty `root` and mark it as ours. Files of another origin are a ValueError."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root}: a file, where the folder of the pictures should be")
+    is_ours = (root / _SETTINGS_NAME).is_file()
+    if is_ours:
+        # A generation that was killed leaves them.
+        remove_temporaries(root)
     present = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
-    foreign = (
-        [name for name in present if not _OURS.fullmatch(name)] if _SETTINGS_NAME in present else present
-    )
-    if foreign:
+    if foreign := [name for name in present if not (is_ours and _OURS.fullmatch(name))]:
         raise ValueError(
             f"{root}: holds files that are not generated shapes ({foreign[0]}); name a new or empty folder"
         )

@@ -65,12 +65,23 @@ class TransformedDataset(Dataset):
 
     def _another(self, draw: Key, error: Exception) -> tuple[np.ndarray, dict]:
         """The first picture that decodes, with its target, in an order that `draw` seeds."""
-        for index in np.random.default_rng(draw).permutation(len(self))[:_TRIES]:
-            try:
-                return self.dataset.image(index), self.dataset.target(index)
-            except (ValueError, OSError):
-                continue
-        raise ValueError(f"{error}; nor can the {min(_TRIES, len(self))} tried in its place be read")
+        index, image = first_readable(draw, len(self), self.dataset.image, error)
+        return image, self.dataset.target(index)
+
+
+def first_readable(
+    draw: Key, num_pictures: int, read: Callable[[int], np.ndarray], error: Exception
+) -> tuple[int, np.ndarray]:
+    """The index and the image of the first picture that `read` gives, of some in an order that `draw` seeds.
+
+    error: of the picture that it stands for. ValueError: the others fail too.
+    """
+    for index in np.random.default_rng(draw).permutation(num_pictures)[:_TRIES].tolist():
+        try:
+            return index, read(index)
+        except (ValueError, OSError):
+            continue
+    raise ValueError(f"{error}; nor can the {min(_TRIES, num_pictures)} tried in its place be read")
 
 
 class TrainBatches(Sampler):
