@@ -151,8 +151,8 @@ def test_empty_detections_leave_after_they_are_back_in_the_image(tiny_backbone):
     boxes = torch.tensor([[[0.0] * 4, [0, 0, 5e-3, 8]], [[0.0] * 4, [20, 0, 20, 8]]])
     scores = torch.tensor([[0.1, 0.9], [0.2, 0.8]])
     least, none = (build(tiny_backbone, box_min_size=m) for m in (1e-2, 0.0))
-    assert len(least.roi_heads.select(boxes, scores, (64, 64))[0]) == 0
-    kept, kept_scores, _, rows = none.roi_heads.select(boxes, scores, (64, 64))
+    assert len(least.roi_heads.select(boxes, scores, [2], [(64, 64)])[0][0]) == 0
+    kept, kept_scores, _, rows = none.roi_heads.select(boxes, scores, [2], [(64, 64)])[0]
     assert rows.tolist() == [0, 1]
     final = none.transform.postprocess([{"boxes": kept, "scores": kept_scores}], [(64, 64)], [(128, 128)])[0]
     torch.testing.assert_close(final["boxes"], torch.tensor([[0, 0, 1e-2, 16]]))

@@ -148,7 +148,7 @@ def test_detections_are_selected_to_the_last_bit(cases, model, name):
     heads.score_thresh, heads.nms_thresh = case["score_thresh"], case["nms_thresh"]
     heads.detections_per_img = None if case["topk"] < 0 else case["topk"]
     scores, boxes = background_first(given["probs"], given["boxes"])
-    found = heads.select(boxes.view(len(boxes), -1, 4), scores, given["image_size"])
+    found = heads.select(boxes.view(len(boxes), -1, 4), scores, [len(boxes)], [given["image_size"]])[0]
     for values, key in zip(found, ("boxes", "scores", "classes", "proposal_index"), strict=True):
         assert torch.equal(values - 1 if key == "classes" else values, case[key]), key
 

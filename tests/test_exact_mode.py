@@ -197,7 +197,9 @@ def test_detections_of_the_stored_outputs_equal_the_file(model, arrays, name, co
     logits = arrays["cls_logits_all"][:count].roll(1, dims=1)
     deltas = torch.cat([torch.zeros(count, 4), arrays["box_deltas_all"][:count]], dim=1)
     decoded = model.roi_heads.box_coder.decode(deltas, [arrays["proposals"][:count]])
-    boxes, scores, labels, rows = model.roi_heads.select(decoded, logits.softmax(-1), NETWORK)
+    boxes, scores, labels, rows = model.roi_heads.select(
+        decoded, logits.softmax(-1), [len(decoded)], [NETWORK]
+    )[0]
     expected = {
         key: arrays[f"detections{name}/{key}"] for key in ("boxes", "scores", "classes", "proposal_index")
     }

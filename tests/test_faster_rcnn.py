@@ -16,7 +16,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 import detector.model.roi_heads
 from backbones import IMAGENET, Preprocessing, backbone_options, create_backbone
@@ -26,7 +26,7 @@ from detector.model.anchors import MapAnchors, check_anchor_sizes
 from detector.model.boxes import BoxCoder
 from detector.model.conventions import TORCHVISION
 from detector.model.network_input import NetworkTransform, network_size
-from detector.model.sampling import AnchorMatcher, SeededSampler
+from detector.model.sampling import SeededSampler, match
 
 LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
 SIZES = (16, 32, 64)
@@ -295,7 +295,7 @@ def test_another_step_draws_another_sample(tiny_backbone):
 
 
 def test_each_image_needs_its_key(tiny_backbone):
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="zip.. argument 2"):
         losses_with(build(tiny_backbone), KEYS[:1])
 
 
@@ -327,10 +327,29 @@ def test_a_seeded_sample_has_torchvisions_numbers_of_each_kind():
         assert [m[0].sum() for m in sampler([matched])] == expected
 
 
-def test_the_anchor_matcher_gives_torchvisions_matches():
-    quality = (torch.rand(3, 300, generator=torch.Generator().manual_seed(0)) * 10).round() / 10
-    ours, theirs = AnchorMatcher(0.7, 0.3, True)(quality), Matcher(0.7, 0.3, True)(quality)
-    assert torch.equal(ours, theirs) and (theirs == -1).any()
+@pytest.mark.parametrize("most", [1, 2**22])
+@pytest.mark.parametrize("low_quality", [True, False])
+def test_the_matches_of_a_batch_are_torchvisions_of_each_image(monkeypatch, most, low_quality):
+    monkeypatch.setattr(detector.model.sampling, "_MOST_OVERLAPS", most)
+    random = torch.Generator().manual_seed(0)
+    # Whole pixels, so that overlaps are often equal. The first object overlaps no box.
+    corners = torch.randint(0, 40, (4, 300, 2), generator=random).float()
+    boxes = torch.cat([corners, corners + torch.randint(5, 20, (4, 300, 2), generator=random)], dim=2)
+    objects = [
+        torch.cat([torch.tensor([[500.0, 500, 510, 510]]), boxes[0, :4]]),
+        boxes[1, :0],
+        boxes[2, 5:7],
+        boxes[3, 1:2],
+    ]
+    matcher = Matcher(0.7, 0.3, low_quality)
+    found = match(matcher, objects, boxes)
+    for i in (0, 2, 3):
+        assert torch.equal(found[i], matcher(box_iou(objects[i], boxes[i])))
+    assert (found[1] == -1).all() and {-2, -1, 0} <= set(found[2].tolist())
+
+
+def test_a_batch_without_objects_matches_nothing():
+    assert (match(Matcher(0.7, 0.3, True), [torch.zeros(0, 4)] * 2, torch.rand(2, 5, 4)) == -1).all()
 
 
 def test_the_box_coder_gives_torchvisions_numbers_to_the_last_bit():
@@ -722,13 +741,13 @@ def test_detections_of_many_boxes_and_classes_are_those_of_nms_over_all_of_them(
     boxes = torch.cat([corners, corners + 20 + torch.rand(60, 400, 2, generator=generator) * 20], dim=-1)
     boxes = torch.cat([boxes[:, :1], boxes], dim=1)
     scores = torch.rand(60, 401, generator=generator)
-    whole = heads.select(boxes, scores, (200, 200), class_agnostic_nms=True)
+    whole = heads.select(boxes, scores, [60], [(200, 200)], class_agnostic_nms=True)[0]
     seen, nms = [], detector.model.roi_heads.batched_nms
     monkeypatch.setattr(detector.model.roi_heads, "_MOST_AT_ONCE", 100)
     monkeypatch.setattr(
         detector.model.roi_heads, "batched_nms", lambda b, *rest: seen.append(len(b)) or nms(b, *rest)
     )
-    parts = heads.select(boxes, scores, (200, 200), class_agnostic_nms=True)
+    parts = heads.select(boxes, scores, [60], [(200, 200)], class_agnostic_nms=True)[0]
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one, other)
     # Each time twice as many, and never all 24,000.

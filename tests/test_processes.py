@@ -68,8 +68,11 @@ def record_samples(patch):
 
     def recorded(self, labels):
         drawn = draw(self, labels)
-        for key, rows in zip(self.keys, drawn, strict=True):
-            seen[("rows", *key[1:])] = [each.tolist() for each in rows]
+        first = 0
+        for key, own in zip(self.keys, labels, strict=True):
+            kinds = [rows[(rows >= first) & (rows < first + len(own))] - first for rows in drawn[:2]]
+            seen[("rows", *key[1:])] = [rows.tolist() for rows in kinds]
+            first += len(own)
         return drawn
 
     patch.setattr(detector.data.loader.TransformedDataset, "__getitem__", getitem)

@@ -9,6 +9,8 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder as TorchvisionBoxCoder
 from torchvision.models.detection._utils import encode_boxes
 
+from backbones.kernels.transfer import send
+
 
 class BoxCoder(TorchvisionBoxCoder):
     """torchvision's box coder, with the same numbers, that copies no constants to the device on each call."""
@@ -32,6 +34,16 @@ class BoxCoder(TorchvisionBoxCoder):
         grown = torch.stack((deltas[..., 2] / ww, deltas[..., 3] / wh), -1).clamp(max=self.bbox_xform_clip)
         half = 0.5 * (torch.exp(grown) * sides)
         return torch.cat((moved - half, moved + half), -1).reshape(rel_codes.shape)
+
+
+def clip_boxes(boxes: Tensor, sizes: list[tuple[int, int]], counts: list[int]) -> Tensor:
+    """Clip (R, ..., 4) boxes, `counts` of each image, to the images' `sizes` (height, width).
+
+    The numbers are those of torchvision's `clip_boxes_to_image`, for all images together.
+    """
+    limits = np.array([[w, h, w, h] for h, w in sizes], dtype=np.float32).repeat(counts, axis=0)
+    limits = send(torch.from_numpy(limits).to(boxes.dtype), boxes.device)
+    return boxes.clamp(min=0).minimum(limits.view(len(boxes), *[1] * (boxes.ndim - 2), 4))
 
 
 ACCEPTED = "[x1, y1, x2, y2] in pixels of the picture with x2 > x1 and y2 > y1"

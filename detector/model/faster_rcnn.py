@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -161,11 +162,15 @@ class C4FasterRCNN(FasterRCNN):
         proposals = self.propose(encoded)
         candidates = self.roi_heads.with_ground_truth(proposals.boxes, encoded.targets)
         classified = self.classify(encoded, candidates)
-        detections = self.roi_heads.detect(
-            classified.take([torch.arange(len(p), device=p.device) for p in proposals.boxes])
-        )
+        # The proposals of each image come before its objects.
+        first, counts = accumulate((len(c) for c in candidates), initial=0), [len(p) for p in proposals.boxes]
+        rows = [
+            torch.arange(i, i + n, device=encoded.features.device)
+            for i, n in zip(first, counts, strict=False)
+        ]
+        detections = self.roi_heads.detect(classified.take(torch.cat(rows), counts))
         sample = self.roi_heads.sample(candidates, encoded.targets)
-        losses = self.roi_heads.losses(classified.take(sample.rows), sample)
+        losses = self.roi_heads.losses(classified.take(sample.rows, [len(b) for b in sample.boxes]), sample)
         return proposals.losses | losses, self.restore(detections, encoded)
 
     @torch.no_grad()

@@ -10,12 +10,12 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.ops import clip_boxes_to_image, nms
+from torchvision.ops import nms
 
-from .boxes import BoxCoder
+from .boxes import BoxCoder, clip_boxes
 from .conventions import Conventions
 from .losses import rpn_losses
-from .sampling import AnchorMatcher, SeededSampler, draw
+from .sampling import SeededSampler, draw, match, padded
 
 
 class Float32RPNHead(RPNHead):
@@ -44,7 +44,6 @@ class ProposalNetwork(RegionProposalNetwork):
         super().__init__(anchors, head, **options)
         sampler = self.fg_bg_sampler
         self.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
-        self.proposal_matcher = AnchorMatcher(options["fg_iou_thresh"], options["bg_iou_thresh"], True)
         self.box_coder = BoxCoder(self.box_coder.weights)
         # With a least size of 0, torchvision would keep empty boxes.
         self.min_size = conventions.rpn_min_size or torch.finfo(torch.float32).tiny
@@ -86,22 +85,30 @@ class ProposalNetwork(RegionProposalNetwork):
         logits = objectness.detach().reshape(len(proposals), -1)
         logits, order = logits.topk(min(self.pre_nms_top_n(), logits.shape[1]), dim=1)
         boxes = proposals.gather(1, order[..., None].expand(-1, -1, 4))
-        selected = [self.select(*image) for image in zip(boxes, logits, image_shapes, strict=True)]
-        return [boxes for boxes, _ in selected], [scores for _, scores in selected]
+        boxes = clip_boxes(boxes.view(-1, 4), image_shapes, [logits.shape[1]] * len(logits))
+        probabilities = logits.sigmoid()
+        is_large = (boxes[:, 2:] - boxes[:, :2] >= self.min_size).all(dim=1).view_as(logits)
+        is_kept = is_large & (probabilities >= self.score_thresh)
+        scores = probabilities if self.conventions.rpn_rank_on == "sigmoid" else logits
+        # All images are looked at together, because each look makes the host wait for a GPU.
+        rows, counts = torch.where(is_kept.flatten())[0], is_kept.sum(dim=1).tolist()
+        boxes, scores = boxes[rows].split(counts), scores.flatten()[rows].split(counts)
+        kept = [
+            nms(*image, self.nms_thresh)[: self.post_nms_top_n()] for image in zip(boxes, scores, strict=True)
+        ]
+        return [b[k] for b, k in zip(boxes, kept, strict=True)], [
+            s[k] for s, k in zip(scores, kept, strict=True)
+        ]
 
-    def select(self, boxes: Tensor, logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The best (k, 4) boxes and (k,) logits of one image -> (M, 4) proposals and their (M,) scores, best first.
-
-        Clip to `size` (height, width), drop small and improbable boxes, then apply NMS.
-        """
-        boxes, probabilities = clip_boxes_to_image(boxes, size), logits.sigmoid()
-        is_large = (boxes[:, 2:] - boxes[:, :2] >= self.min_size).all(dim=1)
-        # One look at both conditions: each makes the host wait for a GPU.
-        kept = torch.where(is_large & (probabilities >= self.score_thresh))[0]
-        scores = (probabilities if self.conventions.rpn_rank_on == "sigmoid" else logits)[kept]
-        boxes = boxes[kept]
-        kept = nms(boxes, scores, self.nms_thresh)[: self.post_nms_top_n()]
-        return boxes[kept], scores[kept]
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """N x (A, 4) anchors -> labels N x (A,), 1.0, 0.0 or -1.0 between the thresholds, and objects N x (A, 4)."""
+        objects = [target["boxes"] for target in targets]
+        matches = match(self.proposal_matcher, objects, torch.stack(anchors))
+        matched = padded(objects).gather(1, matches.clamp(min=0)[..., None].expand(-1, -1, 4))
+        # -1 is background, and -2 neither.
+        return list((matches + 1).clamp(max=1).float()), list(matched)
 
     def compute_loss(
         self,
@@ -114,12 +121,7 @@ class ProposalNetwork(RegionProposalNetwork):
 
         objectness: (N * A, 1); pred_bbox_deltas: (N * A, 4); labels: N x (A,); regression_targets: N x (A, 4).
         """
-        drawn = draw(self.fg_bg_sampler, labels)
-        first = range(0, len(labels) * len(labels[0]), len(labels[0]))
-        positive, negative = (
-            torch.cat([rows + start for rows, start in zip(of_kind, first, strict=True)])
-            for of_kind in zip(*drawn, strict=True)
-        )
+        positive, negative, _ = draw(self.fg_bg_sampler, labels)
         sampled = torch.cat([positive, negative])
         asked_for = self.fg_bg_sampler.batch_size_per_image * len(labels)
         return rpn_losses(

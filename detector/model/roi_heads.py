@@ -4,7 +4,6 @@ Letters: N images, R regions, K classes with background, M detections of an imag
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import batched_nms
 
-from .boxes import BoxCoder
+from .boxes import BoxCoder, clip_boxes
 from .conventions import Conventions
 from .losses import region_losses
-from .sampling import SeededSampler, draw
+from .sampling import SeededSampler, draw, match, padded
 
 # Detections that NMS looks at in one go.
 _MOST_AT_ONCE = 10_000
@@ -58,27 +57,24 @@ class Classified:
         """Split the field `name` by image: `vectors` (R, C5) -> N x (R_i, C5)."""
         return list(getattr(self, name).split(self.counts))
 
-    def take(self, indices: list[Tensor]) -> "Classified":
-        """Select boxes, and their outputs, by N x (S_i,) indices into the boxes of each image."""
-        first = [0, *accumulate(self.counts)]
-        rows = torch.cat([start + i for start, i in zip(first, indices, strict=False)])
-        boxes = [b[i] for b, i in zip(self.boxes, indices, strict=True)]
-        tensors = (self.vectors[rows], self.logits[rows], self.deltas[rows])
-        return Classified(boxes, self.image_sizes, *tensors)
+    def take(self, rows: Tensor, counts: list[int]) -> "Classified":
+        """Select the boxes, and their outputs, of (S,) ascending rows, so many of each image."""
+        boxes = list(torch.cat(self.boxes)[rows].split(counts))
+        return Classified(boxes, self.image_sizes, self.vectors[rows], self.logits[rows], self.deltas[rows])
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Regions to learn from, for each of N images.
+    """S regions of N images to learn from.
 
-    rows: N x (S_i,) indices into the candidates; boxes: N x (S_i, 4); labels: N x (S_i,), 0 is background.
-    wanted: N x (S_i, 4) box deltas from the sampled boxes to the matched objects.
+    rows: (S,) ascending, into the candidates of all images; boxes: N x (S_i, 4); labels: (S,), 0 is background.
+    wanted: (S, 4) box deltas from the sampled boxes to the matched objects.
     """
 
-    rows: list[Tensor]
+    rows: Tensor
     boxes: list[Tensor]
-    labels: list[Tensor]
-    wanted: tuple[Tensor, ...]
+    labels: Tensor
+    wanted: Tensor
 
 
 class BoxHeads(RoIHeads):
@@ -127,21 +123,31 @@ class BoxHeads(RoIHeads):
         matched, labels = self.assign_targets_to_proposals(
             candidates, gt_boxes, [t["labels"] for t in targets]
         )
-        rows = [torch.cat(drawn).sort().values for drawn in draw(self.fg_bg_sampler, labels)]
-        matched_boxes = [
-            (gt if len(gt) else gt.new_zeros(1, 4))[m[s]]
-            for gt, m, s in zip(gt_boxes, matched, rows, strict=True)
-        ]
-        boxes, labels = ([v[s] for v, s in zip(values, rows, strict=True)] for values in (candidates, labels))
-        return Sample(rows, boxes, labels, self.box_coder.encode(matched_boxes, boxes))
+        positive, negative, counts = draw(self.fg_bg_sampler, labels)
+        rows = torch.cat([positive, negative]).sort().values
+        objects = torch.cat(list(map(torch.Tensor.__getitem__, padded(gt_boxes), matched)))[rows]
+        boxes = torch.cat(candidates)[rows]
+        wanted = self.box_coder.encode_single(objects, boxes)
+        return Sample(rows, list(boxes.split(counts)), torch.cat(labels)[rows], wanted)
+
+    def assign_targets_to_proposals(
+        self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """N x (M, 4) proposals -> matched objects N x (M,), and labels N x (M,): 0 is background, -1 is neither."""
+        matches = match(self.proposal_matcher, gt_boxes, padded(proposals))
+        # -1 is background, and -2 neither.
+        index = matches.clamp(min=0)
+        labels = torch.where(matches >= 0, padded(gt_labels).gather(1, index), matches + 1)
+        sizes = [len(p) for p in proposals]
+        return tuple([row[:n] for row, n in zip(rows, sizes, strict=True)] for rows in (index, labels))
 
     def losses(self, classified: Classified, sample: Sample) -> dict[str, Tensor]:
         """The RoI heads' two losses. `classified` holds the outputs for the boxes of `sample`, in the same order."""
         classifier, box = region_losses(
             classified.logits,
             classified.deltas,
-            torch.cat(sample.labels),
-            torch.cat(list(sample.wanted)),
+            sample.labels,
+            sample.wanted,
             self.conventions.box_smooth_l1_beta,
         )
         return {"loss_classifier": classifier, "loss_box_reg": box}
@@ -159,41 +165,52 @@ class BoxHeads(RoIHeads):
         class_scores: add the probabilities of all classes, (M, K).
         score_thresh, class_agnostic_nms: values for this call; None: those of the heads.
         """
-        # (R, K, 4)
-        decoded = self.box_coder.decode(classified.deltas, classified.boxes).split(classified.counts)
-        scores = F.softmax(classified.logits, -1).split(classified.counts)
-        detections = []
-        for image in zip(decoded, scores, classified.image_sizes, strict=True):
-            boxes, own, labels, rows = self.select(*image, score_thresh, class_agnostic_nms)
-            found = {"boxes": boxes, "labels": labels, "scores": own}
-            detections.append(found | ({"class_scores": image[1][rows]} if class_scores else {}))
-        return detections
+        scores = F.softmax(classified.logits, -1)
+        # Without any box, torchvision's shape differs.
+        decoded = self.box_coder.decode(classified.deltas, classified.boxes).view(*scores.shape, 4)
+        selected = self.select(
+            decoded, scores, classified.counts, classified.image_sizes, score_thresh, class_agnostic_nms
+        )
+        return [
+            {"boxes": boxes, "labels": labels, "scores": own}
+            | ({"class_scores": scores[rows]} if class_scores else {})
+            for boxes, own, labels, rows in selected
+        ]
 
     def select(
         self,
         boxes: Tensor,
         scores: Tensor,
-        size: tuple[int, int],
+        counts: list[int],
+        sizes: Sizes,
         score_thresh: float | None = None,
         class_agnostic_nms: bool | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Select one image's detections from (R, K, 4) boxes and (R, K) scores, best first.
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Select each image's detections from (R, K, 4) boxes and (R, K) scores, best first.
 
-        Returns boxes (M, 4), scores (M,), labels (M,) and rows (M,); a row indexes the R boxes.
-        `size` is the (height, width) that boxes are clipped to.
+        counts: boxes of each image; sizes: the (height, width) that they are clipped to.
+        Returns boxes (M, 4), scores (M,), labels (M,) and rows (M,) for each image; a row indexes the R boxes.
         """
         thresh = self.score_thresh if score_thresh is None else score_thresh
         agnostic = self.class_agnostic_nms if class_agnostic_nms is None else class_agnostic_nms
         num_foreground = scores.shape[1] - 1
-        boxes = clip_boxes_to_image(boxes, size)[:, 1:].reshape(-1, 4)
-        scores = scores[:, 1:].reshape(-1)
-        kept = torch.where(scores > thresh)[0]
+        boxes, scores = clip_boxes(boxes[:, 1:], sizes, counts), scores[:, 1:]
+        is_kept = scores > thresh
         # If it is 0, NetworkTransform.postprocess drops the empty boxes.
         if self.conventions.box_min_size > 0:
-            kept = kept[remove_small_boxes(boxes[kept], self.conventions.box_min_size)]
-        boxes, scores = boxes[kept], scores[kept]
+            is_kept &= (boxes[..., 2:] - boxes[..., :2] >= self.conventions.box_min_size).all(dim=2)
+        # All images are looked at together, because each look makes the host wait for a GPU.
+        kept = torch.where(is_kept.flatten())[0]
+        boxes, scores = boxes.reshape(-1, 4)[kept], scores.reshape(-1)[kept]
         labels, rows = kept % num_foreground + 1, kept // num_foreground
         groups = torch.zeros_like(labels) if agnostic else labels
+        counts = torch.stack([image.sum() for image in is_kept.split(counts)]).tolist()
+        images = zip(*(values.split(counts) for values in (boxes, scores, labels, rows, groups)), strict=True)
+        return [self._best(*image) for image in images]
+
+    def _best(
+        self, boxes: Tensor, scores: Tensor, labels: Tensor, rows: Tensor, groups: Tensor
+    ) -> tuple[Tensor, ...]:
         order = self._suppress(boxes, scores, groups)
         return boxes[order], scores[order], labels[order], rows[order]
 

@@ -1,32 +1,75 @@
-"""Match anchors and regions to objects, and draw those that a training step learns from."""
+"""Match anchors and regions to objects, and draw those that a training step learns from.
+
+The images of a batch are handled together: on a GPU, a small operation takes as long as a large one.
+Letters: N images, A boxes of an image, G objects of an image.
+"""
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
+from torchvision.ops import box_iou
 
-Drawn = tuple[Tensor, Tensor]
+from backbones.kernels.transfer import send
 
-
-class AnchorMatcher(Matcher):
-    """torchvision's matcher, with the same matches, that reads nothing back from the device."""
-
-    def set_low_quality_matches_(
-        self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor
-    ) -> None:
-        """Match the anchors that overlap an object most, even if little: matches and all_matches (A,), quality (M, A)."""
-        highest = match_quality_matrix.max(dim=1, keepdim=True).values
-        is_best = (match_quality_matrix == highest).any(dim=0)
-        matches.copy_(torch.where(is_best, all_matches, matches))
+# Overlaps computed at once. With more, their memory counts, and not the number of operations.
+_MOST_OVERLAPS = 2**22
 
 
-def draw(sampler: BalancedPositiveNegativeSampler, labels: list[Tensor]) -> list[Drawn]:
-    """Labels N x (A,) -> for each image the indices that `sampler` draws, ascending: positives (P,), negatives (Q,)."""
+class Drawn(NamedTuple):
+    """Drawn rows of the boxes of all images: positives (P,), negatives (Q,), each ascending; how many of each image."""
+
+    positive: Tensor
+    negative: Tensor
+    counts: list[int]
+
+
+def padded(values: list[Tensor]) -> Tensor:
+    """N x (G_i, ...) -> (N, G, ...), filled up with zeros, with at least one row."""
+    row = values[0].new_zeros(1, *values[0].shape[1:])
+    return pad_sequence([*values, row], batch_first=True)[:-1]
+
+
+def match(matcher: Matcher, objects: list[Tensor], boxes: Tensor) -> Tensor:
+    """torchvision's `matcher` for all images: N x (G_i, 4) objects, (N, A, 4) boxes -> (N, A) indices of objects.
+
+    -1 is below the low threshold, -2 between the two. An image without objects has -1 alone.
+    """
+    most = max(1, *(len(o) for o in objects)) * boxes.shape[1]
+    at_once = max(1, _MOST_OVERLAPS // max(1, most))
+    parts = range(0, len(objects), at_once)
+    return torch.cat([_match(matcher, objects[i : i + at_once], boxes[i : i + at_once]) for i in parts])
+
+
+def _match(matcher: Matcher, objects: list[Tensor], boxes: Tensor) -> Tensor:
+    given = padded(objects)
+    is_object = np.arange(given.shape[1]) < np.array([len(o) for o in objects])[:, None]
+    is_object = send(torch.from_numpy(is_object), boxes.device)[..., None]
+    quality = box_iou(given, boxes).masked_fill_(~is_object, -1)
+    best, index = quality.max(dim=1)
+    unmatched = torch.where(
+        best < matcher.low_threshold, matcher.BELOW_LOW_THRESHOLD, matcher.BETWEEN_THRESHOLDS
+    )
+    matches = torch.where(best < matcher.high_threshold, unmatched, index)
+    if matcher.allow_low_quality_matches:
+        # Each object also takes the boxes that overlap it most, even if little.
+        is_best = ((quality == quality.amax(dim=2, keepdim=True)) & is_object).any(dim=1)
+        matches = torch.where(is_best, index, matches)
+    return matches
+
+
+def draw(sampler: BalancedPositiveNegativeSampler, labels: list[Tensor]) -> Drawn:
+    """Labels N x (A_i,) -> what `sampler` draws of each image."""
     if isinstance(sampler, SeededSampler) and sampler.keys is not None:
         return sampler.draw(labels)
-    return [(torch.where(p)[0], torch.where(n)[0]) for p, n in zip(*sampler(labels), strict=True)]
+    masks = sampler(labels)
+    counts = torch.stack([p.sum() + n.sum() for p, n in zip(*masks, strict=True)]).tolist()
+    return Drawn(*(torch.where(torch.cat(kind))[0] for kind in masks), counts)
 
 
 class SeededSampler(BalancedPositiveNegativeSampler):
@@ -39,40 +82,53 @@ class SeededSampler(BalancedPositiveNegativeSampler):
     keys: Sequence[tuple[int, ...]] | None = None
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Labels N x (A,) -> uint8 masks N x (A,) of the positives drawn, and of the negatives.
+        """Labels N x (A_i,) -> uint8 masks N x (A_i,) of the positives drawn, and of the negatives.
 
         Labels of 1 or more are positive, 0 is negative, and -1 is never drawn.
         """
         if self.keys is None:
             return super().__call__(matched_idxs)
-        masks = [
-            [torch.zeros_like(labels, dtype=torch.uint8).index_fill_(0, rows, 1) for rows in drawn]
-            for labels, drawn in zip(matched_idxs, self.draw(matched_idxs), strict=True)
-        ]
-        return [positive for positive, _ in masks], [negative for _, negative in masks]
+        none, sizes = (
+            torch.zeros_like(torch.cat(matched_idxs), dtype=torch.uint8),
+            [len(v) for v in matched_idxs],
+        )
+        positive, negative, _ = self.draw(matched_idxs)
+        return tuple(list(none.index_fill(0, rows, 1).split(sizes)) for rows in (positive, negative))
 
-    def draw(self, labels: list[Tensor]) -> list[Drawn]:
-        """Labels N x (A,) -> for each image the indices drawn from its key, ascending: positives (P,), negatives (Q,)."""
+    def draw(self, labels: list[Tensor]) -> Drawn:
+        """Labels N x (A_i,) -> what each image's key draws."""
+        rows = pad_sequence(list(labels), batch_first=True, padding_value=-1)
         # The counts of all images are read together, because each read makes the host wait for a GPU.
-        counts = torch.stack([n for v in labels for n in ((v >= 1).sum(), (v == 0).sum())]).tolist()
-        images = zip(labels, counts[::2], counts[1::2], self.keys, strict=True)
-        return [self._draw(*image) for image in images]
+        counts = torch.stack([(rows >= 1).sum(dim=1), (rows == 0).sum(dim=1)], dim=1).tolist()
+        # Of each image positives come first, then negatives, both in ascending order.
+        order = torch.argsort((rows < 1).byte() + (rows < 0).byte(), dim=1, stable=True)
+        places = [self._choose(key, *count) for key, count in zip(self.keys, counts, strict=True)]
+        # Where an image begins in `order`, and where among the boxes of all images.
+        begin = np.arange(len(labels)) * rows.shape[1], [0, *accumulate(len(v) for v in labels[:-1])]
+        chosen = np.concatenate(
+            [
+                np.stack([kind[i] + begin[0][i], np.full(len(kind[i]), begin[1][i])])
+                for kind in zip(*places, strict=True)
+                for i in range(len(labels))
+            ],
+            axis=1,
+        )
+        at, first = send(torch.from_numpy(chosen), rows.device)
+        num_positive = sum(len(positive) for positive, _ in places)
+        drawn = (order.flatten()[at] + first).split([num_positive, chosen.shape[1] - num_positive])
+        return Drawn(*drawn, [len(positive) + len(negative) for positive, negative in places])
 
-    def _draw(self, labels: Tensor, num_positive: int, num_negative: int, key: tuple[int, ...]) -> Drawn:
-        """Labels (A,) of one image with so many positives and negatives -> the indices drawn from `key`."""
+    def _choose(
+        self, key: tuple[int, ...], num_positive: int, num_negative: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw places among an image's positives, and among its negatives, which follow them."""
         rng = np.random.default_rng(key)
         most = min(num_positive, int(self.batch_size_per_image * self.positive_fraction))
-        # Positives come first, then negatives, both in ascending order.
-        order = torch.argsort((labels < 1).byte() + (labels < 0).byte(), stable=True)
-        positive = _choose(rng, num_positive, most)
-        negative = _choose(rng, num_negative, min(num_negative, self.batch_size_per_image - most))
-        chosen = torch.from_numpy(np.concatenate([positive, num_positive + negative]))
-        if labels.is_cuda:
-            # A copy from pinned memory does not wait.
-            chosen = chosen.pin_memory().to(labels.device, non_blocking=True)
-        return order[chosen].split([len(positive), len(negative)])
+        positive = _draw(rng, num_positive, most)
+        negative = _draw(rng, num_negative, min(num_negative, self.batch_size_per_image - most))
+        return positive, num_positive + negative
 
 
-def _choose(rng: np.random.Generator, total: int, count: int) -> np.ndarray:
+def _draw(rng: np.random.Generator, total: int, count: int) -> np.ndarray:
     """(count,) different numbers below `total`, ascending."""
     return np.sort(rng.choice(total, count, replace=False, shuffle=False))
