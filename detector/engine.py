@@ -205,8 +205,10 @@ class Training:
 
     def remember(self) -> None:
         """Remember this point between two updates: all that a batch changes before the weights change."""
-        buffers = [buffer.clone() for buffer in self._changing_buffers()]
-        self.point = (self.epoch, self.batch, buffers)
+        buffers = self._changing_buffers()
+        copies = [torch.empty_like(buffer) for buffer in buffers]
+        _copy(copies, buffers)
+        self.point = (self.epoch, self.batch, copies)
 
     @torch.no_grad()
     def rewind(self) -> bool:
@@ -220,8 +222,7 @@ class Training:
 
     @torch.no_grad()
     def _restore(self, buffers: list[Tensor]) -> None:
-        for buffer, value in zip(self._changing_buffers(), buffers, strict=True):
-            buffer.copy_(value)
+        _copy(self._changing_buffers(), buffers)
 
     def _changing_buffers(self) -> list[Tensor]:
         """The buffers that a batch may change. Those of frozen norms are most of a network's, and never change."""
@@ -233,6 +234,12 @@ class Training:
         return ["model", "optimizer", "schedule", "scaler"] + (["ema"] if self.ema is not None else [])
 
     _counters = ("epoch", "batch", "step", "best", "evaluations_since_best", "awaits_evaluation", "skipped")
+
+
+def _copy(into: list[Tensor], values: list[Tensor]) -> None:
+    """Copy many tensors at once, since each copy alone is an operation of the host."""
+    if into:
+        torch._foreach_copy_(into, values)
 
 
 def _load(part: Any, saved: Any) -> None:

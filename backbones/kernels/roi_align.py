@@ -20,10 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .transfer import send
 
 # Bits of a non-negative int16.
 _SHORT = 15
@@ -307,9 +310,14 @@ def flatten_boxes(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Ten
     for i, b in enumerate(boxes):
         if b.dim() != 2 or b.shape[1] != 4:
             raise ValueError(f"boxes of image {i} must be (R, 4): x1, y1, x2, y2; got {tuple(b.shape)}")
-    images = [torch.full_like(b[:, 0], i, dtype=torch.int32) for i, b in enumerate(boxes)]
     flat = torch.cat(list(boxes))
-    return torch.cat(images), flat.to(torch.promote_types(flat.dtype, torch.float32))
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        # An exporter must see that the counts follow from the boxes.
+        images = torch.cat([torch.full_like(b[:, 0], i, dtype=torch.int32) for i, b in enumerate(boxes)])
+    else:
+        counts = [len(b) for b in boxes]
+        images = send(torch.from_numpy(np.arange(num_images, dtype=np.int32).repeat(counts)), flat.device)
+    return images, flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:

@@ -46,11 +46,10 @@ class MapAnchors(AnchorGenerator):
         """
         features = feature_maps[0]
         dtype = torch.promote_types(features.dtype, torch.float32)
-        if self.stride == "grid":
-            # torchvision takes size, dtype and device of the map, and reads no element.
-            return super().forward(image_list, [features.new_empty((), dtype=dtype).expand(features.shape)])
+        (height, width), (rows, columns) = image_list.tensors.shape[-2:], features.shape[-2:]
+        stride = [height // rows, width // columns] if self.stride == "grid" else [STRIDE, STRIDE]
         self.set_cell_anchors(dtype, features.device)
-        anchors = self.grid_anchors([features.shape[-2:]], [[STRIDE, STRIDE]])[0]
+        anchors = self.grid_anchors([(rows, columns)], [stride])[0]
         return [anchors for _ in image_list.image_sizes]
 
 
