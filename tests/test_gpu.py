@@ -298,6 +298,22 @@ def test_a_gpu_for_each_process_is_joined_over_nccl(tmp_path):
     assert (tmp_path / "run" / "best.safetensors").exists()
 
 
+ENDS = """
+import torch
+from detector.data.loader import build_loader
+loader = build_loader([torch.zeros(1)] * 8, [[0, 1], [2, 3], [4, 5]], 3, pin_memory=True, collate=list)
+list(loader)
+print("done", flush=True)
+"""
+
+
+def test_a_process_whose_loader_lives_ends_at_once():
+    """torch alone waits five seconds for each worker."""
+    process = subprocess.Popen([sys.executable, "-c", ENDS], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "done\n"
+    assert process.wait(timeout=5) == 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 def test_infer_runs_on_the_device(tiny_shapes, tiny_config, tmp_path, dtype):
     run = Run(tiny_config(), tmp_path, CUDA)

@@ -1,6 +1,8 @@
 """From a picture to what the network sees, and the loader: draws are a function of (seed, epoch, image id)."""
 
 import pickle
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -296,3 +298,18 @@ def test_annotations_are_held_in_flat_arrays_of_some_fifty_bytes_a_box():
     assert len(arrays) == 10 and all(array.dtype != object for array in arrays)
     # 4 x 8 + 8 + 8 + 1 + 1 = 50 bytes a box, and 10 x 4 + 3 x 8 = 64 an image
     assert len(pickle.dumps(held)) < 50 * num_boxes + 64 * num_images + 10_000
+
+
+LEFT_AT_EXIT = """
+import atexit, multiprocessing
+from detector.data.loader import build_loader
+atexit.register(lambda: print(len(multiprocessing.active_children()), "left"))
+loader = build_loader([0, 1, 2], [[0], [1]], 2, pin_memory=False, collate=list)
+print(list(loader), list(loader), len(multiprocessing.active_children()))
+"""
+
+
+def test_the_workers_of_a_living_loader_end_before_what_was_registered_earlier():
+    """torch's own wait at exit is registered when the workers start: five seconds a worker, where batches are pinned."""
+    done = subprocess.run([sys.executable, "-c", LEFT_AT_EXIT], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["[[0], [1]] [[0], [1]] 2", "0 left"], done.stderr

@@ -1,7 +1,9 @@
 """Batches for training and evaluation. Their content and order do not depend on the number of workers."""
 
+import atexit
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -167,17 +169,29 @@ def _set_up_worker(worker: int) -> None:
 
 
 class _Loader(DataLoader):
-    """A loader whose workers' errors arrive as they were raised there."""
+    """A loader whose workers' errors arrive as they were raised there, and end first when the process ends."""
 
     def __iter__(self) -> Iterator[Any]:
+        is_first = self.num_workers > 0 and self._iterator is None
         try:
-            yield from super().__iter__()
+            batches = super().__iter__()
+            if is_first:
+                # Where batches are pinned, torch waits at exit five seconds for each worker, which nothing has told to
+                # end. What is registered later runs earlier.
+                atexit.register(_end_workers, weakref.ref(self))
+            yield from batches
         except (ValueError, OSError) as error:
             # torch puts the worker's traceback into the message.
             found = _FROM_WORKER.match(str(error))
             if found is None:
                 raise
             raise type(error)(found[2].strip()) from None
+
+
+def _end_workers(reference: weakref.ref) -> None:
+    iterator = getattr(reference(), "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def build_loader(
