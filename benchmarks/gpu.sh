@@ -25,8 +25,8 @@ step bccd 240 python3 tools/train.py "$data/bccd" --minutes 2 --offline --output
 wait
 # The measurements have the machine for themselves.
 large=(--batch 8 --sizes 800x1333 --dtype bf16 --matrix-size 8192)
-benchmark stream 60 stream --weights "$out/bccd/best.safetensors" --images "$data/bccd/JPEGImages" --count 300 --batch-size 8 \
-  --dtype bf16 --output "$out/stream.json"
+benchmark stream 60 stream --weights "$out/bccd/best.safetensors" --images "$data/bccd/JPEGImages" --count 200 --batch-size 8 \
+  --dtype bf16 --repeats 1 --output "$out/stream.json"
 benchmark training 80 training "${large[@]}" --stock-channels-last --checkpointing --regions 512 --repeats 5 --output "$out/training.json"
 benchmark inference 80 inference "${large[@]}" --stock-channels-last --proposals 1000 300 --repeats 5 --output "$out/inference.json"
 benchmark single 60 inference "${large[@]}" --batch 1 --stock-channels-last --proposals 1000 300 --repeats 9 --output "$out/single.json"
