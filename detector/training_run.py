@@ -3,7 +3,9 @@
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +208,15 @@ class TrainingRun(ABC):
     def _train(self, log: RunLog, stop: StopSignal) -> None:
         training, drawn_at = self.training, -math.inf
         begun, first_epoch = time.monotonic(), training.epoch
+        # The loader goes on from epoch to epoch, so that none begins with a wait.
+        self.batches.set_epoch(training.epoch, training.batch, until=self.config.train.epochs)
+        source = iter(self._watched(log))
         # A run that stopped before or during an evaluation owes it.
         self._evaluate(log, stop)
         while not self.is_done:
             num_done = training.epoch - first_epoch
             self.epoch_seconds = (time.monotonic() - begun) / num_done if num_done else None
-            finished = self.epoch(log, stop)
+            finished = self.epoch(source, log, stop)
             is_old = time.monotonic() - self.saved_at >= _SAVE_EVERY
             if is_old or training.awaits_evaluation or self.is_done:
                 self.save()
@@ -249,13 +254,15 @@ class TrainingRun(ABC):
         due = epoch % options.eval_every == 0 or epoch == options.epochs
         return due and self.has_validation
 
-    def epoch(self, log: RunLog, stop: StopSignal) -> bool:
+    def epoch(self, source: Iterator[Any], log: RunLog, stop: StopSignal) -> bool:
         """Train on the rest of an epoch, or until `stop` is asked for. Returns whether the epoch was finished.
+
+        source: the batches of the rest of the run.
 
         Before an error ends it, the state of the last whole update is saved.
         """
         try:
-            finished = self._train_epoch(log, stop)
+            finished = self._train_epoch(source, log, stop)
         # A picture that cannot be read, a worker that was killed, a second Ctrl-C.
         except BaseException as error:
             self._save_last_update(error)
@@ -266,9 +273,8 @@ class TrainingRun(ABC):
         self.training.awaits_evaluation = finished and self.is_evaluation_due
         return finished
 
-    def _train_epoch(self, log: RunLog, stop: StopSignal) -> bool:
+    def _train_epoch(self, source: Iterator[Any], log: RunLog, stop: StopSignal) -> bool:
         training, options = self.training, self.config.train
-        self.batches.set_epoch(training.epoch, training.batch)
         num_left = max(1, self.num_pictures - training.batch * self.batches.batch_size)
         title = f"epoch {training.epoch + 1}/{options.epochs}"
         left = {"epochs_left": options.epochs - training.epoch - 1, "epoch_seconds": self.epoch_seconds}
@@ -289,7 +295,7 @@ class TrainingRun(ABC):
 
             finished = train_one_epoch(
                 training,
-                self._watched(log),
+                islice(source, len(self.batches) - training.batch),
                 self.device,
                 num_batches=len(self.batches),
                 seed=options.seed,

@@ -298,6 +298,14 @@ def test_evaluation_comes_every_so_many_epochs_and_after_the_last(tiny_config, t
     assert [line["epoch"] for line in lines(tmp_path, "val")] == [2, 3]
 
 
+def test_the_loader_of_a_run_starts_once(tiny_config, tmp_path, no_curves, monkeypatch):
+    run = Run(tiny_config("train.epochs=3", "train.eval_every=1"), tmp_path / "run", CPU)
+    started, watch = [], run._watched
+    monkeypatch.setattr(run, "_watched", lambda log: started.append(1) or watch(log))
+    run.train()
+    assert run.training.epoch == 3 and len(started) == 1
+
+
 def test_log_every_counts_updates(tiny_config, tmp_path, no_curves):
     Run(tiny_config("train.epochs=1", "train.batch_size=1", "train.log_every=3"), tmp_path, CPU).train()
     assert [line["step"] for line in lines(tmp_path, "train")] == [3, 6, 8]

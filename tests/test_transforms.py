@@ -230,6 +230,12 @@ def test_starting_within_an_epoch_gives_exactly_its_remaining_batches(dataset):
     whole = read(loader, batches, epoch=3)
     assert read(loader, batches, epoch=3, start=4) == whole[4:]
     assert read(loader, batches, epoch=3, start=len(whole)) == []
+    following = read(loader, batches, epoch=4) + read(loader, batches, epoch=5)
+    batches.set_epoch(3, start=4, until=6)
+    assert list(map(len, loader.batch_sampler)) == [len(batch) for batch in whole[4:] + following]
+    assert [target["image_id"] for _, targets in loader for target in targets] == [
+        row[0] for batch in whole[4:] + following for row in batch
+    ]
 
 
 def test_reading_takes_nothing_from_the_global_random_state(dataset):

@@ -5,6 +5,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -87,7 +88,7 @@ def first_readable(
 
 
 class TrainBatches(Sampler):
-    """Shuffled batches of an epoch, as lists of (epoch, index).
+    """Shuffled batches of an epoch, or of some one after another, as lists of (epoch, index).
 
     With `group`, a batch holds only tall or only wide images, except for the images left over. Padding makes a mixed
     batch square. The order depends on (seed, epoch) only. A resumed epoch skips its first `start` batches.
@@ -107,18 +108,23 @@ class TrainBatches(Sampler):
         alone = processes.world_size() == 1
         self.num_repeated = min(missing, max(0, least - last)) if alone else missing
         self.seed = seed
-        self.epoch = 0
-        self.start = 0
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        self.epoch, self.start = epoch, start
+    def set_epoch(self, epoch: int, start: int = 0, until: int | None = None) -> None:
+        """Give the batches of `epoch` from number `start` on, and then those of the epochs before `until`."""
+        self.epoch, self.start, self.until = epoch, start, epoch + 1 if until is None else until
 
     def __len__(self) -> int:
         """The number of batches in a whole epoch, whatever `start` is."""
         return -(-len(self.tall) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
+        yield from islice(
+            chain.from_iterable(map(self._shuffled, range(self.epoch, self.until))), self.start, None
+        )
+
+    def _shuffled(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
+        rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.tall))
         tall = self.tall[order]
         groups = [order[tall], order[~tall]]
@@ -129,8 +135,8 @@ class TrainBatches(Sampler):
         batches = [
             c[i : i + self.batch_size] for c in (full, rest) for i in range(0, len(c), self.batch_size)
         ]
-        for i in rng.permutation(len(batches))[self.start :]:
-            yield [(self.epoch, int(index)) for index in batches[i][self.own]]
+        for i in rng.permutation(len(batches)):
+            yield [(epoch, int(index)) for index in batches[i][self.own]]
 
 
 class EvalBatches(Sampler):
