@@ -18,7 +18,7 @@ from torchvision.ops import box_iou
 from backbones.kernels.transfer import send
 
 # Overlaps computed at once. With more, their memory counts, and not the number of operations.
-_MOST_OVERLAPS = 2**22
+_MOST_OVERLAPS = 2**20
 
 
 class Drawn(NamedTuple):
