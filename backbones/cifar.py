@@ -17,15 +17,16 @@ from .residual import ORIGINAL, BlockOptions, basic, bottleneck, residual_stage
 CIFAR_DEPTHS = (20, 32, 44, 56, 110, 164, 1001)
 CIFAR_WIDTHS = (16, 32, 64)
 _LAYERS_PER_BLOCK = {basic: 2, bottleneck: 3}
+_MOST_LAYERS = 10_000
 
 
 def _depths(depth: int, convs: object) -> tuple[int, int, int]:
     """The number of blocks in each stage: n, where the depth is 6n + 2 (basic blocks) or 9n + 2 (bottlenecks)."""
     layers = 3 * _LAYERS_PER_BLOCK[convs]
-    if not isinstance(depth, int) or depth < layers + 2 or (depth - 2) % layers:
+    if not isinstance(depth, int) or not layers + 2 <= depth <= _MOST_LAYERS or (depth - 2) % layers:
         raise ValueError(
-            f"depth is {depth!r}; accepted: {layers}n + 2 layers of {convs.__name__} blocks (basic: 6n + 2, as 20, 32, "
-            "44, 56, 110; bottleneck: 9n + 2, as 164, 1001)"
+            f"depth is {depth!r}; accepted: {layers}n + 2 layers of {convs.__name__} blocks, up to {_MOST_LAYERS} (basic: "
+            "6n + 2, as 20, 32, 44, 56, 110; bottleneck: 9n + 2, as 164, 1001)"
         )
     return ((depth - 2) // layers,) * 3
 

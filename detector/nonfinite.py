@@ -17,6 +17,8 @@ from .files import write_json
 _LARGEST_WEIGHT = 1e8
 _MOST_IN_A_ROW = 10
 _MOST_REPORTS = 20
+# Pictures of a batch that a message names; the report has all of them.
+_MOST_NAMED = 16
 # Losses start below 20, whatever the number of classes.
 _EXPLODED = 1000.0
 _EARLY = 100
@@ -75,8 +77,12 @@ class NonFiniteGuard:
             )
 
     def _describe(self, cause: Pass, layer: str | None) -> str:
-        pictures = [f"{p['file']} with {len(p['boxes'])} boxes" for p in self.pictures(cause.batch)]
-        said = f"Pictures: {', '.join(pictures)}. " if pictures else ""
+        pictures = [
+            p["file"] + (f" with {len(p['boxes'])} boxes" if "boxes" in p else "")
+            for p in self.pictures(cause.batch)
+        ]
+        more = f" and {len(pictures) - _MOST_NAMED} more" if len(pictures) > _MOST_NAMED else ""
+        said = f"Pictures: {', '.join(pictures[:_MOST_NAMED])}{more}. "
         begins = "No layer's output is infinite or NaN, only what is computed from them"
         if layer is not None:
             begins = f"The first layer whose output is infinite or NaN is {layer}"

@@ -145,9 +145,9 @@ class TrainingRun(ABC):
     def _save_sheet(self, path: Path, batch: Any) -> None:
         """Save the pictures of a batch as one picture."""
 
+    @abstractmethod
     def _pictures_of(self, batch: Any) -> list[dict[str, Any]]:
-        """What is known of each picture of a batch, with its "file"; [] for pictures without files."""
-        return []
+        """What is known of each picture of a batch, with its "file"."""
 
     @abstractmethod
     def _save_found(self) -> None:

@@ -83,7 +83,7 @@ def test_option_a_has_no_parameters_in_its_shortcuts():
     assert len(blocks) == 9 and not any(count(m.shortcut) for m in blocks)
 
 
-@pytest.mark.parametrize("depth", [21, 2, 20.0, "20"])
+@pytest.mark.parametrize("depth", [21, 2, 20.0, "20", 60_002])
 def test_a_depth_without_a_formula_is_refused(depth):
     with pytest.raises(ValueError, match=r"depth is .*; accepted: 6n \+ 2 layers of basic blocks"):
         cifar_resnet(depth)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from short_runs import CPU, lines, same_tensors, stop_after
 
+import detector.classify.run
 import detector.training_run
 from backbones import IMAGENET, Preprocessing, create_backbone
 from detector import processes
@@ -24,7 +25,7 @@ from detector.classify.config import ClassifierConfig
 from detector.classify.pictures import measure_preprocessing
 from detector.classify.run import ClassifierRun, mean_color
 from detector.config import load_config, parse_config
-from detector.engine import AMP_DTYPES
+from detector.engine import AMP_DTYPES, NonFiniteLossError
 from detector.run_log import RunLog
 from detector.stop import Interrupted
 
@@ -266,6 +267,32 @@ def test_pictures_that_fail_on_decoding_are_replaced_or_left_out(noisy_folders, 
 def test_strict_ends_at_a_picture_that_fails_on_decoding(noisy_folders, tmp_path):
     with pytest.raises(ValueError, match="train/dark/3.png"):
         ClassifierRun(folder_recipe(noisy_folders, "data.strict=true"), tmp_path / "run", CPU).train()
+
+
+def test_a_loss_that_is_not_finite_names_the_files(noisy_folders, tmp_path):
+    run = ClassifierRun(folder_recipe(noisy_folders, "train.save_every=0"), tmp_path / "run", CPU)
+    with torch.no_grad():
+        next(run.training.model.network.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match=r"Pictures: .*train/(dark|light)/\d+\.png"):
+        run.train()
+    (path,) = (tmp_path / "run" / "nonfinite").glob("*.json")
+    report = json.loads(path.read_text())
+    assert len(report["pictures"]) == 8
+    assert all(Path(p["file"]).parent.name == p["class"] for p in report["pictures"])
+
+
+def test_mistakes_are_looked_for_in_all_classes(noisy_folders, tmp_path, monkeypatch):
+    """Folders come class by class. Of the eleven readable pictures four are looked at, in both."""
+    monkeypatch.setattr(detector.classify.run, "_LOOKED_AT", 4)
+    run = ClassifierRun(folder_recipe(noisy_folders), tmp_path / "run", CPU)
+    asked, given = [], run.val_loader.dataset.__getitems__
+    run.train()
+    monkeypatch.setattr(
+        run.val_loader.dataset, "__getitems__", lambda keys: asked.extend(keys) or given(keys), False
+    )
+    run._save_found()
+    classes = [run.val_set.labels[index] for _, index in asked]
+    assert len(classes) == 4 and set(classes) == {0, 1}
 
 
 def test_other_pictures_of_the_same_classes_are_refused_on_resuming(noisy_folders, tmp_path):

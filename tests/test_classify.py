@@ -62,11 +62,13 @@ def test_the_padding_has_the_colour_that_is_given():
 @pytest.mark.parametrize("size", [None, 8])
 def test_a_picture_is_augmented_alike_in_any_batch_and_anew_in_each_epoch(size):
     samples = Samples(pictures(), size, ClassifierAugment(padding=4), seed=3)
-    whole, labels, _ = samples.__getitems__([(1, k) for k in range(40)])
+    whole, labels, indices, _ = samples.__getitems__([(1, k) for k in range(40)])
+    assert indices.tolist() == list(range(40))
     for rows in ([5], [30, 2, 17]):
-        images, found, _ = samples.__getitems__([(1, k) for k in rows])
-        assert torch.equal(images, whole[rows]) and torch.equal(found, labels[rows])
-    assert torch.equal(samples[1, 5][0], whole[5])
+        images, found, places, _ = samples.__getitems__([(1, k) for k in rows])
+        assert (
+            torch.equal(images, whole[rows]) and torch.equal(found, labels[rows]) and places.tolist() == rows
+        )
     assert not torch.equal(samples.__getitems__([(2, k) for k in range(40)])[0], whole)
     other = Samples(pictures(), size, ClassifierAugment(padding=4), seed=4)
     assert not torch.equal(other.__getitems__([(1, k) for k in range(40)])[0], whole)
@@ -79,7 +81,7 @@ def test_the_number_of_workers_changes_nothing():
         batches = TrainBatches(np.ones(40), 16, 0)
         loader = DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=whole_batch)
         read.append(list(loader))
-    assert [len(labels) for _, labels, _ in read[0]] == [len(labels) for _, labels, _ in read[1]]
+    assert [len(batch.labels) for batch in read[0]] == [len(batch.labels) for batch in read[1]]
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(*read, strict=True))
 
 

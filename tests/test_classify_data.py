@@ -4,7 +4,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
@@ -42,10 +41,15 @@ def test_class_folders_give_pictures_of_any_size_with_the_folders_as_classes(cla
     picture(class_folders / "train/dog/deep/9.jpg", (8, 9))
     found = load_folder(class_folders, "train")
     assert found.class_names == ("cat", "dog") and len(found) == 9
-    image, label = found[0]
-    assert image.dtype == torch.uint8 and image.shape == (3, 20, 30) and label == 0
+    image = found.image(0)
+    assert image.dtype == np.uint8 and image.shape == (20, 30, 3)
     assert found.labels.tolist() == [0] * 4 + [1] * 5
-    assert tuple(found[8][0].shape) in {(3, 8, 9), (3, 20, 30)}
+    assert {found.image(k).shape for k in range(9)} == {(8, 9, 3), (20, 30, 3)}
+
+
+def test_a_class_folder_that_is_a_link_to_nothing_is_told(class_folders):
+    (class_folders / "train/cow").symlink_to(class_folders / "gone")
+    assert load_folder(class_folders, "train").notes == (f"{class_folders / 'train/cow'}: a link to nothing",)
 
 
 def test_a_folder_without_splits_gives_a_fifth_of_each_class_for_validation(tmp_path):
@@ -149,9 +153,8 @@ def test_cifar10_is_read_from_its_binary_files(cifar10):
     root, made = cifar10
     found = load_cifar(root, "train")
     assert len(found) == 10 and found.class_names == tuple(f"class{k}" for k in range(10))
-    image, label = found[7]
-    row = made["data_batch_2"][2]
-    assert label == row[0] and image.shape == (3, 32, 32)
+    image, row = found.images[7], made["data_batch_2"][2]
+    assert found.labels[7] == row[0] and image.shape == (3, 32, 32)
     # The red plane comes first, row by row.
     assert image[0, 1, 4] == row[1 + 32 + 4] and image[2, 31, 31] == row[-1]
     assert "10 pictures; CIFAR has 50000" in found.notes[0]

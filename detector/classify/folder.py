@@ -62,7 +62,9 @@ def load_folder(
         raise ValueError(
             f"{folder / unknown[0]}: is no class of the training pictures: {', '.join(class_names)}"
         )
-    problems: list[str] = []
+    problems = [
+        f"{p}: a link to nothing" for p in sorted(folder.iterdir()) if p.is_symlink() and not p.exists()
+    ]
     paths = {name: np.array(list_images(folder / name, problems), dtype=str) for name in names}
     if not has_splits:
         paths = {name: _part(found, split) for name, found in paths.items()}

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from backbones import Preprocessing
 
@@ -20,8 +17,8 @@ _MEASURED = 5000
 
 
 @dataclass(eq=False, repr=False)
-class ArrayPictures(Dataset):
-    """Pictures of one size in memory; an item is (image (3, h, w) uint8 RGB, label)."""
+class ArrayPictures:
+    """Pictures of one size in memory."""
 
     images: np.ndarray  # (N, 3, h, w) uint8 RGB
     labels: np.ndarray  # (N,) int64 in 0..K-1
@@ -33,17 +30,18 @@ class ArrayPictures(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(self.images[index]), int(self.labels[index])
-
     def image(self, index: int) -> np.ndarray:
         """(h, w, 3) uint8 RGB."""
         return self.images[index].transpose(1, 2, 0)
 
+    def where(self, index: int) -> str:
+        """The picture in words."""
+        return f"picture {index}"
+
 
 @dataclass(eq=False, repr=False)
-class FilePictures(Dataset):
-    """Pictures of any size that are decoded when they are asked for; an item is that of `ArrayPictures`."""
+class FilePictures:
+    """Pictures of any size that are decoded when they are asked for."""
 
     paths: np.ndarray  # (N,) str
     labels: np.ndarray  # (N,) int64 in 0..K-1
@@ -55,13 +53,13 @@ class FilePictures(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = np.ascontiguousarray(self.image(index).transpose(2, 0, 1))
-        return torch.from_numpy(image), int(self.labels[index])
-
     def image(self, index: int) -> np.ndarray:
         """(h, w, 3) uint8 RGB. A picture that cannot be decoded is a ValueError with its path."""
-        return load_image(str(self.paths[index]))
+        return load_image(self.where(index))
+
+    def where(self, index: int) -> str:
+        """The picture's path."""
+        return str(self.paths[index])
 
 
 Pictures = ArrayPictures | FilePictures

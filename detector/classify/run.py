@@ -141,9 +141,14 @@ class ClassifierRun(TrainingRun):
         self._save_sheet(self.folder / "first_batch.jpg", self._first_pictures())
 
     def _save_sheet(self, path: Path, batch: LabelledBatch) -> None:
-        images, labels, _ = batch
-        names = [self.class_names[label] for label in labels[:_SHOWN].tolist()]
-        _save_named(path, images[:_SHOWN], names)
+        names = [self.class_names[label] for label in batch.labels[:_SHOWN].tolist()]
+        _save_named(path, batch.images[:_SHOWN], names)
+
+    def _pictures_of(self, batch: LabelledBatch) -> list[dict[str, Any]]:
+        return [
+            {"file": self.train_set.where(index), "class": self.class_names[label]}
+            for index, label in zip(batch.indices.tolist(), batch.labels.tolist(), strict=True)
+        ]
 
     def _save_found(self) -> None:
         """Save the surest mistakes, each with the class that it was taken for."""
@@ -155,7 +160,9 @@ class ClassifierRun(TrainingRun):
         # Folders come class by class, so the pictures are spread over all of them.
         indices = np.linspace(0, len(samples) - 1, min(len(samples), _LOOKED_AT)).astype(int).tolist()
         for first in range(0, len(indices), batch):
-            images, labels, _ = samples.__getitems__([(0, index) for index in indices[first : first + batch]])
+            images, labels, *_ = samples.__getitems__(
+                [(0, index) for index in indices[first : first + batch]]
+            )
             if not len(labels):
                 continue
             with torch.inference_mode():

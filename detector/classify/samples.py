@@ -17,10 +17,11 @@ Keys = Sequence[tuple[int, int]]  # (epoch, index) of each picture
 
 
 class LabelledBatch(NamedTuple):
-    """Pictures with their labels, and a sentence for each picture that could not be decoded."""
+    """Pictures with their labels and places in the data, and a sentence for each that could not be decoded."""
 
     images: Tensor  # (N, 3, h, w) uint8
     labels: Tensor  # (N,) int64
+    indices: Tensor  # (N,) int64
     unreadable: tuple[str, ...] = ()
 
 
@@ -56,20 +57,15 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        """The image (3, h, w) uint8 and the label."""
-        images, labels, _ = self.__getitems__([key])
-        return images[0], int(labels[0])
-
     def __getitems__(self, keys: Keys) -> LabelledBatch:
         return self._array(keys) if self.size is None else self._resized(keys)
 
     def _array(self, keys: Keys) -> LabelledBatch:
-        indices = np.array([index for _, index in keys])
+        indices = np.array([index for _, index in keys], np.int64)
         images = self.pictures.images[indices]
         if self.augment is not None:
             images = self.augment(images, keys[0][0], indices)
-        return LabelledBatch(torch.from_numpy(images), torch.from_numpy(self.pictures.labels[indices]))
+        return self._batch(images, indices)
 
     def _resized(self, keys: Keys) -> LabelledBatch:
         images, indices, unreadable = [], [], []
@@ -87,9 +83,14 @@ class Samples(Dataset):
             images.append(image)
             indices.append(index)
         stacked = np.stack(images) if images else np.empty((0, self.size, self.size, 3), np.uint8)
-        images = torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
-        labels = torch.from_numpy(self.pictures.labels[np.array(indices, int)])
-        return LabelledBatch(images, labels, tuple(unreadable))
+        images = np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
+        return self._batch(images, np.array(indices, np.int64), tuple(unreadable))
+
+    def _batch(
+        self, images: np.ndarray, indices: np.ndarray, unreadable: tuple[str, ...] = ()
+    ) -> LabelledBatch:
+        labels = self.pictures.labels[indices]
+        return LabelledBatch(*map(torch.from_numpy, (images, labels, indices)), unreadable)
 
     def _resized_picture(self, epoch: int, index: int) -> np.ndarray:
         image = self.pictures.image(index)
