@@ -141,7 +141,7 @@ class ClassifierRun(TrainingRun):
         self._save_sheet(self.folder / "first_batch.jpg", self._first_pictures())
 
     def _save_sheet(self, path: Path, batch: LabelledBatch) -> None:
-        names = [self.class_names[label] for label in batch.labels[:_SHOWN].tolist()]
+        names = [(self.class_names[label],) for label in batch.labels[:_SHOWN].tolist()]
         _save_named(path, batch.images[:_SHOWN], names)
 
     def _pictures_of(self, batch: LabelledBatch) -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ class ClassifierRun(TrainingRun):
         model = self.training.evaluated_model
         model.load_weights(read_state_dict(self.folder / "best.safetensors"))
         samples, batch = self.val_loader.dataset, self.config.loader.eval_batch_size
-        found: list[tuple[float, Tensor, str]] = []
+        found: list[tuple[float, Tensor, tuple[str, ...]]] = []
         model.eval()
         # Folders come class by class, so the pictures are spread over all of them.
         indices = np.linspace(0, len(samples) - 1, min(len(samples), _LOOKED_AT)).astype(int).tolist()
@@ -168,8 +168,8 @@ class ClassifierRun(TrainingRun):
             with torch.inference_mode():
                 scores, taken = model(images.to(self.device)).float().softmax(1).cpu().max(1)
             for row in torch.where(taken != labels)[0].tolist():
-                names = (self.class_names[int(each[row])] for each in (taken, labels))
-                found.append((float(scores[row]), images[row], " not ".join(names)))
+                wrong, right = (self.class_names[int(each[row])] for each in (taken, labels))
+                found.append((float(scores[row]), images[row], (wrong, f"not {right}")))
         found.sort(key=lambda each: -each[0])
         if found := found[:_SHOWN]:
             _save_named(self.folder / "found.jpg", (f[1] for f in found), [f[2] for f in found])
@@ -238,12 +238,12 @@ def mean_color(preprocessing: Preprocessing) -> tuple[int, ...]:
     return tuple(color if preprocessing.channel_order == "rgb" else color[::-1])
 
 
-def _save_named(path: Path, images: Iterable[Tensor], names: list[str]) -> None:
-    """Save pictures (3, h, w) uint8 as one, each enlarged and with its name."""
+def _save_named(path: Path, images: Iterable[Tensor], names: list[tuple[str, ...]]) -> None:
+    """Save pictures (3, h, w) uint8 as one, each enlarged and with its names."""
     tiles = []
-    for image, name in zip(images, names, strict=True):
+    for image, own in zip(images, names, strict=True):
         factor = max(1, _SIDE // min(image.shape[1:]))
         large = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        whole = [[0, 0, large.shape[2], large.shape[1]]]
-        tiles.append(draw_boxes(large, whole, [1], [name]))
+        whole = [0, 0, large.shape[2], large.shape[1]]
+        tiles.append(draw_boxes(large, [whole] * len(own), list(range(1, len(own) + 1)), list(own)))
     save_tiles(path, tiles, _COLUMNS)
