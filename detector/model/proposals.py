@@ -93,12 +93,13 @@ class ProposalNetwork(RegionProposalNetwork):
         # All images are looked at together, because each look makes the host wait for a GPU.
         rows, counts = torch.where(is_kept.flatten())[0], is_kept.sum(dim=1).tolist()
         boxes, scores = boxes[rows].split(counts), scores.flatten()[rows].split(counts)
-        kept = [
-            nms(*image, self.nms_thresh)[: self.post_nms_top_n()] for image in zip(boxes, scores, strict=True)
-        ]
-        return [b[k] for b, k in zip(boxes, kept, strict=True)], [
-            s[k] for s, k in zip(scores, kept, strict=True)
-        ]
+        found = [self._best(*image) for image in zip(boxes, scores, strict=True)]
+        return [boxes for boxes, _ in found], [scores for _, scores in found]
+
+    def _best(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """What NMS keeps of one image's boxes (M, 4) and scores (M,), at most `post_nms_top_n`."""
+        kept = nms(boxes, scores, self.nms_thresh)[: self.post_nms_top_n()]
+        return boxes[kept], scores[kept]
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]

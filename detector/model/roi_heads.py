@@ -125,7 +125,7 @@ class BoxHeads(RoIHeads):
         )
         positive, negative, counts = draw(self.fg_bg_sampler, labels)
         rows = torch.cat([positive, negative]).sort().values
-        objects = torch.cat(list(map(torch.Tensor.__getitem__, padded(gt_boxes), matched)))[rows]
+        objects = torch.cat([own[index] for own, index in zip(padded(gt_boxes), matched, strict=True)])[rows]
         boxes = torch.cat(candidates)[rows]
         wanted = self.box_coder.encode_single(objects, boxes)
         return Sample(rows, list(boxes.split(counts)), torch.cat(labels)[rows], wanted)

@@ -88,35 +88,27 @@ class SeededSampler(BalancedPositiveNegativeSampler):
         """
         if self.keys is None:
             return super().__call__(matched_idxs)
-        none, sizes = (
-            torch.zeros_like(torch.cat(matched_idxs), dtype=torch.uint8),
-            [len(v) for v in matched_idxs],
-        )
-        positive, negative, _ = self.draw(matched_idxs)
-        return tuple(list(none.index_fill(0, rows, 1).split(sizes)) for rows in (positive, negative))
+        none = torch.zeros_like(torch.cat(matched_idxs), dtype=torch.uint8)
+        sizes = [len(v) for v in matched_idxs]
+        return tuple(list(none.index_fill(0, rows, 1).split(sizes)) for rows in self.draw(matched_idxs)[:2])
 
     def draw(self, labels: list[Tensor]) -> Drawn:
         """Labels N x (A_i,) -> what each image's key draws."""
         rows = pad_sequence(list(labels), batch_first=True, padding_value=-1)
         # The counts of all images are read together, because each read makes the host wait for a GPU.
         counts = torch.stack([(rows >= 1).sum(dim=1), (rows == 0).sum(dim=1)], dim=1).tolist()
-        # Of each image positives come first, then negatives, both in ascending order.
+        # In each row positives come first, then negatives, both in ascending order.
         order = torch.argsort((rows < 1).byte() + (rows < 0).byte(), dim=1, stable=True)
-        places = [self._choose(key, *count) for key, count in zip(self.keys, counts, strict=True)]
-        # Where an image begins in `order`, and where among the boxes of all images.
-        begin = np.arange(len(labels)) * rows.shape[1], [0, *accumulate(len(v) for v in labels[:-1])]
-        chosen = np.concatenate(
-            [
-                np.stack([kind[i] + begin[0][i], np.full(len(kind[i]), begin[1][i])])
-                for kind in zip(*places, strict=True)
-                for i in range(len(labels))
-            ],
-            axis=1,
-        )
-        at, first = send(torch.from_numpy(chosen), rows.device)
-        num_positive = sum(len(positive) for positive, _ in places)
-        drawn = (order.flatten()[at] + first).split([num_positive, chosen.shape[1] - num_positive])
-        return Drawn(*drawn, [len(positive) + len(negative) for positive, negative in places])
+        first = np.array([0, *accumulate(map(len, labels[:-1]))])
+        order += send(torch.from_numpy(first), order.device)[:, None]
+        chosen = [self._choose(key, *count) for key, count in zip(self.keys, counts, strict=True)]
+        kinds = [
+            [places + i * rows.shape[1] for i, places in enumerate(kind)]
+            for kind in zip(*chosen, strict=True)
+        ]
+        places = send(torch.from_numpy(np.concatenate(sum(kinds, []))), order.device)
+        drawn = order.flatten()[places].split([sum(map(len, kind)) for kind in kinds])
+        return Drawn(*drawn, [len(positive) + len(negative) for positive, negative in chosen])
 
     def _choose(
         self, key: tuple[int, ...], num_positive: int, num_negative: int
