@@ -180,15 +180,20 @@ class Detector:
         found: dict[int, Detections] = {}
         for rows in groups.values():
             images = [_as_float(pixels[row].to(self.device, non_blocking=True)) for row in rows]
-            for row, each in zip(rows, self.model.detect(images, **options), strict=True):
-                found[row] = self._on_host(each)
+            found |= zip(rows, self._on_host(self.model.detect(images, **options)), strict=True)
         return [found[row] for row in range(len(pixels))]
 
-    def _on_host(self, found: dict[str, Tensor]) -> Detections:
-        found = {name: value.cpu() for name, value in found.items()}
-        vectors = found.pop("vectors", None)
-        features = None if vectors is None else vectors.float()
-        return Detections(class_names=self.class_names, features=features, **found)
+    def _on_host(self, found: list[dict[str, Tensor]]) -> list[Detections]:
+        counts = [len(each["boxes"]) for each in found]
+        # All images together, because each copy makes the host wait for a GPU.
+        whole = {name: torch.cat([each[name] for each in found]).cpu() for name in found[0]}
+        if "vectors" in whole:
+            whole["features"] = whole.pop("vectors").float()
+        columns = [[part.clone() for part in values.split(counts)] for values in whole.values()]
+        return [
+            Detections(class_names=self.class_names, **dict(zip(whole, own, strict=True)))
+            for own in zip(*columns, strict=True)
+        ]
 
     @torch.inference_mode()
     def features(self, image: Picture, boxes: Boxes, *, channel_order: str = "rgb") -> Tensor:
