@@ -182,8 +182,8 @@ class _Loader(DataLoader):
         try:
             batches = super().__iter__()
             if is_first:
-                # Where batches are pinned, torch waits at exit five seconds for each worker, which nothing has told to
-                # end. What is registered later runs earlier.
+                # Where batches are pinned, torch 2.11 waits at exit five seconds for each worker, which nothing has told
+                # to end. What is registered later runs earlier.
                 atexit.register(_end_workers, weakref.ref(self))
             yield from batches
         except (ValueError, OSError) as error:
