@@ -20,7 +20,14 @@ from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
 from .kernels.gradients import conv2d
-from .kernels.roi_align import BinWeights, bin_weights, flatten_boxes, pair, sparse_roi_align
+from .kernels.roi_align import (
+    BinWeights,
+    bin_weights,
+    flatten_boxes,
+    is_exporting,
+    pair,
+    sparse_roi_align,
+)
 from .messages import check_choice
 
 # The most regions that a head takes at once without gradients. The largest activation has 0.4 MB per region. 64 regions
@@ -291,13 +298,12 @@ def _prefers_sparse(features: Tensor) -> bool:
 
     It is faster on a CPU, and is used only there. Exporters get torchvision's operator, which they know.
     """
-    return features.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+    return features.device.type == "cpu" and not is_exporting()
 
 
 def _prefers_triton(features: Tensor) -> bool:
     """Whether to read this (N, C, H, W) map by the Triton kernel."""
-    is_plain = not (torch.jit.is_tracing() or torch.compiler.is_exporting())
-    return features.is_cuda and features.dtype in _TRITON_DTYPES and is_plain and _has_triton()
+    return features.is_cuda and features.dtype in _TRITON_DTYPES and not is_exporting() and _has_triton()
 
 
 @cache

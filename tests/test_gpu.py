@@ -308,7 +308,7 @@ print("done", flush=True)
 
 
 def test_a_process_whose_loader_lives_ends_at_once():
-    """torch alone waits five seconds for each worker."""
+    """torch 2.11 alone waits five seconds for each worker."""
     process = subprocess.Popen([sys.executable, "-c", ENDS], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "done\n"
     assert process.wait(timeout=5) == 0

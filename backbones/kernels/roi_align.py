@@ -303,6 +303,11 @@ def _stable_argsort(keys: Tensor, limit: int) -> Tensor:
     return order
 
 
+def is_exporting() -> bool:
+    """Whether torch records the operations, to trace or to export them."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def flatten_boxes(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Tensor]:
     """N x (R_i, 4) boxes -> the image of each box (R,) int32, and all boxes (R, 4) in float32 or float64."""
     if len(boxes) != num_images or not boxes:
@@ -311,8 +316,8 @@ def flatten_boxes(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Ten
         if b.dim() != 2 or b.shape[1] != 4:
             raise ValueError(f"boxes of image {i} must be (R, 4): x1, y1, x2, y2; got {tuple(b.shape)}")
     flat = torch.cat(list(boxes))
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        # An exporter must see that the counts follow from the boxes.
+    if is_exporting():
+        # The record must show that the counts follow from the boxes.
         images = torch.cat([torch.full_like(b[:, 0], i, dtype=torch.int32) for i, b in enumerate(boxes)])
     else:
         counts = [len(b) for b in boxes]

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..data.images import list_images, read_sizes
+from ..data.images import dead_links, list_images, read_sizes
 from ..data.tolerance import refuse_many
 from ..settings import Section
 from .pictures import FilePictures, check_classes
@@ -62,9 +62,7 @@ def load_folder(
         raise ValueError(
             f"{folder / unknown[0]}: is no class of the training pictures: {', '.join(class_names)}"
         )
-    problems = [
-        f"{p}: a link to nothing" for p in sorted(folder.iterdir()) if p.is_symlink() and not p.exists()
-    ]
+    problems = dead_links(sorted(folder.iterdir()))
     paths = {name: np.array(list_images(folder / name, problems), dtype=str) for name in names}
     if not has_splits:
         paths = {name: _part(found, split) for name, found in paths.items()}

@@ -150,11 +150,16 @@ def _expand(path: str | Path, unreadable: list[str]) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such file or folder")
     named = sorted(file for file in found if _is_image_name(file))
     images = [file for file in named if file.is_file()]
-    unreadable += [f"{file}: a link to nothing" for file in named if file.is_symlink() and not file.exists()]
+    unreadable += dead_links(named)
     if not images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise ValueError("; ".join([f"{path}: no picture found (looked for {suffixes})", *unreadable]))
     return images
+
+
+def dead_links(paths: Iterable[Path]) -> list[str]:
+    """A sentence for each of the paths that is a link to nothing."""
+    return [f"{path}: a link to nothing" for path in paths if path.is_symlink() and not path.exists()]
 
 
 def _walk(folder: str | Path, unreadable: list[str]) -> Iterator[Path]:

@@ -195,6 +195,7 @@ class _Loader(DataLoader):
 
 
 def _end_workers(reference: weakref.ref) -> None:
+    """End the workers of a loader, if it still lives and has any."""
     iterator = getattr(reference(), "_iterator", None)
     if iterator is not None:
         iterator._shutdown_workers()

@@ -204,13 +204,14 @@ class BoxHeads(RoIHeads):
         boxes, scores = boxes.reshape(-1, 4)[kept], scores.reshape(-1)[kept]
         labels, rows = kept % num_foreground + 1, kept // num_foreground
         groups = torch.zeros_like(labels) if agnostic else labels
-        counts = torch.stack([image.sum() for image in is_kept.split(counts)]).tolist()
-        images = zip(*(values.split(counts) for values in (boxes, scores, labels, rows, groups)), strict=True)
-        return [self._best(*image) for image in images]
+        num_kept = torch.stack([image.sum() for image in is_kept.split(counts)]).tolist()
+        columns = (values.split(num_kept) for values in (boxes, scores, labels, rows, groups))
+        return [self._best(*image) for image in zip(*columns, strict=True)]
 
     def _best(
         self, boxes: Tensor, scores: Tensor, labels: Tensor, rows: Tensor, groups: Tensor
     ) -> tuple[Tensor, ...]:
+        """The rows that NMS within `groups` keeps of one image's boxes (M, 4) and (M,) scores, labels and rows."""
         order = self._suppress(boxes, scores, groups)
         return boxes[order], scores[order], labels[order], rows[order]
 

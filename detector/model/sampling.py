@@ -47,6 +47,7 @@ def match(matcher: Matcher, objects: list[Tensor], boxes: Tensor) -> Tensor:
 
 
 def _match(matcher: Matcher, objects: list[Tensor], boxes: Tensor) -> Tensor:
+    """`match` of some of the images, whose overlaps (N, G, A) are in memory together."""
     given = padded(objects)
     is_object = np.arange(given.shape[1]) < np.array([len(o) for o in objects])[:, None]
     is_object = send(torch.from_numpy(is_object), boxes.device)[..., None]
@@ -94,14 +95,14 @@ class SeededSampler(BalancedPositiveNegativeSampler):
 
     def draw(self, labels: list[Tensor]) -> Drawn:
         """Labels N x (A_i,) -> what each image's key draws."""
-        rows = pad_sequence(list(labels), batch_first=True, padding_value=-1)
+        rows = pad_sequence(labels, batch_first=True, padding_value=-1)
         # The counts of all images are read together, because each read makes the host wait for a GPU.
         counts = torch.stack([(rows >= 1).sum(dim=1), (rows == 0).sum(dim=1)], dim=1).tolist()
         # In each row positives come first, then negatives, both in ascending order.
         order = torch.argsort((rows < 1).byte() + (rows < 0).byte(), dim=1, stable=True)
         first = np.array([0, *accumulate(map(len, labels[:-1]))])
         order += send(torch.from_numpy(first), order.device)[:, None]
-        chosen = [self._choose(key, *count) for key, count in zip(self.keys, counts, strict=True)]
+        chosen = [self._choose(key, *count) for count, key in zip(counts, self.keys, strict=True)]
         kinds = [
             [places + i * rows.shape[1] for i, places in enumerate(kind)]
             for kind in zip(*chosen, strict=True)
