@@ -150,8 +150,9 @@ HEADER = ("split", "epochs", "CPU minutes", "AP50", "AP")
 
 
 def row(found: list[Result]) -> list[str | None]:
-    digits = {"epochs": 0, "minutes": 1, "AP50": 3, "AP": 3}
-    return [found[0]["split"], *(spread([r[name] for r in found], n) for name, n in digits.items())]
+    epochs = ", ".join(map(str, sorted({r["epochs"] for r in found})))
+    digits = {"minutes": 1, "AP50": 3, "AP": 3}
+    return [found[0]["split"], epochs, *(spread([r[name] for r in found], n) for name, n in digits.items())]
 
 
 def draw(figure: Figure, results: Results) -> None:
