@@ -295,7 +295,7 @@ def test_another_step_draws_another_sample(tiny_backbone):
 
 
 def test_each_image_needs_its_key(tiny_backbone):
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="zip.. argument 2 is shorter"):
         losses_with(build(tiny_backbone), KEYS[:1])
 
 
