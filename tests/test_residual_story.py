@@ -236,7 +236,7 @@ def test_the_arms_of_a_comparison_differ_in_the_network_alone(experiment, tmp_pa
     assert all(name.endswith(f"/{seed}") for name, seed in seeds.items())
     others = {job.config.model_copy(update={"model": None}).model_dump_json() for job in jobs.values()}
     assert len(others) == 3
-    networks = {str(job.config.model.backbone) for job in jobs.values()}
+    networks = {(str(job.config.model.backbone), job.last_norm) for job in jobs.values()}
     assert len(networks) == len(by_arm(jobs))
 
 
@@ -244,7 +244,7 @@ def test_the_plan_adds_up_the_hours(run, monkeypatch):
     monkeypatch.setattr(ClassifierJob, "seconds", lambda job: 7200.0)
     lines = run("all", "--plan").splitlines()
     assert lines[2].split() == ["degradation", "2", "2.000"]
-    assert lines[-1].split() == ["together", "30", "30.000"]
+    assert lines[-1].split() == ["together", "31", "31.000"]
 
 
 def test_the_estimate_of_a_training_is_positive(data):
@@ -257,6 +257,20 @@ def test_noise_is_added_to_training_and_test_pictures(data):
     for split in ("train_set", "val_set"):
         one, two = (getattr(run, split).images.astype(float) for run in (clean, noisy))
         assert 10 < (one - two).std() < 21
+
+
+def test_the_last_norm_begins_with_other_weights_and_keeps_what_it_learns(data, tmp_path):
+    backbone = {"name": "cifar_resnet", "depth": 8, "order": "full_preactivation"}
+    job = ClassifierJob(recipe(quick_scale(data), backbone, 0), last_norm=4.0)
+
+    def first_weights(folder):
+        layers = job.open(folder).training.model.network.modules()
+        return [layer.weight[0].item() for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+
+    *others, last = first_weights(UNTRAINED)
+    assert (set(others), last) == ({1.0}, 4.0)
+    job(tmp_path)
+    assert first_weights(tmp_path)[-1] not in (1.0, 4.0)
 
 
 # Looking into networks

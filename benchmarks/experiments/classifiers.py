@@ -71,12 +71,14 @@ class ClassifierJob:
 
     looks: called with the finished run, whose network has its last weights; each adds its findings to the result.
     noise: standard deviation of the noise that is added to all pictures, in grey levels.
+    last_norm: the first weights of the network's last batch norm.
     """
 
     config: ClassifierConfig
     looks: tuple[Callable[[MeasuredRun], Result], ...] = ()
     checkpointing: bool = False
     noise: float = 0.0
+    last_norm: float = 1.0
 
     def __call__(self, folder: Path) -> Result:
         forget_peak("cpu")
@@ -103,6 +105,9 @@ class ClassifierJob:
         if self.noise:
             for seed, pictures in enumerate((run.train_set, run.val_set)):
                 add_noise(pictures.images, self.noise, seed)
+        if self.last_norm != 1 and not has_state(folder):
+            norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+            nn.init.constant_(norms[-1].weight, self.last_norm)
         return run
 
     def seconds(self) -> float:

@@ -1,6 +1,8 @@
 """Experiments 1 to 3: depth, shortcuts, and the order of norm, ReLU and addition, each with all else equal."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -80,7 +82,12 @@ def shortcuts(scale: Scale) -> Experiment:
 
 
 def order(scale: Scale) -> Experiment:
+    """Five orders; and full pre-activation, where a norm follows the last sum, with that norm's first weights at 4."""
     arms = {
         f"{order}-{depth}": {"order": order, "depth": depth} for depth in scale.orders for order in ORDERS
     }
-    return Experiment(jobs(scale, arms), plot_bars, HEADER, row, PUBLISHED_ORDERS)
+    found = jobs(scale, arms)
+    for depth, seed in product(scale.orders, range(scale.seeds)):
+        arm = f"full_preactivation-{depth}"
+        found[f"{arm}, last norm x 4/{seed}"] = replace(found[f"{arm}/{seed}"], last_norm=4.0)
+    return Experiment(found, plot_bars, HEADER, row, PUBLISHED_ORDERS)
