@@ -45,7 +45,7 @@ def plot_curves(log_path: str | Path, png_path: str | Path) -> None:
 def _plot_losses(axes: Any, train: list[dict], val: list[dict]) -> None:
     _plot_series(axes, train, "loss", color="0.75", linewidth=0.6)
     _plot_series(axes, train, "loss", smooth=True, color="black", label="loss")
-    for name in (*LOSSES, "cross_entropy"):
+    for name in LOSSES:
         _plot_series(axes, train, name, smooth=True, label=name)
     _plot_series(axes, val, "loss", color="tab:purple", marker="o", markersize=4, label="validation loss")
     total, validation = _series(train, "loss")[1], _series(val, "loss")[1]

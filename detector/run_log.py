@@ -79,7 +79,7 @@ class StepLog:
     def add(self, losses: list[dict[str, float]], num_images: int, last: bool) -> None:
         """Add the losses read after a batch of `num_images`. last: write a line now, whatever the interval."""
         self._losses += losses
-        shown = {"loss": sum(losses[-1].values()), **losses[-1]} if losses else {}
+        shown = with_total(losses[-1]) if losses else {}
         self.progress.update(num_images, **shown, lr=self.training.lr)
         if self._losses and (last or self.training.step - self._written >= self.interval):
             self._write()
@@ -92,12 +92,16 @@ class StepLog:
             epoch=training.epoch + 1,
             step=training.step,
             lr=training.lr,
-            loss=sum(means.values()),
-            **means,
+            **with_total(means),
             images_per_second=self.progress.images_per_second,
             memory_mb=memory_mb(),
         )
         self._losses, self._written = [], training.step
+
+
+def with_total(losses: dict[str, float]) -> dict[str, float]:
+    """The losses with their sum as "loss" before them. A single one, of that name, stays as it is."""
+    return {"loss": sum(losses.values()), **losses}
 
 
 def read_log(path: str | Path) -> list[dict]:

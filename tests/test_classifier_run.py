@@ -76,7 +76,7 @@ def test_a_run_leaves_weights_numbers_and_pictures(unbroken):
     logged = lines(folder, "val")
     assert [line["epoch"] for line in logged] == [1, 2, 3]
     assert max(line["top1"] for line in logged) == metrics["top1"]
-    assert {"cross_entropy", "lr", "images_per_second"} <= lines(folder, "train")[0].keys()
+    assert {"loss", "lr", "images_per_second"} <= lines(folder, "train")[0].keys()
 
 
 def test_a_stopped_run_resumes_bit_equal(shapes, unbroken, tmp_path, monkeypatch):

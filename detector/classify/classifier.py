@@ -81,7 +81,7 @@ def build_classifier(
 class ClassifierTask:
     """The training of a classifier by cross entropy."""
 
-    losses = ("cross_entropy",)
+    losses = ("loss",)
 
     def __init__(self, label_smoothing: float) -> None:
         self.label_smoothing = label_smoothing
@@ -92,7 +92,7 @@ class ClassifierTask:
         images, labels = (each.to(device, non_blocking=True) for each in batch[:2])
         logits = network(images).float()
         loss = nn.functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        return {"cross_entropy": loss}
+        return {"loss": loss}
 
     def name(self, batch: LabelledBatch) -> str:
         return f"a batch of {len(batch.labels)} pictures"
