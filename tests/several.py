@@ -5,12 +5,12 @@ import io
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import traceback
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 from detector.processes import joined
 
@@ -23,13 +23,14 @@ class Crew:
     """`count` processes that each run call(*arguments) among their peers, which they join first."""
 
     def __init__(self, count, call, *arguments, joins=True):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # As torchrun does, so that the store outlives each process.
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.results = CONTEXT.Queue()
         self.processes = [
             CONTEXT.Process(
-                target=_work, args=(rank, count, port, joins, self.results, call, arguments), daemon=True
+                target=_work,
+                args=(rank, count, self.store.port, joins, self.results, call, arguments),
+                daemon=True,
             )
             for rank in range(count)
         ]
@@ -67,6 +68,7 @@ def _work(rank, count, port, joins, results, call, arguments):
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     os.environ.update({name: str(value) for name, value in place.items()})
     try:
         with joined() if joins else contextlib.nullcontext() as peers:
