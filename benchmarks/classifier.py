@@ -45,7 +45,7 @@ def compare_rates(settings: Settings, side: int) -> dict[str, Any]:
     losses: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
         "classifier": (
             classifier,
-            lambda: task(classifier, batch, pictures.device, (0, 0, 0))["cross_entropy"],
+            lambda: task(classifier, batch, pictures.device, (0, 0, 0))["loss"],
         ),
         "trunk": (trunk, lambda: trunk(images).mean()),
     }
@@ -92,7 +92,7 @@ def compare_cifar_loader(settings: Settings) -> dict[str, Any]:
         watch, task = Stopwatch("cpu"), run.training.task
 
         def loss() -> Tensor:
-            return task(model, batch, run.device, (0, 0, 0))["cross_entropy"]
+            return task(model, batch, run.device, (0, 0, 0))["loss"]
 
         calls = {
             "loader": lambda: watch.time(lambda: list(run.loader)),
