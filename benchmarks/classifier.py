@@ -43,10 +43,7 @@ def compare_rates(settings: Settings, side: int) -> dict[str, Any]:
     images = torch.rand(settings.batch, 3, side, side).contiguous(memory_format=torch.channels_last)
     batch, task = (pictures, torch.randint(1000, (settings.batch,))), ClassifierTask(0.0)
     losses: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
-        "classifier": (
-            classifier,
-            lambda: task(classifier, batch, pictures.device, (0, 0, 0))["loss"],
-        ),
+        "classifier": (classifier, lambda: task(classifier, batch, pictures.device, (0, 0, 0))["loss"]),
         "trunk": (trunk, lambda: trunk(images).mean()),
     }
     watch = Stopwatch("cpu")

@@ -438,7 +438,12 @@ def evaluate(
     batches = processes.collect(list(zip(results, [values.tolist() for values in sums], strict=True)))
     *totals, num_images = np.sum([values for _, values in batches], axis=0) if batches else [0.0] * 5
     means = {name: float(total / max(num_images, 1)) for name, total in zip(LOSSES, totals, strict=True)}
-    return [each for found, _ in batches for each in found], {"loss": sum(means.values()), **means}
+    return [each for found, _ in batches for each in found], with_total(means)
+
+
+def with_total(losses: dict[str, float]) -> dict[str, float]:
+    """The losses with their sum as "loss" before them. A single one, of that name, stays as it is."""
+    return {"loss": sum(losses.values()), **losses}
 
 
 def coco_results(detected: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:

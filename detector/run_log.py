@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .engine import Training
+from .engine import Training, with_total
 from .files import write_atomically
 from .progress import Progress, memory_mb
 
@@ -97,11 +97,6 @@ class StepLog:
             memory_mb=memory_mb(),
         )
         self._losses, self._written = [], training.step
-
-
-def with_total(losses: dict[str, float]) -> dict[str, float]:
-    """The losses with their sum as "loss" before them. A single one, of that name, stays as it is."""
-    return {"loss": sum(losses.values()), **losses}
 
 
 def read_log(path: str | Path) -> list[dict]:

@@ -98,14 +98,15 @@ class ClassifierJob:
         return found
 
     def open(self, folder: Path) -> MeasuredRun:
-        run = MeasuredRun(self.config, folder, CPU, resume=has_state(folder))
+        resume = has_state(folder)
+        run = MeasuredRun(self.config, folder, CPU, resume=resume)
         network = run.training.model.network
         if self.checkpointing:
             network.forward = lambda images: run_blocks(network, images, True)
         if self.noise:
             for seed, pictures in enumerate((run.train_set, run.val_set)):
                 add_noise(pictures.images, self.noise, seed)
-        if self.last_norm != 1 and not has_state(folder):
+        if self.last_norm != 1 and not resume:
             norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
             nn.init.constant_(norms[-1].weight, self.last_norm)
         return run
