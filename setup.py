@@ -32,6 +32,7 @@ setup(
         "pydantic>=2.7",
         "pyyaml>=6",
         "safetensors>=0.4.5",
+        "scipy>=1.10",
         "tqdm>=4.66",
         "matplotlib>=3.8",
     ],

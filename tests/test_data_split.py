@@ -18,7 +18,8 @@ def make(tmp_path):
         paths = []
         for number, content in enumerate(contents):
             path = tmp_path / name.format(number)
-            Image.new("RGB", (8, 8), (content % 256, content // 256, 0)).save(path)
+            noise = np.random.default_rng(content).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(path)
             paths.append(str(path))
         order = range(len(labels)) if order is None else order
         flat = [label for row in order for label in labels[row]]
@@ -74,6 +75,19 @@ def test_equal_pictures_come_into_one_part(make):
     parts = split_dataset(make([[1]] * 30, contents), seed=1)
     assert not {contents[row] for row in parts["train"]} & {contents[row] for row in parts["val"]}
     assert len(parts["val"]) == 6
+
+
+def test_frames_of_one_film_come_into_one_part_and_a_single_film_is_cut(make):
+    """Twelve frames of each of five films; a frame differs from the one before it by a level."""
+    dataset = make([[1]] * 60)
+    for row, path in enumerate(dataset.image_paths):
+        scene = np.random.default_rng(row // 12).integers(0, 230, (8, 8, 3))
+        Image.fromarray((scene + row % 12).astype(np.uint8)).save(path)
+    parts = split_dataset(dataset, seed=0)
+    assert not {row // 12 for row in parts["train"]} & {row // 12 for row in parts["val"]}
+    assert len(parts["val"]) == 12
+    one_film = split_dataset(dataset.subset(range(12)), seed=0)
+    assert len(one_film["val"]) == pytest.approx(12 / 5, abs=1)
 
 
 def test_the_split_depends_on_the_seed_and_the_contents_and_not_on_names_or_order(make):

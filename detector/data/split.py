@@ -1,6 +1,6 @@
 """Split a data set into training and validation pictures, and write lists of pictures.
 
-Letters: G groups of equal pictures; K columns: the classes, "no object" and "any picture".
+Letters: G groups of equal or nearly equal pictures; K columns: the classes, "no object" and "any picture".
 """
 
 import hashlib
@@ -10,25 +10,33 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ..files import write_atomically
 from .dataset import DetectionDataset
+from .likeness import near_pictures
+from .opened import open_pictures
 
 _PARTS = ("train", "val")
+# Of more pictures than these only equal files are found, since decoding them would take minutes.
+_MOST_DECODED = 20_000
+_RUNS = 10
 
 
 def split_dataset(dataset: DetectionDataset, seed: int, val: float = 0.2) -> dict[str, np.ndarray]:
     """Rows of the pictures to train and to validate on, "train" and "val", in ascending order.
 
-    The parts depend on the seed and on the pictures' bytes and classes alone. Equal pictures come into one part. Every
-    class with two different pictures has one in each part, where the classes allow it. val: the share of pictures.
+    The parts depend on the seed and on the pictures' bytes and classes alone. Equal and nearly equal pictures come into
+    one part, such as the frames of a film. Every class with two different pictures has one in each part, where the
+    classes allow it. val: the share of pictures.
 
     Raises:
         ValueError: `val` is not between 0 and 1, or there are no two different pictures.
     """
     if not 0 < val < 1:
         raise ValueError(f"val is {val}; accepted: a share between 0 and 1")
-    groups = _equal_pictures(dataset, seed)
+    groups = _group_alike(dataset, seed)
     if len(groups) < 2:
         raise ValueError(f"{len(groups)} different picture(s) cannot be split into two parts")
     present = np.stack([_classes_of(dataset, rows) for rows in groups])
@@ -64,6 +72,27 @@ def write_split(
         written[part] = Path(folder) / f"{part}.txt"
         write_atomically(written[part], lambda temporary, lines=lines: temporary.write_bytes(lines))
     return written
+
+
+def _group_alike(dataset: DetectionDataset, seed: int) -> list[np.ndarray]:
+    """The rows of each group of pictures, in an order that depends on the seed and the pictures' bytes alone.
+
+    A group of most of the pictures, such as one long film, is cut into runs of consecutive paths.
+    """
+    equal = _equal_pictures(dataset, seed)
+    paths = [str(dataset.image_paths[rows[0]]) for rows in equal]
+    number_of = {path: number for number, path in enumerate(paths)}
+    near = near_pictures(open_pictures(paths, decode=len(paths) <= _MOST_DECODED))
+    pairs = np.array([(number_of[one], number_of[other]) for one, other in near], np.int64).reshape(-1, 2)
+    linked = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(paths), len(paths)))
+    group_of = connected_components(linked, directed=False)[1]  # (number of different pictures,)
+    groups = defaultdict(list)
+    for number in np.argsort(paths):
+        groups[group_of[number]].append(number)
+    runs = []
+    for group in groups.values():
+        runs += np.array_split(group, min(_RUNS, len(group)) if 2 * len(group) > len(paths) else 1)
+    return [np.concatenate([equal[number] for number in run]) for run in sorted(runs, key=min)]
 
 
 def _equal_pictures(dataset: DetectionDataset, seed: int) -> list[np.ndarray]:

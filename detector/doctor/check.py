@@ -7,13 +7,13 @@ import numpy as np
 
 from ..config import Config
 from ..data.dataset import DetectionDataset
+from ..data.opened import Opened, open_pictures
 from .anchors import AnchorFit, check_anchors, fit
 from .box_format import check_box_format
 from .boxes import check_boxes
 from .classes import check_classes
 from .duplicates import check_duplicates
 from .findings import Finding, sort_findings
-from .opened import Opened, open_pictures
 from .part import SPLITS, Part, part_of_dataset, read_parts
 from .pictures import check_empty, check_files, check_opened, list_folders, present
 
@@ -69,7 +69,7 @@ def _check_boxes(parts: Sequence[Part]) -> list[Finding]:
 def quick_check(
     train_set: DetectionDataset, val_set: DetectionDataset | None, config: Config
 ) -> list[Finding]:
-    """Errors and warnings about data that a training has read. No picture is opened.
+    """What can be said of data that a training has read. No picture is opened.
 
     The boxes of a large set are checked in 5,000 of its pictures, evenly spaced, so that it takes a second at most.
     """
@@ -79,7 +79,7 @@ def quick_check(
     findings = check_classes(whole) + _check_boxes(sample) + check_duplicates(whole, opened={})
     if (anchors := fit(sample, config.model)) is not None:
         findings += check_anchors(anchors, "train")
-    return [finding for finding in sort_findings(findings) if finding.severity != "note"]
+    return sort_findings(findings)
 
 
 def _spaced(dataset: DetectionDataset) -> DetectionDataset:

@@ -11,12 +11,13 @@ import yaml
 
 from ..data.dataset import DetectionDataset, concatenate
 from ..data.headers import scale_of
+from ..data.likeness import equal_pictures
+from ..data.opened import Opened
 from ..data.records import Annotations, Picture
 from ..files import write_atomically, write_json
 from .box_format import convert
 from .boxes import usable
-from .duplicates import equal_pictures, splits_of
-from .opened import Opened
+from .duplicates import splits_of
 from .part import Part, select
 
 

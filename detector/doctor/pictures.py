@@ -7,8 +7,8 @@ import numpy as np
 
 from ..data.headers import scale_of
 from ..data.images import IMAGE_SUFFIXES
+from ..data.opened import Opened
 from .findings import Finding
-from .opened import Opened
 from .part import Part
 
 
@@ -25,12 +25,10 @@ def present(paths: Sequence[str], folders: Mapping[str, set[str]]) -> np.ndarray
 
 
 def check_files(parts: Sequence[Part], folders: Mapping[str, set[str]]) -> list[Finding]:
-    """Findings about pictures that are named and absent, that no split names, or that are named twice."""
+    """Findings about pictures that are named and absent, or that no split names."""
     findings = []
     for part in parts:
         findings += [_missing(part, path) for path in part.paths[~present(part.paths, folders)]]
-        paths, counts = np.unique(part.paths.astype(str), return_counts=True)
-        findings += [_twice(part, path) for path in paths[counts > 1]]
     named = {path for part in parts for path in part.paths}
     for folder, names in sorted(folders.items()):
         pictures = sorted(name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
@@ -43,14 +41,6 @@ def _missing(part: Part, path: str) -> Finding:
     what = f"{path} is named by {part.source} and absent"
     advice = "Add the picture, correct its name, or remove its annotations."
     return Finding("error", "picture that is absent", path, None, what, advice)
-
-
-def _twice(part: Part, path: str) -> Finding:
-    what = f"{path} is listed more than once by {part.source}"
-    advice = (
-        "List it once, with all its boxes: else each entry teaches that the other's objects are background."
-    )
-    return Finding("error", "picture that is listed twice", path, None, what, advice)
 
 
 def _unnamed(path: str) -> Finding:

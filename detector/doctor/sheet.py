@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.images import load_image
+from ..data.opened import Opened
 from ..names import escaped
 from ..sheets import save_tiles
 from ..visualize import draw_boxes, fit, tile
 from .findings import Finding, sort_findings
-from .opened import Opened
 from .part import Part
 
 _MOST, _MOST_OF_A_KIND, _COLUMNS = 12, 3, 3

@@ -8,8 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..data.images import load_header, load_or_reason
 from ..progress import Progress
+from .images import load_header, load_or_reason
 
 # Decoders release Python's lock. More threads than this wait for the disk together.
 _THREADS = 4
