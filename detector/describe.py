@@ -78,17 +78,18 @@ def problem_lines(dataset: DetectionDataset) -> list[str]:
     return [
         *first_few(dataset.problems, "skipped"),
         *first_few(dataset.left_out, "left out"),
+        *(f"  warning: {warning}" for warning in dataset.warnings),
         *(f"  note: {note}" for note in dataset.notes),
     ]
 
 
-def write_problems(path: Path, datasets: dict[str, DetectionDataset | None]) -> None:
-    """Write a line for everything that was left out of the data sets; no file if nothing was."""
-    lines = [
+def write_problems(path: Path, datasets: dict[str, DetectionDataset | None], findings: list[str]) -> None:
+    """Write a line for everything that was left out, found or noted in the data sets; no file if nothing was."""
+    lines = [f"{finding}\n" for finding in findings] + [
         f"{name}: {sentence}\n"
         for name, dataset in datasets.items()
         if dataset is not None
-        for sentence in (*dataset.problems, *dataset.left_out, *dataset.notes)
+        for sentence in (*dataset.problems, *dataset.left_out, *dataset.warnings, *dataset.notes)
     ]
     path.unlink(missing_ok=True)
     if lines:

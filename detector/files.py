@@ -113,6 +113,15 @@ def read_bytes(path: str | Path, max_bytes: int) -> bytes:
         raise ValueError(f"{path}: the file cannot be read ({error.strerror})") from None
 
 
+def read_head(path: Path) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
+    if not path.is_file():
+        return b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(4096)
+    return b""
+
+
 def read_text(path: str | Path, max_bytes: int) -> str:
     """The text of a file in UTF-8, UTF-16 with its mark, or else the encoding of Western Windows."""
     data = read_bytes(path, max_bytes)

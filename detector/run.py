@@ -109,10 +109,12 @@ class Run(TrainingRun):
         print(
             describe(config, self.training.model, train_set, val_set, self.batches, self.device), flush=True
         )
-        if findings := quick_check(train_set, val_set, config):
+        findings = quick_check(train_set, val_set, config)
+        if findings:
             title = "the data (tools/check_data.py looks closer):"
             print(title, format_findings(findings), sep="\n", flush=True)
-        write_problems(self.folder / "problems.txt", {"train": train_set, "val": val_set})
+        told = [f"{finding.severity}: {finding.what}" for finding in findings]
+        write_problems(self.folder / "problems.txt", {"train": train_set, "val": val_set}, told)
 
     def _save_first_batch(self) -> None:
         save_first_batch(self.folder / "first_batch.jpg", self.augmented, self.batches, self.class_names)

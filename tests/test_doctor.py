@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,13 @@ import yaml
 from PIL import Image
 from torchvision.ops import box_iou
 
-import detector.doctor.opened
+import detector.data.opened
 from detector.config import load_config, parse_config
 from detector.data.coco import load_coco
+from detector.data.likeness import _close_pairs, perceptual_hashes
+from detector.data.sources import build_datasets
 from detector.doctor.box_format import guess_format
 from detector.doctor.check import examine, quick_check
-from detector.doctor.duplicates import _close_pairs, perceptual_hashes
 from detector.doctor.findings import Finding, exit_status_of, format_findings
 from detector.model.anchor_fit import anchor_recall, best_anchor_ious, fit_anchors, grid_offsets
 from detector.model.anchors import MapAnchors
@@ -273,11 +275,6 @@ def test_an_exif_orientation_is_only_a_note_where_the_size_shows_that_it_was_see
     assert found == ["note"]
 
 
-def test_a_picture_that_is_listed_twice_is_found(data):
-    data.add("train", "train3.png")
-    assert named(data.findings("headers"), "picture that is listed twice") == [("train3.png", None)]
-
-
 def test_only_the_pictures_and_classes_that_a_recipe_uses_are_checked(data):
     kept = data.box("train", 1, [60, 10, 0, 20])
     data.box("train", 12, [60, 10, 0, 20])
@@ -409,7 +406,7 @@ def test_the_short_form_finds_what_annotations_show_and_opens_no_picture(data, m
         for split in ("train", "val")
     ]
     for name in ("load_or_reason", "load_header"):
-        monkeypatch.setattr(detector.doctor.opened, name, None)
+        monkeypatch.setattr(detector.data.opened, name, None)
     kinds = [f.kind for f in quick_check(*datasets, config)]
     assert kinds == ["class without examples", "box past the edge"]
 
@@ -568,3 +565,105 @@ def test_the_known_faults_of_bccd_are_found(shared):
         ("BloodImage_00338.jpg", "box without area"),
         ("BloodImage_00343.jpg", "box without area"),
     ]
+
+
+# What check_data says and what a training says
+
+
+def write_yolo(root, texts, pictures=None, **files):
+    """Pictures 0.png, 1.png... with texts of the same names, and any other files."""
+    for name in pictures or [f"{number}.png" for number in range(len(texts))]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20)).save(root / name)
+    for name, text in {**{f"{number}.txt": text for number, text in enumerate(texts)}, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return {"train": {"format": "yolo", "images": "."}}
+
+
+def write_coco(root, **splits):
+    """A COCO file of one picture a split: lists of image ids, class names and (image id, class) of objects."""
+    data = {}
+    for split, (ids, names, objects) in splits.items():
+        Image.new("RGB", (20, 20), split).save(root / f"{split}.png")
+        content = {
+            "images": [{"id": id, "file_name": f"{split}.png"} for id in ids],
+            "categories": [{"id": names.index(name) + 1, "name": name} for name in names],
+            "annotations": [
+                {
+                    "image_id": id,
+                    "category_id": names.index(name) + 1,
+                    "bbox": [2 + names.index(name), 2, 9, 9],
+                }
+                for id, name in objects
+            ],
+        }
+        (root / f"{split}.json").write_text(json.dumps(content))
+        data[{"red": "train", "blue": "val"}[split]] = {
+            "format": "coco",
+            "images": ".",
+            "annotations": f"{split}.json",
+        }
+    return data
+
+
+BOX = "0 0.5 0.5 0.5 0.5"
+FAULTY_SETS = {
+    "two lists of classes": (
+        lambda root: write_yolo(root, [BOX], **{"a/classes.txt": "cat\ndog", "b/classes.txt": "dog\ncat"}),
+        "error", "the lists a/classes.txt and b/classes.txt differ",
+    ),
+    "one text of two pictures": (
+        lambda root: write_yolo(root, [BOX], ["0.png", "0.jpg"]),
+        "error", "0.txt would be the text file of both",
+    ),
+    "a class number that the list lacks": (
+        lambda root: write_yolo(root, [BOX, BOX.replace("0 ", "7 ", 1)], **{"classes.txt": "cat\ndog"}),
+        "error", "1.txt: line 1 .*has the class '7'",
+    ),
+    "a text without picture": (
+        lambda root: write_yolo(root, [BOX, BOX], ["0.png"]),
+        "warning", "1 texts belong to no picture.*such as 1.txt",
+    ),
+    "a picture without text": (
+        lambda root: write_yolo(root, [BOX], ["0.png", "1.png"]),
+        "warning", "1 pictures have no text file.*such as 1.png",
+    ),
+    "no list of classes": (lambda root: write_yolo(root, [BOX]), "note", "no list of class names was found"),
+    "a picture listed twice": (
+        lambda root: write_coco(root, red=([1, 2], ["cat", "dog"], [(1, "cat"), (2, "dog")])),
+        "note", "1 pictures have several entries, such as .*red.png",
+    ),
+    "a class in val that train lacks": (
+        lambda root: write_coco(root, red=([1], ["cat"], [(1, "cat")]), blue=([1], ["cat", "dog"], [(1, "cat"), (1, "dog")])),
+        "warning", "'dog'.*train",
+    ),
+    "a class without objects": (
+        lambda root: write_coco(root, red=([1], ["cat", "dog"], [(1, "cat")])),
+        "note", "has no object of dog",
+    ),
+    "one picture in both splits": (
+        lambda root: (d := write_coco(root, red=([1], ["cat"], [(1, "cat")]))) | {"val": d["train"]},
+        "error", "red.png is in train and val",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTY_SETS)
+def test_check_data_and_a_training_say_the_same_of_a_faulty_set(tmp_path, name):
+    write, severity, what = FAULTY_SETS[name]
+    data = {"root": str(tmp_path), **write(tmp_path)}
+    config = parse_config({"model": {"backbone": "resnet18", "anchor_sizes": [10]}, "data": data})
+    found = [f for f in examine(config).findings if re.search(what, f.what, re.S)]
+    assert severity in {f.severity for f in found}, found
+    try:
+        sets = build_datasets(config.data)
+    except ValueError as error:
+        said = [("error", str(error))]
+    else:
+        said = [(f.severity, f.what) for f in quick_check(*sets, config)]
+        for dataset in filter(None, sets):
+            said += [("error", each) for each in dataset.problems]
+            said += [("warning", each) for each in dataset.warnings]
+            said += [("note", each) for each in dataset.notes]
+    assert severity in {kind for kind, sentence in said if re.search(what, sentence, re.S)}, said

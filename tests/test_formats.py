@@ -7,6 +7,7 @@ import random
 import re
 import unicodedata
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 
 from detector.data.file_index import FileIndex, is_picture
 from detector.data.find import find_data, is_recipe
-from detector.data.sources import DataConfig, build_dataset
+from detector.data.sources import DataConfig, build_dataset, build_datasets
 from detector.data.yolo import parse_box, read_names
 
 # picture: (width, height), boxes by class. Sizes differ, so that a box of the wrong picture is noticed.
@@ -442,10 +443,8 @@ def test_splits_are_those_of_lists_folders_files_and_data_yaml(tmp_path):
     }
     found = find_data(tmp_path / "roboflow_yolo")
     assert source_keys(found, "images") == {"train": ["train/images"], "val": ["valid/images"]}
-    assert (
-        found.class_names == CLASSES
-        and "data.yaml says test: ../test/images, which is not there" in found.remarks
-    )
+    assert source_keys(found, "names") == {"train": ["data.yaml"], "val": ["data.yaml"]}
+    assert "data.yaml says test: ../test/images, which is not there" in found.remarks
     assert source_keys(find_data(tmp_path / "labelme_beside"), "images") == {
         "train": ["train"],
         "val": ["val"],
@@ -458,12 +457,29 @@ def test_what_is_trained_on_is_not_validated_on(tmp_path):
     assert list(found.splits) == ["train"] and any("which is trained on" in each for each in found.remarks)
 
 
-def test_several_formats_in_a_folder_are_listed_and_one_can_be_chosen(tmp_path):
+def test_of_formats_that_agree_the_one_that_says_more_is_taken(tmp_path):
+    """149 XML files beside the two tables that were made of them: the tables have the split."""
+    tensorflow_csv(tmp_path)
+    for name in list(PICTURES)[:4]:
+        put(tmp_path / "xml" / f"{Path(name).stem}.xml", xml(name))
+    found, datasets = read(tmp_path)
+    assert found.format == "csv" and list(found.splits) == ["train", "test"]
+    assert any("voc agrees with csv, which says all that it says" in remark for remark in found.remarks)
+    assert content(datasets.values()) == {n: e for n, e in EXPECTED.items() if n != "nothing.jpg"}
+    paint(tmp_path / "nothing.jpg")
+    put(tmp_path / "xml/nothing.xml", xml("nothing.jpg"))
+    assert find_data(tmp_path).format == "voc"
+
+
+def test_formats_that_contradict_each_other_are_refused_and_one_can_be_chosen(tmp_path):
     voc_folder(tmp_path)
-    put(tmp_path / "all.json", json.dumps(coco()))
-    message = r"several formats: voc \(5 XML files\), coco \(1 COCO JSON files\); choose one with --format"
+    moved = coco()
+    moved["annotations"][0]["bbox"][0] += 4
+    put(tmp_path / "all.json", json.dumps(moved))
+    message = r"contradict each other: .*one\.jpg has 2 objects in one and 2 in the other, and 2 are in one only; .*--format"
     with pytest.raises(ValueError, match=message):
         find_data(tmp_path)
+    put(tmp_path / "all.json", json.dumps(coco()))
     for format in ("voc", "coco"):
         found, datasets = read(tmp_path, format=format)
         assert found.format == format and content(datasets.values()) == EXPECTED
@@ -509,11 +525,18 @@ def test_yolos_data_yaml_is_told_from_a_recipe(tmp_path):
     assert not is_recipe(tmp_path / "coco8.yaml") and not is_recipe(tmp_path) and not is_recipe("a.json")
 
 
-def test_coco_files_of_the_same_pictures_are_refused(tmp_path):
+def test_coco_files_of_the_same_pictures_are_joined_where_they_agree_and_refused_where_they_do_not(tmp_path):
     paint_all(tmp_path)
     for name in ("a.json", "b.json"):
         put(tmp_path / name, json.dumps(coco()))
-    with pytest.raises(ValueError, match=r"a\.json and .*b\.json both have '.*'; give one of them"):
+    _, datasets = read(tmp_path)
+    assert content(datasets.values()) == EXPECTED
+    other = coco()
+    del other["annotations"][0]
+    put(tmp_path / "b.json", json.dumps(other))
+    with pytest.raises(
+        ValueError, match=r"a\.json and b\.json contradict each other: .*one\.jpg has 2 objects in one and 1"
+    ):
         find_data(tmp_path)
 
 
@@ -606,8 +629,218 @@ def test_classes_without_names_are_called_by_their_numbers(tmp_path):
     (tmp_path / "classes.txt").unlink()
     found = find_data(tmp_path)
     dataset = build_dataset(DataConfig(root=found.root, **found.splits), "train")
-    assert found.class_names is None and dataset.class_names == ("class_0", "class_1", "class_2")
-    assert any("no list of class names" in remark for remark in found.remarks)
+    assert dataset.class_names == ("class_0", "class_1", "class_2")
+    assert any("no list of class names" in note for note in dataset.notes)
+
+
+def boxes_by_class(dataset):
+    """picture's path from its folder: sorted class names of its boxes"""
+    found = {}
+    for row, path in enumerate(dataset.image_paths.tolist()):
+        labels = dataset.target(row)["labels"]
+        found["/".join(Path(path).parts[-2:])] = sorted(dataset.class_names[label - 1] for label in labels)
+    return found
+
+
+def two_sittings(root):
+    """labelImg's texts of two people, each with a list of classes in the order of that sitting, and its own list."""
+    for person, classes in (("anna", ["cat", "dog"]), ("ben", ["dog", "cat"])):
+        for name in ("one.jpg", "two words.JPG"):
+            paint(root / person / name)
+            put(
+                root / person / f"{Path(name).stem}.txt",
+                f"{classes.index(PICTURES[name][1][0][0])} 0.5 0.5 0.5 0.5\n",
+            )
+        put(root / person / "classes.txt", "\n".join(classes))
+    put(root / "data/predefined_classes.txt", "person\nbicycle\n")
+
+
+def test_each_text_goes_by_the_nearest_list_of_classes_and_lists_are_joined_by_name(tmp_path):
+    two_sittings(tmp_path)
+    found = find_data(tmp_path)
+    data = DataConfig(root=tmp_path, **found.splits)
+    dataset = build_dataset(data, "train")
+    assert dataset.class_names == ("cat", "dog")
+    assert boxes_by_class(dataset) == {
+        f"{person}/{name}": [label]
+        for person in ("anna", "ben")
+        for name, label in (("one.jpg", "cat"), ("two words.JPG", "dog"))
+    }
+    (tmp_path / "ben/classes.txt").rename(tmp_path / "data/classes.txt")
+    with pytest.raises(
+        ValueError, match=r"ben/one.txt: the lists anna/classes.txt and data/classes.txt differ"
+    ):
+        build_dataset(data, "train")
+    put(tmp_path / "data/classes.txt", "cat\ndog\n")
+    assert set(sum(boxes_by_class(build_dataset(data, "train")).values(), [])) == {"cat", "dog"}
+
+
+def helmets_and_vests(root, write):
+    for folder, classes in (("helmets", ["cat", "dog"]), ("vests", ["dog", "traffic light"])):
+        write(root / folder, classes)
+
+
+def yolo_export(root, classes):
+    for name in ("one.jpg", "two words.JPG"):
+        paint(root / "train/images" / name)
+        put(root / "train/labels" / f"{Path(name).stem}.txt", "1 0.5 0.5 0.5 0.5\n")
+    put(root / "data.yaml", yaml.dump({"train": "../train/images", "names": classes}))
+
+
+def darknet_export(root, classes):
+    for name in ("one.jpg", "two words.JPG"):
+        paint(root / "obj_train_data" / name)
+        put(root / "obj_train_data" / f"{Path(name).stem}.txt", "1 0.5 0.5 0.5 0.5\n")
+    put(root / "obj.names", "\n".join(classes))
+    put(root / "obj.data", "train = data/train.txt\nnames = data/obj.names\n")
+    put(root / "train.txt", "data/obj_train_data/one.jpg\ndata/obj_train_data/two words.JPG\n")
+
+
+def coco_export(root, classes):
+    images = [{"id": id, "file_name": name} for id, name in enumerate(("one.jpg", "two words.JPG"))]
+    objects = [{"image_id": id, "category_id": 2, "bbox": [1, 2, 3, 4]} for id in range(2)]
+    categories = [{"id": id, "name": name} for id, name in enumerate(classes, start=1)]
+    for image in images:
+        paint(root / "images/default" / image["file_name"])
+    put(
+        root / "annotations/instances_default.json",
+        json.dumps({"images": images, "annotations": objects, "categories": categories}),
+    )
+
+
+def voc_export(root, classes):
+    for name in ("one.jpg", "two words.JPG"):
+        paint(root / "JPEGImages" / name)
+        box = "".join(f"<{tag}>{value}</{tag}>" for tag, value in zip(CORNERS, (2, 3, 8, 9), strict=True))
+        text = f"<annotation><object><name>{classes[1]}</name><bndbox>{box}</bndbox></object></annotation>"
+        put(root / "Annotations" / f"{Path(name).stem}.xml", text)
+    put(root / "ImageSets/Main/default.txt", "one\ntwo words\n")
+
+
+@pytest.mark.parametrize("write", [yolo_export, darknet_export, coco_export, voc_export])
+def test_exports_side_by_side_are_all_read_and_their_classes_are_joined_by_name(tmp_path, write):
+    helmets_and_vests(tmp_path, write)
+    found = find_data(tmp_path)
+    dataset = build_dataset(DataConfig(root=tmp_path, **found.splits), "train")
+    by_folder = {}
+    for row, path in enumerate(dataset.image_paths.tolist()):
+        names = [dataset.class_names[label - 1] for label in dataset.target(row)["labels"]]
+        by_folder.setdefault(Path(path).relative_to(tmp_path).parts[0], []).extend(names)
+    assert by_folder == {"helmets": ["dog", "dog"], "vests": ["traffic light", "traffic light"]}
+    assert (
+        set(dataset.class_names) - {"cat"} == {"dog", "traffic light"}
+        and len(dataset.image_sizes.tolist()) == 4
+    )
+
+
+def test_names_with_percent_signs_are_those_that_they_stand_for(tmp_path):
+    """Label Studio writes %C3%A9cran.txt for écran.jpg."""
+    for name in ("one.jpg", "größe.png"):
+        paint(tmp_path / "images" / name)
+    put(tmp_path / "labels/one.txt", lines("one.jpg", CLASSES.index))
+    put(tmp_path / "labels/gr%C3%B6%C3%9Fe.txt", lines("größe.png", CLASSES.index))
+    put(tmp_path / "classes.txt", "\n".join(CLASSES))
+    _, datasets = read(tmp_path)
+    assert content(datasets.values()) == {name: EXPECTED[name] for name in ("one.jpg", "größe.png")}
+    assert not datasets["train"].warnings
+
+
+@pytest.mark.parametrize("place", ["", "images\\", "..\\images\\", "/data/"])
+def test_cocos_names_with_percent_signs_are_found_behind_any_folder(tmp_path, place):
+    paint_all(tmp_path / "images")
+    put(tmp_path / "a.json", json.dumps(coco(lambda name: place + quote(nfd(name)))))
+    _, datasets = read(tmp_path)
+    assert content(datasets.values()) == EXPECTED
+
+
+def test_texts_without_picture_and_pictures_without_text_are_counted_with_examples(tmp_path):
+    yolo_beside(tmp_path)
+    put(tmp_path / "README.txt", "how these were drawn")
+    (tmp_path / "one.jpg").unlink()
+    (tmp_path / "two words.txt").unlink()
+    found = find_data(tmp_path)
+    warnings = build_dataset(DataConfig(root=tmp_path, **found.splits), "train").warnings
+    assert any(
+        "1 texts belong to no picture, so their objects are lost, such as one.txt. Is that" in w
+        for w in warnings
+    )
+    assert any(
+        "1 pictures have no text file, so no objects, such as two words.JPG. Is that" in w for w in warnings
+    )
+
+
+def test_few_pictures_without_text_are_a_note(tmp_path):
+    for number in range(40):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{number}.png")
+        put(tmp_path / f"{number}.txt", "0 0.5 0.5 0.5 0.5") if number else None
+    dataset = build_dataset(DataConfig(root=tmp_path, **find_data(tmp_path).splits), "train")
+    assert dataset.warnings == () and any("1 pictures have no text file" in note for note in dataset.notes)
+
+
+def test_a_text_that_would_be_that_of_two_pictures_is_refused_with_their_names(tmp_path):
+    for camera in ("cam1", "cam2"):
+        paint(tmp_path / "images" / camera / "one.jpg")
+    put(tmp_path / "labels/one.txt", lines("one.jpg", CLASSES.index))
+    source = {"format": "yolo", "images": "images", "labels": "labels"}
+    with pytest.raises(
+        ValueError, match=r"labels/one.txt would be .* both .*cam1/one.jpg and .*cam2/one.jpg"
+    ):
+        build_dataset(DataConfig(root=tmp_path, train=source), "train")
+
+
+def lists_of_classes(root, **lists):
+    """COCO files of one picture each, with an object of each class in the given order."""
+    for file, classes in lists.items():
+        paint(root / file / "one.jpg")
+        categories = [{"id": id, "name": name} for id, name in enumerate(classes, start=1)]
+        objects = [{"image_id": 1, "category_id": c["id"], "bbox": [c["id"], 2, 9, 9]} for c in categories]
+        content = {
+            "images": [{"id": 1, "file_name": "one.jpg"}],
+            "annotations": objects,
+            "categories": categories,
+        }
+        put(root / file / f"{file}.json", json.dumps(content))
+
+
+def test_coco_files_with_other_lists_of_classes_have_their_union_in_the_order_of_the_first(tmp_path):
+    lists_of_classes(tmp_path, a=["disc", "block"], b=["block", "disc"], c=["rod"])
+    found = find_data(tmp_path)
+    data = DataConfig(root=tmp_path, **found.splits)
+    dataset = build_dataset(data, "train")
+    assert dataset.class_names == ("disc", "block", "rod") and dataset.category_ids.tolist() == [1, 2, 3]
+    assert [dataset.target(row)["labels"].tolist() for row in range(3)] == [[1, 2], [2, 1], [3]]
+    chosen = build_dataset(data.model_copy(update={"class_names": ("rod", "disc")}), "train")
+    assert [chosen.target(row)["labels"].tolist() for row in range(3)] == [[2], [2], [1]]
+    with pytest.raises(ValueError, match=r"a/a\.json, .*has no category 'disk'; did you mean 'disc'"):
+        build_dataset(data.model_copy(update={"class_names": ("disk",)}), "train")
+
+
+def test_a_class_that_val_lacks_is_a_note_and_one_that_train_lacks_is_a_warning(tmp_path):
+    lists_of_classes(tmp_path, train=["disc", "block"], val=["block", "rod"])
+    train_set, val_set = build_datasets(DataConfig(root=tmp_path, **find_data(tmp_path).splits))
+    assert val_set.class_names == train_set.class_names == ("disc", "block")
+    assert val_set.target(0)["labels"].tolist() == [2] and val_set.category_ids.tolist()[1] == 1
+    assert any("has no object of disc" in note for note in val_set.notes)
+    assert val_set.warnings == ("data.val has 1 objects of 'rod', a class that training lacks",)
+
+
+@pytest.mark.parametrize("write", ["one file", "two files"])
+def test_a_picture_with_several_entries_has_the_objects_of_all_and_common_ones_once(tmp_path, write):
+    paint(tmp_path / "one.jpg")
+    whole = coco(images=lambda name: name == "one.jpg")
+    first, second = whole["annotations"]
+    entries = ({"annotations": [first]}, {"annotations": [first, second]})
+    if write == "one file":
+        again = [{**each, "image_id": 9} for each in (first, second)]
+        images = [whole["images"][0], {**whole["images"][0], "id": 9}]
+        entries = ({"images": images, "annotations": [first, *again]},)
+    sources = []
+    for number, entry in enumerate(entries):
+        put(tmp_path / f"{number}.json", json.dumps(whole | entry))
+        sources.append({"format": "coco", "annotations": f"{number}.json", "images": "."})
+    dataset = build_dataset(DataConfig(root=tmp_path, train=sources), "train")
+    assert content([dataset]) == {"one.jpg": EXPECTED["one.jpg"]} and len(dataset) == 1
+    assert any("1 pictures have several entries" in note and "1 objects" in note for note in dataset.notes)
 
 
 def only_train(root, write, **options):

@@ -50,6 +50,7 @@ def test_a_run_writes_its_files(finished):
     assert names == {
         *wanted.split(),
         "best_metrics.json",
+        "problems.txt",
         "training_state.previous.pt",
     }  # and no temporary file
     assert all((folder / name).stat().st_size > 100 for name in names)

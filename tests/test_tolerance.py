@@ -522,7 +522,8 @@ def test_a_run_goes_on_without_its_broken_pictures_and_says_so(shapes, tmp_path,
     assert "000005.jpg: the picture is damaged" in line["message"] and line["epoch"] == 1
     assert {3, 7}.isdisjoint(run.evaluation.readable.image_ids.tolist())
     problems = (tmp_path / "run/problems.txt").read_text().splitlines()
-    assert [p.partition(":")[0] for p in problems] == ["train", "val"]
+    assert {p.partition(":")[0] for p in problems} == {"warning", "note", "train", "val"}
+    assert sum(": no such picture file" in problem for problem in problems) == 2
 
 
 def test_a_run_with_a_broken_picture_resumes_as_if_it_had_not_stopped(shapes, tmp_path, monkeypatch):

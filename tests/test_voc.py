@@ -266,7 +266,7 @@ def test_vocs_own_numbers_are_counted_from_1(shared, write):
     assert dataset.problems == () and dataset.boxes.min() == 0 and dataset.boxes.max() == 500
 
 
-def test_two_files_of_one_picture_are_not_joined(write):
+def test_a_file_that_names_the_picture_of_another_file_is_left_out(write):
     root = write({"a": [CAT], "b": f"<filename>a.jpg</filename>{SIZE}{object_xml(*DOG)}"})
     (root / "JPEGImages/b.jpg").unlink()
     dataset = load_voc(root, "train")

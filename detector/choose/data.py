@@ -1,12 +1,13 @@
 """The section `data` of a recipe for a folder of pictures, with a split where the folder has none."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import parse_config
-from ..data.file_source import FileSource, Reader
+from ..data.file_source import Reader
 from ..data.find import find_data
-from ..data.sources import DataConfig, build_dataset
+from ..data.sources import build_dataset
 from ..data.split import split_dataset, write_split
 
 # A tenth of the pictures to validate on, but these where there are few, and never more than a fifth.
@@ -14,7 +15,12 @@ _SHARE, _FEWEST, _MOST_SHARE = 0.1, 30, 0.2
 
 
 def choose_data(
-    path: str | Path, folder: str | Path, read: Reader, format: str | None = None, seed: int = 0
+    path: str | Path,
+    folder: str | Path,
+    read: Reader,
+    format: str | None = None,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """The section `data` for the pictures at `path`, and a sentence for each decision.
 
@@ -25,12 +31,10 @@ def choose_data(
     """
     found = find_data(path, format)
     data: dict[str, Any] = {"root": str(found.root.absolute()), **found.splits}
-    if names := found.class_names or _names(parse_config(recipe_of(data)).data, read):
-        data["class_names"] = list(names)
     remarks = list(found.remarks)
     if "val" in found.splits:
         return data, remarks
-    dataset = build_dataset(parse_config(recipe_of(data)).data, "train", read=read)
+    dataset = build_dataset(parse_config(recipe_of(data), overrides).data, "train", read=read)
     share = min(max(_SHARE, _FEWEST / len(dataset)), _MOST_SHARE)
     parts = split_dataset(dataset, seed, share)
     lists = write_split(folder, dataset, parts)
@@ -40,23 +44,13 @@ def choose_data(
     counts = " and ".join(
         f"{len(rows)} to {kind}" for kind, rows in zip(("train", "validate"), parts.values(), strict=True)
     )
-    remarks.append(f"no validation split: made one by content, class and seed {seed}, {counts}, in {folder}")
+    remarks.append(
+        f"no validation split: made one by content, class and seed {seed}, with nearly equal pictures in one part: {counts}, "
+        f"in {folder}"
+    )
     return data, remarks
 
 
 def recipe_of(data: dict[str, Any]) -> dict[str, Any]:
     """The smallest recipe with these data."""
     return {"model": {"backbone": "resnet18"}, "data": data}
-
-
-def _names(data: DataConfig, read: Reader) -> tuple[str, ...] | None:
-    """The names of all sources' objects, or None where a source has a list of classes of its own."""
-    names: set[str] = set()
-    for source in (*data.train, *(data.val or ()), *(data.test or ())):
-        if not isinstance(source, FileSource):
-            return None
-        found = read(source, data.root)
-        if found.category_ids is not None:
-            return None
-        names |= {o.name.strip() for o in found.objects if o.name.strip()}
-    return tuple(sorted(names)) or None

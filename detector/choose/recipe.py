@@ -65,9 +65,10 @@ def choose_recipe(
     if minutes is not None and not 0 < minutes < math.inf:
         raise ValueError(f"minutes is {minutes}; accepted: a positive number")
     read = read_once()
-    data, remarks = choose_data(path, folder, read, format)
+    data, remarks = choose_data(path, folder, read, format, overrides=overrides)
     draft = _Draft(data, overrides)
     train_set, val_set = build_datasets(draft.config.data, read=read)
+    data["class_names"] = list(train_set.class_names)
     machine, objects = look_at_machine(device, num_processes), objects_of(train_set)
     weights = None, "model.backbone is given"
     if not any(override.startswith("model.backbone") for override in overrides):

@@ -15,7 +15,7 @@ from .file_index import FileIndex, key
 from .file_source import MAX_BYTES, FileSource
 from .filed import sizes_of
 from .memory import check_memory
-from .records import Annotations, Object, Picture
+from .records import Annotations, Object, Picture, refuse_unknown
 
 # Ids and sizes are whole numbers that numpy and pycocotools can hold, and seeds can be made of.
 _Id = Annotated[int, Field(ge=0, lt=2**63)]
@@ -106,6 +106,7 @@ def load_coco(
             or `Annotations.to_dataset` refuses the data.
     """
     found = read_coco(Path(images_dir), Path(annotations_path))
+    refuse_unknown(class_names or (), found.list_classes(), found.source)
     if check_pictures and not Path(images_dir).is_dir():
         raise FileNotFoundError(f"{images_dir}: no such folder of images")
     return found.to_dataset(class_names, **options)

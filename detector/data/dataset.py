@@ -54,10 +54,11 @@ class DetectionDataset(Dataset):
     use_difficult: bool = True
     problems: tuple[str, ...] = ()  # a sentence for each skipped or odd object, with file and index
     notes: tuple[str, ...] = ()  # remarks that are no problems
+    warnings: tuple[str, ...] = ()  # what is probably a mistake in the data
     left_out: tuple[str, ...] = ()  # a sentence for each picture that is left out, with its file
 
     def __post_init__(self) -> None:
-        for name in ("class_names", "problems", "notes", "left_out"):
+        for name in ("class_names", "problems", "notes", "warnings", "left_out"):
             setattr(self, name, tuple(getattr(self, name)))
         for name, (dtype, row_shape) in _COLUMNS.items():
             column = np.asarray(getattr(self, name), dtype).reshape(-1, *row_shape)
@@ -193,7 +194,8 @@ class DetectionDataset(Dataset):
 def concatenate(datasets: Sequence[DetectionDataset]) -> DetectionDataset:
     """Join data sets that have the same classes, such as VOC 2007 and 2012.
 
-    Image ids are kept if all differ, and are renumbered 1..N otherwise. Category ids are those of the first data set.
+    A picture with several entries becomes one, with the objects of all. Image ids are kept if all differ, and are
+    renumbered 1..N otherwise. Category ids are those of the first data set.
 
     Raises:
         ValueError: no data set is given, or two differ in `class_names` or `use_difficult`.
@@ -209,17 +211,55 @@ def concatenate(datasets: Sequence[DetectionDataset]) -> DetectionDataset:
         name: np.concatenate([getattr(dataset, name) for dataset in datasets])
         for name in _IMAGE_COLUMNS + _BOX_COLUMNS
     }
-    if len(np.unique(columns["image_ids"])) < len(columns["image_ids"]):
-        columns["image_ids"] = np.arange(1, len(columns["image_ids"]) + 1)
-        notes.append(f"the data sets share image ids: images are renumbered 1..{len(columns['image_ids'])}")
-    return replace(
-        first,
-        offsets=offsets_of(np.concatenate([np.diff(dataset.offsets) for dataset in datasets])),
-        problems=tuple(problem for dataset in datasets for problem in dataset.problems),
-        notes=tuple(notes),
-        left_out=tuple(sentence for dataset in datasets for sentence in dataset.left_out),
-        **columns,
+    told = {
+        name: tuple(sentence for dataset in datasets for sentence in getattr(dataset, name))
+        for name in ("problems", "warnings", "left_out")
+    }
+    offsets = offsets_of(np.concatenate([np.diff(dataset.offsets) for dataset in datasets]))
+    joined = _join_entries(replace(first, offsets=offsets, notes=notes, **told, **columns))
+    if len(np.unique(joined.image_ids)) == len(joined):
+        return joined
+    renumbered = f"the data sets share image ids: images are renumbered 1..{len(joined)}"
+    return replace(joined, image_ids=np.arange(1, len(joined) + 1), notes=(*joined.notes, renumbered))
+
+
+def _join_entries(dataset: DetectionDataset) -> DetectionDataset:
+    """The same with one entry a picture. An object that an earlier entry has, to a pixel, is taken once."""
+    _, firsts, numbers = np.unique(dataset.image_paths, return_index=True, return_inverse=True)
+    if len(firsts) == len(dataset):
+        return dataset
+    first_of = firsts[numbers]
+    entries = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
+    pictures, kept = first_of[entries], np.ones(len(entries), bool)
+    later = np.flatnonzero(first_of != np.arange(len(dataset)))
+    order = np.argsort(pictures, kind="stable")
+    for picture in np.unique(first_of[later]):
+        rows = order[slice(*np.searchsorted(pictures[order], (picture, picture + 1)))]
+        for row in rows[entries[rows] > picture]:
+            earlier = rows[(entries[rows] < entries[row]) & (dataset.labels[rows] == dataset.labels[row])]
+            kept[row] = not (np.abs(dataset.boxes[earlier] - dataset.boxes[row]) <= 1).all(axis=1).any()
+    order = order[kept[order]]
+    columns = {name: getattr(dataset, name)[order] for name in _BOX_COLUMNS}
+    columns |= {name: getattr(dataset, name)[np.sort(firsts)] for name in _IMAGE_COLUMNS}
+    counts = np.bincount(pictures[kept], minlength=len(dataset))[np.sort(firsts)]
+    note = (
+        f"{len(np.unique(first_of[later]))} pictures have several entries, such as {dataset.image_paths[later[0]]}: "
+        f"each is taken as one picture with the objects of all; {(~kept).sum()} objects are in two entries and taken once"
     )
+    return replace(dataset, offsets=offsets_of(counts), notes=(*dataset.notes, note), **columns)
+
+
+def first_difference(first: DetectionDataset, second: DetectionDataset) -> str | None:
+    """A sentence on the first picture of which two data sets with the same classes have different objects, or None."""
+    sets = (first, second, concatenate([first, second]))
+    counts = [
+        dict(zip(each.image_paths.tolist(), np.diff(each.offsets).tolist(), strict=True)) for each in sets
+    ]
+    for path, mine in counts[0].items():
+        its, both = counts[1].get(path), counts[2][path]
+        if its is not None and both > min(mine, its):
+            return f"{path} has {mine} objects in one and {its} in the other, and {2 * both - mine - its} are in one only"
+    return None
 
 
 def _check_same_classes(first: DetectionDataset, other: DetectionDataset, number: int) -> None:

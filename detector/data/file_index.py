@@ -1,11 +1,13 @@
 """Find the files that annotations name below one folder, and nothing outside the data's root."""
 
+import itertools
 import os
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from .images import IMAGE_SUFFIXES
 
@@ -13,8 +15,8 @@ _LONGEST_PATH = 4096
 
 
 def key(path: str) -> str:
-    """A path as it is compared: with any slashes, in any case, with umlauts in either form of Unicode."""
-    return _with_slashes(path).removeprefix("./").casefold()
+    """A path as it is compared: with any slashes, in any case, umlauts in either form of Unicode or as %C3%A9."""
+    return _with_slashes(unquote(path)).removeprefix("./").casefold()
 
 
 def picture_key(path: str | Path) -> str:
@@ -74,21 +76,28 @@ class FileIndex:
         tried = (last, stem(last), plain, stem(plain))
         return next((self._named[name] for name in tried if name in self._named), [])
 
-    def find(self, path: str) -> str | None:
-        """The file that is meant by a path: the exact one, else the one whose folders agree best; None: unclear."""
-        if exact := self.exact(path):
+    def find(self, path: str, near: str | None = None) -> str | None:
+        """The file that is meant by a path: the exact one, else the one whose folders agree best; None: unclear.
+
+        near: the folder of the file that names the path. Of files whose folders agree equally, the nearest is meant.
+        """
+        if exact := (near and self.exact(f"{near}/{path}")) or self.exact(path):
             return exact
         candidates = self.named(path)
         if len(candidates) > 1:
-            agreeing = [_agreement(file, path) for file in candidates]
+            place = os.path.dirname(path) if near is None else near
+            agreeing = [(*_agreement(file, path), shared_folders(file, place)) for file in candidates]
             best = max(agreeing)
             candidates = [f for f, agreed in zip(candidates, agreeing, strict=True) if agreed == best]
         in_one_folder = len({os.path.dirname(file) for file in candidates}) == 1
         return candidates[0] if in_one_folder else None
 
-    def path_of(self, name: str) -> str:
-        """The path of the file that is meant by a name; it may be absent. ValueError: the name leads out of the data."""
-        if found := self.find(name):
+    def path_of(self, name: str, near: str | None = None) -> str:
+        """The path of the file that is meant by a name; it may be absent. ValueError: the name leads out of the data.
+
+        near: as in `find`.
+        """
+        if found := self.find(name, near):
             return os.path.join(self.folder, found)
         path = os.path.normpath(os.path.join(self.folder, name.replace("\\", "/")))
         if len(path) > _LONGEST_PATH or "\0" in path:
@@ -106,7 +115,7 @@ class FileIndex:
         """
         if found := self.find(file.with_suffix("").as_posix()):
             return os.path.join(self.folder, found)
-        return self.path_of(name or f"{file.stem}.jpg")
+        return self.path_of(name or f"{file.stem}.jpg", file.parent.as_posix())
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -125,6 +134,12 @@ def _walk(folder: Path) -> Iterator[str]:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
+
+
+def shared_folders(path: str, other: str) -> int:
+    """How many folders two paths share, counted from the root."""
+    pairs = zip(key(path).split("/"), key(other).split("/"), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _agreement(file: str, path: str) -> tuple[int, bool]:

@@ -35,21 +35,11 @@ class FileSource(Section):
         """What the files say."""
         raise NotImplementedError
 
-    def load(
-        self,
-        root: Path,
-        *,
-        read: Reader = lambda source, root: source.read(root),
-        **options: Any,
-    ) -> DetectionDataset:
-        """The data set; options are those of `Annotations.to_dataset`. No picture is missed here: see `settle_sizes`.
-
-        read: what `read_once` gives; by default, the files are read anew.
-        """
-        return self.select(read(self, root), root, **options)
-
     def select(self, found: Annotations, root: Path, **options: Any) -> DetectionDataset:
-        """The data set of what was read, with the pictures that this source uses."""
+        """The data set of what was read, with the pictures that this source uses.
+
+        Options are those of `Annotations.to_dataset`. No picture is missed here: see `settle_sizes`.
+        """
         used = read_list(root / self.pictures, root, self.max_bytes) if self.pictures else None
         return found.to_dataset(limit=self.limit, pictures=used, **options)
 

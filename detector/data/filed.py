@@ -1,5 +1,6 @@
 """Gather what many annotation files, or the rows of a table, say of one picture each."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -35,12 +36,11 @@ def gather(
     category_ids: dict[str, int] | None = None,
     problems: Iterable[str] = (),
 ) -> Annotations:
-    """Join what was filed, in its order. A picture that was filed before is left out, with a problem.
+    """Join what was filed, in its order. A file that names the picture of another file is left out, with a problem.
 
     entry: how messages name an object, such as "line {}". fractions: boxes are fractions of the picture's sides.
     """
-    kept, repeated = _first_of_each(filed)
-    problems = [*problems, *repeated]
+    kept, stray = _without_strays(list(filed))
     paths = [each.path for each in kept]
     sizes = sizes_of([(each.path, each.size) for each in kept])
     pictures = [Picture(*row) for row in zip(paths, image_ids(paths), sizes, strict=True)]
@@ -55,17 +55,18 @@ def gather(
         corners = zip(("xmin", "ymin", "xmax", "ymax"), found.box, strict=True)
         return place, ", ".join(f"{name} {value:g}" for name, value in corners)
 
-    return Annotations(source, pictures, objects, describe, category_ids, problems)
+    return Annotations(source, pictures, objects, describe, category_ids, [*problems, *stray])
 
 
-def _first_of_each(filed: Iterable[Filed]) -> tuple[list[Filed], list[str]]:
-    """The first that is filed of each picture, and problems of the others."""
-    kept: dict[str, Filed] = {}
-    problems = []
-    for each in filed:
-        if (first := kept.setdefault(each.path, each)) is not each:
-            problems.append(f"{each.file}: is left out, because {first.file} has its picture {each.path}")
-    return list(kept.values()), problems
+def _without_strays(filed: list[Filed]) -> tuple[list[Filed], list[str]]:
+    """What was filed without files of another name than their picture, where that has a file of its own name."""
+    own = {each.path: each.file for each in filed if each.file.stem == Path(each.path).stem}
+    is_stray = [own.get(each.path, each.file).stem != each.file.stem for each in filed]
+    strays = list(itertools.compress(filed, is_stray))
+    problems = [
+        f"{each.file}: is left out, because {own[each.path]} has its picture {each.path}" for each in strays
+    ]
+    return [each for each, stray in zip(filed, is_stray, strict=True) if not stray], problems
 
 
 def sizes_of(pictures: list[tuple[str, tuple[int, int] | None]]) -> list[tuple[int, int]]:

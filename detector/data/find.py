@@ -1,7 +1,6 @@
 """Find out which format the annotations below a folder have, where they are, and how they are split."""
 
 import contextlib
-import math
 import mmap
 import os
 import re
@@ -9,12 +8,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import read_head
 from .csv import read_rows
+from .dataset import DetectionDataset, first_difference
 from .file_index import FileIndex, is_picture
-from .file_source import MAX_BYTES
-from .filed import number
+from .file_source import MAX_BYTES, read_once
 from .layouts import Layout, Sources, coco_sources, csv_sources, labelme_sources, voc_sources, yolo_sources
-from .yolo import parse_box, read_yaml, swapped
+from .sources import DataConfig, build_dataset
+from .yolo import is_object_text, read_yaml, swapped
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,12 @@ class Found:
     """Where the annotations are.
 
     root: becomes data.root. splits: "train", "val" and "test" -> sources, as in a recipe's section `data`; only "train"
-    where the data have no split. class_names: the format's own list of them. remarks: a sentence for each decision.
+    where the data have no split. remarks: a sentence for each decision.
     """
 
     format: str
     root: Path
     splits: Sources
-    class_names: tuple[str, ...] | None
     remarks: tuple[str, ...]
 
 
@@ -37,7 +37,7 @@ def find_data(path: str | Path, format: str | None = None) -> Found:
 
     Raises:
         FileNotFoundError: there is no such path.
-        ValueError: there are no annotations, or there are several formats and `format` names none.
+        ValueError: there are no annotations, or two formats or files contradict each other and `format` names none.
     """
     path = Path(path)
     if not path.exists():
@@ -54,17 +54,62 @@ def find_data(path: str | Path, format: str | None = None) -> Found:
             f"{path}: no annotations found; looked for {looked_for}; found {_held(names)}; "
             f"save the annotations in one of these formats{_refused_table(index, names)}"
         )
-    if len(found) > 1:
-        listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise ValueError(f"{path}: annotations of several formats: {listed}; choose one with --format")
-    ((name, files),) = found.items()
-    remark = f"{path}: format {name}, {kinds[name]}, such as {files[0]}; {len(index.pictures)} pictures"
-    layout = Layout(index, files, [remark])
-    splits = FORMATS[name][1](layout)
-    layout.remarks.append(
-        "there is no split" if list(splits) == ["train"] else f"splits: {', '.join(splits)}"
-    )
-    return Found(name, index.folder, splits, layout.class_names, tuple(layout.remarks))
+    layouts = {name: Layout(index, files) for name, files in found.items()}
+    splits_of = {name: FORMATS[name][1](layout) for name, layout in layouts.items()}
+    remarks = []
+    for name, layout in layouts.items():
+        remarks.append(
+            f"{path}: format {name}, {kinds[name]}, such as {layout.files[0]}; {len(index.pictures)} pictures"
+        )
+        remarks += layout.remarks
+        for first, second in layout.overlaps:
+            _refuse_contradiction(
+                path, index, {first["annotations"]: [first], second["annotations"]: [second]}
+            )
+    name, *others = _by_what_they_say(path, index, splits_of)
+    splits = splits_of[name]
+    remarks += [
+        f"{other} agrees with {name}, which says all that it says, and is left out" for other in others
+    ]
+    remarks.append("there is no split" if list(splits) == ["train"] else f"splits: {', '.join(splits)}")
+    return Found(name, index.folder, splits, tuple(remarks))
+
+
+def _by_what_they_say(path: Path, index: FileIndex, splits_of: dict[str, Sources]) -> list[str]:
+    """The names of the formats, the one that says most first: objects, then pictures, then splits.
+
+    ValueError: two contradict each other, or the first lacks pictures that another has.
+    """
+    if len(splits_of) == 1:
+        return list(splits_of)
+    said = _refuse_contradiction(path, index, {name: sum(s.values(), []) for name, s in splits_of.items()})
+    amounts = {name: (len(each.boxes), len(each), len(splits_of[name])) for name, each in said.items()}
+    ranked = sorted(said, key=amounts.get, reverse=True)
+    for name in ranked[1:]:
+        if lacking := sorted({*said[name].image_paths.tolist()} - {*said[ranked[0]].image_paths.tolist()}):
+            raise ValueError(
+                f"{path}: annotations of several formats: {name} has {len(lacking)} pictures that {ranked[0]} lacks, such "
+                f"as {lacking[0]}; choose one with --format, or write a recipe with both as data.train"
+            )
+    return ranked
+
+
+def _refuse_contradiction(
+    path: Path, index: FileIndex, sources: dict[str, list[dict]]
+) -> dict[str, DetectionDataset]:
+    """The data sets of sources by name. ValueError: one says something else of a picture than the first."""
+    read = read_once()
+    configs = {name: DataConfig(root=index.folder, train=each) for name, each in sources.items()}
+    listed = [read(source, index.folder).list_classes() for each in configs.values() for source in each.train]
+    options = {"class_names": tuple(dict.fromkeys(sum(listed, []))), "check_pictures": False, "read": read}
+    said = {name: build_dataset(config, "train", **options) for name, config in configs.items()}
+    (first, dataset), *others = said.items()
+    for name, other in others:
+        if difference := first_difference(dataset, other):
+            raise ValueError(
+                f"{path}: {first} and {name} contradict each other: {difference}; remove one, or choose a format with --format"
+            )
+    return said
 
 
 def is_recipe(path: str | Path) -> bool:
@@ -115,7 +160,7 @@ def _voc_files(index: FileIndex, names: list[str]) -> list[str]:
 
 def _is_voc_xml(path: Path) -> bool:
     # Without zeros, UTF-16 reads like ASCII.
-    return re.search(rb"<annotation[\s>]", _head(path).replace(b"\0", b"")) is not None
+    return re.search(rb"<annotation[\s>]", read_head(path).replace(b"\0", b"")) is not None
 
 
 def _coco_files(index: FileIndex, names: list[str]) -> list[str]:
@@ -143,18 +188,20 @@ def _is_table(index: FileIndex, text: str) -> bool:
     """Whether a text of no one picture begins with the name of a picture and another cell."""
     if index.find(swapped(text[:-4], "labels", "images")):
         return False
-    name, *others = re.split("[,;]", _head(index.folder / text).decode("utf-8-sig", "replace"), maxsplit=1)
+    name, *others = re.split(
+        "[,;]", read_head(index.folder / text).decode("utf-8-sig", "replace"), maxsplit=1
+    )
     return bool(others) and is_picture(name.strip())
 
 
 def _yolo_files(index: FileIndex, names: list[str]) -> list[str]:
-    """The data.yaml or obj.data that is nearest to the top; without any, the text files of pictures."""
+    """The data.yaml and obj.data files; without any, the text files of pictures."""
     described = [name for name in _ending(names, ".yaml", ".yml") if _is_yolo_yaml(index.folder / name)]
     described += [name for name in _ending(names, ".data") if _holds(index.folder / name, rb"train\s*=")]
     if described:
-        return [min(described, key=lambda name: (name.count("/"), name))]
+        return described
     texts = [name for name in _ending(names, ".txt") if index.find(swapped(name[:-4], "labels", "images"))]
-    kinds = {name: _is_yolo_text(index.folder / name) for name in texts}
+    kinds = {name: is_object_text(index.folder / name) for name in texts}
     return [name for name, fits in kinds.items() if fits is not False] if True in kinds.values() else []
 
 
@@ -166,25 +213,9 @@ def _is_yolo_yaml(path: Path) -> bool:
     return "names" in values and "model" not in values and isinstance(values.get("train", ""), str | list)
 
 
-def _is_yolo_text(path: Path) -> bool | None:
-    """Whether the first line of a text file is a YOLO object; None for an empty file."""
-    first = _head(path).decode("utf-8-sig", "replace").strip().partition("\n")[0]
-    values = [number(word) for word in first.split()]
-    return all(map(math.isfinite, values)) and parse_box(values[1:]) is not None if values else None
-
-
-def _head(path: Path) -> bytes:
-    """The first bytes of a file; none where it cannot be read."""
-    if not path.is_file():
-        return b""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(4096)
-    return b""
-
-
 def _holds(path: Path, *patterns: bytes) -> bool:
     """Whether a file holds all patterns. It is searched where it lies, because it may be larger than the memory."""
-    if not _head(path):
+    if not read_head(path):
         return False
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return all(re.search(pattern, data) for pattern in patterns)

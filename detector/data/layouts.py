@@ -7,14 +7,14 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..files import read_text
 from .csv import read_rows
-from .file_index import FileIndex, key
+from .file_index import FileIndex, key, shared_folders
 from .file_source import MAX_BYTES
-from .yolo import read_names, read_yaml, swapped
+from .yolo import read_yaml, swapped
 
 Sources = dict[str, list[dict]]
 
@@ -25,12 +25,15 @@ _LISTS = ("train", "val", "test")
 
 @dataclass
 class Layout:
-    """The files of a folder, its annotation files, and what was decided about them."""
+    """The files of a folder, its annotation files, and what was decided about them.
+
+    overlaps: pairs of sources of one split that are about the same pictures.
+    """
 
     index: FileIndex
     files: list[str]
-    remarks: list[str]
-    class_names: tuple[str, ...] | None = None
+    remarks: list[str] = field(default_factory=list)
+    overlaps: list[tuple[dict, dict]] = field(default_factory=list)
 
     def path(self, file: str) -> Path:
         """The path of a file of the index."""
@@ -81,37 +84,37 @@ def csv_sources(layout: Layout) -> Sources:
 
 
 def yolo_sources(layout: Layout) -> Sources:
-    """Sources of what data.yaml or obj.data describes, or else of text files of pictures."""
-    first = layout.files[0]
-    if first.lower().endswith((".yaml", ".yml")):
-        return _described(layout, first, read_yaml(layout.path(first), MAX_BYTES), names=first)
-    if first.lower().endswith(".data"):
-        lines = read_text(layout.path(first), MAX_BYTES).splitlines()
-        values = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in lines)}
-        return _described(layout, first, values, names=_inside(layout, first, values.get("names", "")))
-    endings = ("classes.txt", "_darknet.labels", ".names")
-    names = next((file for file in layout.index.files if file.lower().endswith(endings)), None)
-    base = {"format": "yolo"} | _with_names(layout, names)
-    return _beside_pictures(layout, lambda folder, images: base | {"images": images, "labels": folder})
+    """Sources of what each data.yaml and obj.data describes, or else of text files of pictures.
 
-
-def _with_names(layout: Layout, names: str | None) -> dict:
-    """The source's `names`, if there is a file of them."""
-    if names is None:
-        layout.remarks.append("no list of class names was found: classes are called class_0, class_1...")
-        return {}
-    layout.class_names = tuple(name for _, name in sorted(read_names(layout.path(names), MAX_BYTES).items()))
-    layout.remarks.append(f"{names} has the names of {len(layout.class_names)} classes")
-    return {"names": names}
+    ValueError: the pictures to train on are not there.
+    """
+    if layout.files[0].lower().endswith(".txt"):
+        base = {"format": "yolo"}
+        return _beside_pictures(layout, lambda folder, images: base | {"images": images, "labels": folder})
+    sources: Sources = defaultdict(list)
+    for file in layout.files:
+        if file.lower().endswith(".data"):
+            lines = read_text(layout.path(file), MAX_BYTES).splitlines()
+            values = {
+                name.strip(): value.strip() for name, _, value in (line.partition("=") for line in lines)
+            }
+            names = _inside(layout, file, values.get("names", ""))
+        else:
+            values, names = read_yaml(layout.path(file), MAX_BYTES), file
+        for split, described in _described(layout, file, values, names).items():
+            sources[split] += described
+    if "train" not in sources:
+        listed = "; ".join(layout.remarks)
+        raise ValueError(
+            f"{layout.path(layout.files[0])}: no pictures to train on below {layout.index.folder} ({listed})"
+        )
+    return _in_order(sources)
 
 
 def _described(layout: Layout, file: str, values: dict, names: str | None) -> Sources:
-    """Sources of the pictures that YOLO's data.yaml or obj.data names. ValueError: those to train on are not there."""
-    base = (
-        {"format": "yolo"}
-        | _with_names(layout, names)
-        | ({"keypoints": True} if "kpt_shape" in values else {})
-    )
+    """Sources of the pictures that YOLO's data.yaml or obj.data names."""
+    base = {"format": "yolo", "names": names} if names else {"format": "yolo"}
+    base |= {"keypoints": True} if "kpt_shape" in values else {}
     sources: Sources = {}
     for word in ("train", "val", "valid", "validation", "test"):
         entries = values.get(word) or []
@@ -125,11 +128,6 @@ def _described(layout: Layout, file: str, values: dict, names: str | None) -> So
                 )
             else:
                 sources.setdefault(_SPLITS[word], []).append({**base, "images": images})
-    if "train" not in sources:
-        listed = "; ".join(layout.remarks[1:])
-        raise ValueError(
-            f"{layout.path(file)}: no pictures to train on below {layout.index.folder} ({listed})"
-        )
     return sources
 
 
@@ -169,24 +167,22 @@ def _beside_pictures(layout: Layout, source: Callable[[str, str], dict]) -> Sour
 
 
 def _one_file_each(layout: Layout, format: str, names_of: Callable[[Path], set[str]]) -> Sources:
-    """A source for each file that is about many pictures. ValueError: two are about the same pictures."""
+    """A source for each file that is about many pictures."""
     splits = {file: split_of(file) for file in layout.files}
     if "train" not in splits.values():
         splits = dict.fromkeys(splits, "train")
     sources: Sources = defaultdict(list)
-    first: dict[tuple[str, str, str], str] = {}
+    first: dict[tuple[str, str, str], dict] = {}
     for file, split in splits.items():
         if split is None:
             layout.remarks.append(f"{file} has no split's name, and is left out")
             continue
         names = names_of(layout.path(file))
         images = _base_of(layout.index, names, file)
-        for name in names:
-            if (other := first.setdefault((split, images, name), file)) != file:
-                raise ValueError(
-                    f"{layout.path(other)} and {layout.path(file)} both have {name!r}; give one of them"
-                )
-        sources[split].append({"format": format, "annotations": file, "images": images})
+        source = {"format": format, "annotations": file, "images": images}
+        others = [first.setdefault((split, images, name), source) for name in names]
+        layout.overlaps += [(other, source) for other in sources[split] if other in others]
+        sources[split].append(source)
     return _in_order(sources)
 
 
@@ -230,7 +226,12 @@ def _base_of(index: FileIndex, names: set[str], file: str) -> str:
     if bases[best[0]] < num_found:
         return os.path.commonpath([base.removeprefix(".") for base in bases]) or "."
     # The same names may be below several folders, such as train and val.
-    return min(best, key=lambda base: (split_of(base) != split_of(file), base != os.path.dirname(file), base))
+    place = os.path.dirname(file)
+
+    def distance(base: str) -> tuple[bool, int, bool, str]:
+        return split_of(base) != split_of(file), -shared_folders(base, place), base != place, base
+
+    return min(best, key=distance)
 
 
 def _coco_names(path: Path) -> set[str]:

@@ -1,14 +1,14 @@
 """Pictures and objects as read from annotation files of any format, and their conversion to a DetectionDataset."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from backbones.messages import nearest
 
-from .dataset import DetectionDataset, offsets_of
+from .dataset import DetectionDataset, concatenate, offsets_of
 from .file_index import picture_key
 
 
@@ -47,7 +47,7 @@ class Annotations:
 
     source: the name of the data in messages. describe: gives an object's place in the files and its box as filed, for
     messages. category_ids: the file's list of classes, name -> id; None: the classes are the names of the objects.
-    problems, notes: sentences for `DetectionDataset`.
+    problems, notes, warnings: sentences for `DetectionDataset`.
     """
 
     source: str
@@ -57,6 +57,7 @@ class Annotations:
     category_ids: dict[str, int] | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     unknown_ids: list[int] = field(default_factory=list)
 
     def to_dataset(
@@ -76,9 +77,8 @@ class Annotations:
         strict: raise a ValueError if there is any problem. use_difficult: train on difficult objects too.
 
         Raises:
-            ValueError: a class is unknown or named twice, there is none, or `strict` finds a problem.
+            ValueError: a class is named twice, there is none, or `strict` finds a problem.
         """
-        self._strip_names()
         names, notes = self._select_classes(class_names)
         label_of = {name: label for label, name in enumerate(names, start=1)}
         used = [pictures is None or picture_key(p.path) in pictures for p in self.pictures]
@@ -97,7 +97,7 @@ class Annotations:
         sound[list(faults)] = False
         kept, boxes = [o for o, is_sound in zip(objects, sound, strict=True) if is_sound], boxes[sound]
         areas = np.array([np.nan if o.area is None else o.area for o in kept], np.float64)
-        ids = self.category_ids or label_of
+        ids = number_classes(self.category_ids or {}, names)
         dataset = DetectionDataset(
             class_names=names,
             category_ids=[ids[name] for name in names],
@@ -113,8 +113,16 @@ class Annotations:
             use_difficult=use_difficult,
             problems=problems,
             notes=self.notes + notes,
+            warnings=self.warnings,
         )
-        return dataset.subset(np.array(used, bool)).first_annotated(limit)
+        return concatenate([dataset.subset(np.array(used, bool))]).first_annotated(limit)
+
+    def list_classes(self) -> list[str]:
+        """The names of the classes: those of the file's list by their ids, or else those of the objects, sorted."""
+        self._strip_names()
+        if self.category_ids is None:
+            return sorted({o.name for o in self.objects} - {""})
+        return sorted(self.category_ids, key=self.category_ids.get)
 
     def _strip_names(self) -> None:
         """Drop the blanks around class names, with a note."""
@@ -128,12 +136,8 @@ class Annotations:
 
     def _select_classes(self, wanted: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
         """The class names in the order of their labels, and notes on classes left out or without objects."""
+        known = self.list_classes()
         counts = Counter(o.name for o in self.objects if o.name)
-        known = (
-            sorted(counts)
-            if self.category_ids is None
-            else sorted(self.category_ids, key=self.category_ids.get)
-        )
         names = tuple(known if wanted is None else wanted)
         if not names:
             given = (
@@ -145,13 +149,12 @@ class Annotations:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"class_names holds {name!r} twice")
-            if self.category_ids is not None and name not in known:
-                raise ValueError(f"{self.source} has no category {name!r}; {nearest(name, known)}")
         notes = []
         if others := [f"{count} {name}" for name, count in counts.most_common() if name not in names]:
             notes.append(f"{self.source}: left out, as class_names does not name them: {', '.join(others)}")
-        if self.category_ids is None and (absent := [name for name in names if not counts[name]]):
-            notes.append(f"{self.source} has no object of {', '.join(absent)}")
+        if absent := [name for name in names if not counts[name]]:
+            more = f" and {len(absent) - 5} other classes" if len(absent) > 5 else ""
+            notes.append(f"{self.source} has no object of {', '.join(absent[:5])}{more}")
         return names, notes
 
     def _tell(self, objects: list[Object], faults: dict[int, str]) -> list[str]:
@@ -163,6 +166,21 @@ class Annotations:
             place, filed = self.describe(objects[row])
             told.append(f"{place} {remarks[row]}: {filed}")
         return told
+
+
+def number_classes(ids: Mapping[str, int], names: Iterable[str]) -> dict[str, int]:
+    """The ids of a list of classes, and the next free ones for the names that it lacks."""
+    numbered = dict(ids)
+    for name in names:
+        numbered.setdefault(name, max(numbered.values(), default=0) + 1)
+    return numbered
+
+
+def refuse_unknown(wanted: Sequence[str], known: Sequence[str], source: str) -> None:
+    """Raise a ValueError for the first class that somebody wants and that no list of classes has."""
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"{source} has no category {name!r}; {nearest(name, known)}")
 
 
 def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, str]:

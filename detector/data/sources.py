@@ -1,8 +1,10 @@
 """A recipe's section `data`, and the formats that it may name.
 
-A format is one file of this folder: a settings section with a `load` method, listed in `AnySource`.
+A format is one file of this folder: a settings section with a `read` method, listed in `AnySource`.
 """
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +14,11 @@ from ..settings import Section
 from .coco import CocoSource
 from .csv import CsvSource
 from .dataset import DetectionDataset, concatenate
+from .file_source import Reader
 from .headers import settle_sizes
 from .images import MAX_PIXELS
 from .labelme import LabelmeSource
+from .records import refuse_unknown
 from .shapes import ShapesSource
 from .voc import VocSource
 from .yolo import YoloSource
@@ -54,28 +58,38 @@ def build_dataset(
     class_names: tuple[str, ...] | None = None,
     *,
     check_pictures: bool = True,
-    **options: Any,
+    read: Reader = lambda source, root: source.read(root),
 ) -> DetectionDataset:
     """The "train", "val" or "test" data of a configuration.
 
-    class_names: foreground names in the order of their labels; None: those of the configuration. Pass the names of
-        the first split read, so that all splits agree.
+    class_names: foreground names in the order of their labels; None: those of the configuration, or else all names of
+        the sources, in the order of the first. Pass the names of the first split read, so that all splits agree.
     check_pictures: read the headers of all pictures, and settle their sizes; False if only annotations are used.
-    options: those of the sources' `load`.
+    read: what `read_once` gives; by default, the files are read anew.
 
     Raises:
-        ValueError: the configuration has no such split, a source cannot be read, or `settle_sizes` refuses pictures.
+        ValueError: the configuration has no such split, a source cannot be read, the configuration names a class that
+            the sources lack, or `settle_sizes` refuses pictures.
         FileNotFoundError: a file of a source is missing.
     """
     sources = getattr(data, split)
     if not sources:
         raise ValueError(f"the config has no data.{split}")
-    options |= {
-        "class_names": class_names or data.class_names,
-        "strict": data.strict,
-        "use_difficult": data.difficult,
-    }
-    dataset = concatenate([source.load(data.root, **options) for source in sources])
+    found = [read(source, data.root) for source in sources]
+    known = list(dict.fromkeys(name for each in found for name in each.list_classes()))
+    if split == "train" and class_names is None and all(each.category_ids is not None for each in found):
+        refuse_unknown(data.class_names or (), known, ", ".join(each.source for each in found))
+    names = class_names or data.class_names or known or None
+    options = {"class_names": names, "strict": data.strict, "use_difficult": data.difficult}
+    pairs = zip(sources, found, strict=True)
+    dataset = concatenate([source.select(each, data.root, **options) for source, each in pairs])
+    if class_names is not None and data.class_names is None:
+        counts = Counter(o.name for each in found for o in each.objects if o.name and o.name not in names)
+        lacking = [
+            f"data.{split} has {count} objects of {name!r}, a class that training lacks"
+            for name, count in counts.items()
+        ]
+        dataset = replace(dataset, warnings=(*dataset.warnings, *lacking))
     if not len(dataset):
         told = (
             "; ".join((*dataset.problems, *dataset.notes))

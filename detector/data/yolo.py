@@ -1,21 +1,25 @@
 """Read YOLO's text files, one a picture with a line for each object, into a DetectionDataset."""
 
+import math
 import os
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field
 
-from ..files import read_text
+from ..files import read_head, read_text
 from .file_index import FileIndex, is_picture
 from .file_source import FileSource
 from .filed import Filed, gather, number, read_each
-from .records import Annotations, Object
+from .records import Annotations, Object, number_classes
+from .tolerance import MAX_LEFT_OUT
 
 # The number of a line, its class number and its text. None: the first word is no class number.
 _Line = tuple[int, int | None, str]
+# A picture, its text file and the lines of that; paths are below data.root.
+_Read = tuple[str, str | None, list[_Line]]
 
 
 class YoloSource(FileSource):
@@ -32,40 +36,82 @@ class YoloSource(FileSource):
         description="the folder of the text files; None: beside the pictures, or in `labels` for pictures in `images`",
     )
     names: str | None = Field(
-        None, description="data.yaml, or a text file of a class name a line; None: class_0, class_1..."
+        None,
+        description="data.yaml, or a text file of a class name a line; None: for each text the nearest classes.txt, "
+        "obj.names or _darknet.labels at or above it, else class_0, class_1...",
     )
     keypoints: bool = Field(False, description="lines hold keypoints behind the box, which are ignored")
 
     def read(self, root: Path) -> Annotations:
         """What the text files say."""
-        names = read_names(root / self.names, self.max_bytes) if self.names else None
-        labels = FileIndex(root / self.labels if self.labels else root)
-        read, problems = read_each(self._pictures(root), partial(self._lines, labels))
-        bare = [picture for picture, file, _ in read if file is None]
-        if read and len(bare) == len(read):
+        index = FileIndex(root)
+        read, problems = read_each(self._pictures(root), partial(self._lines, index))
+        texts = [text for _, text, _ in read if text]
+        if read and not texts:
             raise ValueError(f"{root / self.images}: no picture has a text file of its objects")
-        ids = sorted({id for *_, lines in read for _, id, _ in lines} - {None})
-        known = names or {id: f"class_{id}" for id in ids}
-        filed = []
-        for picture, file, lines in read:
-            objects = [_object(*line, known, self.keypoints) for line in lines]
-            filed.append(Filed(file or root / picture, os.path.join(root, picture), None, objects))
-        category_ids = {name: id for id, name in sorted(known.items())}
+        _refuse_shared(read, root)
+        names_of, notes = self._names(index, texts)
+        if not names_of:
+            ids = {id for *_, lines in read for _, id, _ in lines} - {None}
+            names_of = dict.fromkeys(texts, {id: f"class_{id}" for id in sorted(ids)})
+        filed, category_ids, unknown = [], {}, set()
+        for picture, text, lines in read:
+            names = names_of.get(text, {})
+            category_ids = category_ids or {name: id for id, name in sorted(names.items())}
+            category_ids = number_classes(category_ids, names.values())
+            unknown |= {id for _, id, _ in lines if id is not None and id not in names}
+            objects = [_object(*line, names, self.keypoints) for line in lines]
+            filed.append(Filed(root / (text or picture), os.path.join(root, picture), None, objects))
         source = str(root / self.images)
         found = gather(source, filed, "line {}", fractions=True, category_ids=category_ids, problems=problems)
-        found.unknown_ids = [id for id in ids if id not in known]
-        if bare:
-            found.notes.append(
-                f"{source}: {len(bare)} pictures have no text file, so no objects, such as {bare[0]}"
-            )
+        found.unknown_ids, found.notes = sorted(unknown), notes
+        bare = [picture for picture, text, _ in read if text is None]
+        for orphans, count, what in (
+            (bare, len(read), "pictures have no text file, so no objects"),
+            (
+                _without_picture(index, texts),
+                len(texts),
+                "texts belong to no picture, so their objects are lost",
+            ),
+        ):
+            if orphans:
+                told = f"{source}: {len(orphans)} {what}, such as {', '.join(orphans[:3])}"
+                few = len(orphans) <= MAX_LEFT_OUT * count
+                (found.notes if few else found.warnings).append(told if few else f"{told}. Is that meant?")
         return found
+
+    def _names(self, index: FileIndex, texts: list[str]) -> tuple[dict[str, dict[int, str]], list[str]]:
+        """The class names for each text, and notes. No names: there is no list of them.
+
+        ValueError: several lists of names may be meant.
+        """
+        if self.names:
+            return dict.fromkeys(texts, read_names(index.folder / self.names, self.max_bytes)), []
+        lists = [file for file in index.files if is_class_list(file)]
+        if not lists:
+            return {}, ["no list of class names was found: classes are called class_0, class_1..."]
+        read = cache(lambda file: read_names(index.folder / file, self.max_bytes))
+        found, used = {}, {}
+        for text in texts:
+            above = [file for file in lists if f"{text}/".startswith(f"{os.path.dirname(file)}/".lstrip("/"))]
+            depth = max((file.count("/") for file in above), default=-1)
+            first, *others = [file for file in above if file.count("/") == depth] or lists
+            if other := next((file for file in others if read(file) != read(first)), None):
+                raise ValueError(
+                    f"{index.folder / text}: the lists {first} and {other} differ, and either may have its class names; "
+                    "put the right one into the folder of the texts, or name it as `names` in the recipe"
+                )
+            found[text] = used[first] = read(first)
+        return found, [f"{file} has the names of {len(names)} classes" for file, names in used.items()]
 
     def _pictures(self, root: Path) -> list[str]:
         """The paths of the pictures below root."""
         if os.path.isfile(root / self.images):
-            index = FileIndex(root)
+            index, near = FileIndex(root), os.path.dirname(self.images)
             lines = read_text(root / self.images, self.max_bytes).splitlines()
-            return [os.path.relpath(index.path_of(line.strip()), root) for line in lines if line.strip()]
+            return [
+                os.path.relpath(index.path_of(line.strip(), near), root) for line in lines if line.strip()
+            ]
         found = FileIndex(root / self.images).files
         pictures = [os.path.normpath(os.path.join(self.images, file)) for file in found if is_picture(file)]
         if not pictures:
@@ -73,20 +119,56 @@ class YoloSource(FileSource):
         return pictures
 
     def _label_names(self, picture: str) -> list[str]:
-        """The paths that the text file of a picture may have below the folder of text files."""
+        """The paths that the text file of a picture may have."""
         path = f"{os.path.splitext(picture)[0]}.txt"
         if self.labels:
-            return [os.path.relpath(path, self.images), os.path.basename(path)]
+            names = os.path.relpath(path, self.images), os.path.basename(path)
+            return [os.path.join(self.labels, name) for name in names]
         return [swapped(path, "images", "labels"), path]
 
-    def _lines(self, labels: FileIndex, picture: str) -> tuple[str, Path | None, list[_Line]]:
+    def _lines(self, index: FileIndex, picture: str) -> _Read:
         """The picture, its text file and the lines of that. None: it has no file."""
-        label = next(filter(None, map(labels.exact, self._label_names(picture))), None)
-        if label is None:
+        text = next(filter(None, map(index.exact, self._label_names(picture))), None)
+        if text is None:
             return picture, None, []
-        file = labels.folder / label
-        lines = enumerate(read_text(file, self.max_bytes).splitlines(), start=1)
-        return picture, file, [(index, _class_number(line), line) for index, line in lines if line.strip()]
+        lines = enumerate(read_text(index.folder / text, self.max_bytes).splitlines(), start=1)
+        return picture, text, [(number, _class_number(line), line) for number, line in lines if line.strip()]
+
+
+def _refuse_shared(read: list[_Read], root: Path) -> None:
+    """Raise a ValueError if a text file is that of two pictures."""
+    first: dict[str, str] = {}
+    for picture, text, _ in read:
+        if text and first.setdefault(text, picture) != picture:
+            raise ValueError(
+                f"{root / text} would be the text file of both {root / first[text]} and {root / picture}; "
+                "give each picture a text of its own, with the same folders below labels as below images"
+            )
+
+
+def _without_picture(index: FileIndex, texts: list[str]) -> list[str]:
+    """The texts of objects that lie beside those of pictures, and belong to no picture anywhere."""
+    folders, used = {os.path.dirname(text) for text in texts}, set(texts)
+    beside = [
+        file
+        for file in index.files
+        if file.lower().endswith(".txt") and file not in used and os.path.dirname(file) in folders
+    ]
+    lost = [file for file in beside if not index.find(swapped(file[:-4], "labels", "images"))]
+    return [file for file in lost if is_object_text(index.folder / file)]
+
+
+def is_object_text(path: Path) -> bool | None:
+    """Whether the first line of a text file is a YOLO object; None for an empty file."""
+    first = read_head(path).decode("utf-8-sig", "replace").strip().partition("\n")[0]
+    values = [number(word) for word in first.split()]
+    return all(map(math.isfinite, values)) and parse_box(values[1:]) is not None if values else None
+
+
+def is_class_list(file: str) -> bool:
+    """Whether a file is a list of class names; labelImg's predefined_classes.txt is that of no picture."""
+    name = os.path.basename(file).lower()
+    return name.endswith(("classes.txt", "_darknet.labels", ".names")) and name != "predefined_classes.txt"
 
 
 def _class_number(line: str) -> int | None:

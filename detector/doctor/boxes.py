@@ -111,6 +111,8 @@ def _other_faults(part: Part, told: np.ndarray) -> list[Finding]:
         notes.append(
             f"{part.split}: {crowds} boxes are crowds: training leaves them out, evaluation ignores them"
         )
+    told = [("warning", f"{part.split}: {warning}") for warning in part.warnings]
     return findings + [
-        Finding("note", "remark", part.source, None, note, "Check that this is meant.") for note in notes
+        Finding(severity, "remark", part.source, None, what, "Check that this is meant.")
+        for severity, what in [*told, *(("note", note) for note in notes)]
     ]

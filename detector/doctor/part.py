@@ -1,13 +1,16 @@
 """What the doctor looks at: one source of a split in flat arrays. Letters: N pictures, M boxes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
 from ..data.dataset import DetectionDataset
+from ..data.file_source import read_once
 from ..data.records import Annotations, Object
-from ..data.sources import DataConfig
+from ..data.sources import DataConfig, build_dataset
 from .findings import Finding
 
 SPLITS = ("train", "val", "test")
@@ -38,6 +41,7 @@ class Part:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     objects: tuple[Object, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def refused(self) -> np.ndarray:
@@ -108,25 +112,32 @@ def part_of_dataset(split: str, dataset: DetectionDataset) -> Part:
 
 
 def read_parts(data: DataConfig) -> tuple[list[Part], list[Finding]]:
-    """Read each source of a recipe. A source that cannot be read is a finding."""
-    parts, findings = [], []
+    """Read each source of a recipe. A source or a split that a training refuses is a finding."""
+    parts, findings, read = [], [], read_once()
     for split in SPLITS:
-        for source in getattr(data, split) or ():
-            try:
-                found = source.read(data.root)
-                # The data set leaves objects out of what was read.
-                part = part_of_annotations(split, found)
-                dataset = source.select(found, data.root, class_names=data.class_names)
-            except (ValueError, OSError) as error:
-                findings.append(_unread(split, str(data.root), error))
-            else:
-                parts.append(_used(part, dataset, data.class_names))
+        sources, of_split = getattr(data, split) or [], []
+        for source in sources:
+            with _told(findings, split, data.root):
+                of_split.append(part_of_annotations(split, read(source, data.root)))
+        if of_split and len(of_split) == len(sources):
+            with _told(findings, split, data.root):
+                whole = data.model_copy(update={"strict": False})
+                dataset = build_dataset(whole, split, check_pictures=False, read=read)
+                of_split = [_used(replace(part, notes=()), dataset, data.class_names) for part in of_split]
+                of_split[0] = replace(of_split[0], notes=dataset.notes, warnings=dataset.warnings)
+        parts += of_split
     return parts, findings
 
 
-def _unread(split: str, file: str, error: Exception) -> Finding:
-    advice = "Mend the file, or the recipe's section data. Nothing else of this source was checked."
-    return Finding("error", "annotations that cannot be read", file, None, f"{split}: {error}", advice)
+@contextmanager
+def _told(findings: list[Finding], split: str, root: Path) -> Iterator[None]:
+    """Make a finding of the error that annotations raise."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        advice = "Mend the file, or the recipe's section data. Nothing else of this source was checked."
+        what = f"{split}: {error}"
+        findings.append(Finding("error", "annotations that cannot be read", str(root), None, what, advice))
 
 
 def _used(part: Part, dataset: DetectionDataset, class_names: tuple[str, ...] | None) -> Part:
