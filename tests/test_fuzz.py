@@ -199,7 +199,7 @@ RETINANET = b"a.jpg,1,2,3,4,cat\nb.jpg,,,,,\n"
 def loader(source, **options):
     """Load the folder of a file, or the folder above it, which holds the pictures."""
     made = source(format=source.model_fields["format"].annotation.__args__[0], **options)
-    return lambda path: made.load(path.parent.parent)
+    return lambda path: made.select(made.read(path.parent.parent), path.parent.parent)
 
 
 def read_found(path):

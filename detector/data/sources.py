@@ -4,7 +4,7 @@ A format is one file of this folder: a settings section with a `load` method, li
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -34,6 +34,10 @@ class DataConfig(Section):
         None, description="foreground names; None: as the data have them"
     )
     difficult: bool = Field(True, description="train on objects that VOC marks difficult")
+    crowd: Literal["ignore", "train"] = Field(
+        "ignore",
+        description="boxes that are marked as crowds (iscrowd, IsGroupOf), as CVAT marks masks: left out of training and of scores, or trained on like others",
+    )
     strict: bool = Field(
         False, description="refuse bad boxes and pictures instead of skipping, mending or replacing them"
     )
@@ -74,6 +78,7 @@ def build_dataset(
         "class_names": class_names or data.class_names,
         "strict": data.strict,
         "use_difficult": data.difficult,
+        "use_crowd": data.crowd == "train",
     }
     dataset = concatenate([source.load(data.root, **options) for source in sources])
     if not len(dataset):
