@@ -59,7 +59,8 @@ def find_data(path: str | Path, format: str | None = None) -> Found:
         raise ValueError(f"{path}: annotations of several formats: {listed}; choose one with --format")
     ((name, files),) = found.items()
     remark = f"{path}: format {name}, {kinds[name]}, such as {files[0]}; {len(index.pictures)} pictures"
-    layout = Layout(index, files, [remark])
+    passed = [f"{count} {kind} are passed over" for kind, count in index.passed_over.items()]
+    layout = Layout(index, files, [remark, *passed])
     splits = FORMATS[name][1](layout)
     layout.remarks.append(
         "there is no split" if list(splits) == ["train"] else f"splits: {', '.join(splits)}"
