@@ -14,6 +14,9 @@ from torch import Tensor
 
 from backbones.messages import first_line
 
+# A mark of this name, or the state of a run.
+_OUTPUT_MARKS = (".fasterrcnn_c4", "training_state.pt", "training_state.previous.pt")
+
 
 def write_atomically(
     path: str | Path, write: Callable[[Path], object], *, durable: bool = False, previous: Path | None = None
@@ -51,6 +54,19 @@ def _reason(error: BaseException) -> str:
     while seen is not None and not isinstance(seen, OSError):
         seen = seen.__context__
     return getattr(seen, "strerror", None) or first_line(error)
+
+
+def mark_output(folder: str | Path) -> None:
+    """Mark a folder as one of outputs, if it is new or empty, so that nobody takes its pictures for data."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        (folder / _OUTPUT_MARKS[0]).touch()
+
+
+def is_output(folder: str | Path) -> bool:
+    """Whether a folder is marked as one of outputs, or holds a run."""
+    return any(os.path.exists(os.path.join(folder, mark)) for mark in _OUTPUT_MARKS)
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """The split of a data set: by content and seed, equal pictures together, every class on both sides."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -121,19 +123,32 @@ def test_a_written_split_is_read_back_by_a_recipe(tiny_shapes, tmp_path):
     source = {"format": "coco", "images": "train", "annotations": "annotations/train.json"}
     dataset = build_dataset(DataConfig(root=tiny_shapes, train=[source]), "train")
     parts = split_dataset(dataset, seed=0, val=0.25)
-    files = write_split(tmp_path / "run", dataset, parts)
-    assert {name: path.name for name, path in files.items()} == {"train": "train.txt", "val": "val.txt"}
-    sources = {part: [source | {"pictures": str(path)}] for part, path in files.items()}
+    files = write_split(tmp_path / "run", dataset, parts, tiny_shapes)
+    assert files == {part: str(tmp_path / f"run/{part}.txt") for part in ("train", "val")}
+    sources = {part: [source | {"pictures": path}] for part, path in files.items()}
     data = DataConfig(root=tiny_shapes, **sources)
     for part, rows in parts.items():
         again = build_dataset(data, part)
         assert again.to_coco() == dataset.subset(rows).to_coco()
 
 
+@pytest.mark.parametrize("place", ["data/run", "run"])
+def test_a_written_split_fits_data_that_have_moved(tiny_shapes, tmp_path, place):
+    shutil.copytree(tiny_shapes, tmp_path / "data")
+    source = {"format": "coco", "images": "train", "annotations": "annotations/train.json"}
+    dataset = build_dataset(DataConfig(root=tmp_path / "data", train=[source]), "train")
+    files = write_split(tmp_path / place, dataset, {"train": np.arange(3)}, tmp_path / "data")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    data = DataConfig(root=tmp_path / "moved", train=[source | {"pictures": files["train"]}])
+    again = build_dataset(data, "train")
+    assert again.to_coco() == dataset.subset(np.arange(3)).to_coco()
+    assert again.image_paths[0].startswith(str(tmp_path / "moved"))
+
+
 def test_a_name_with_a_line_break_is_refused_by_a_list(make, tmp_path):
     dataset = make([[1], [2]], name="a\n{}.png")
     with pytest.raises(ValueError, match="has a line break in its name"):
-        write_split(tmp_path, dataset, {"train": np.array([0, 1])})
+        write_split(tmp_path, dataset, {"train": np.array([0, 1])}, tmp_path)
     assert not (tmp_path / "train.txt").exists()
 
 

@@ -18,7 +18,7 @@ import detector.data.opened
 from detector.config import load_config, parse_config
 from detector.data.coco import load_coco
 from detector.data.likeness import _close_pairs, perceptual_hashes
-from detector.data.sources import build_datasets
+from detector.data.sources import build_dataset, build_datasets
 from detector.doctor.box_format import guess_format
 from detector.doctor.check import examine, quick_check
 from detector.doctor.findings import Finding, exit_status_of, format_findings
@@ -114,14 +114,31 @@ def test_a_sound_set_has_no_finding(data):
 )
 def test_a_faulty_box_is_found_with_its_picture_and_index(data, kind, bbox):
     index = data.box("train", 3, bbox)
-    found = data.findings("none")
+    found = [f for f in data.findings("none") if f.kind != "remark"]
     assert named(found, kind) == [("train2.png", index)] and len(found) == 1
     assert f"annotations[{index}]" in found[0].what
+
+
+def test_what_stops_a_training_is_an_error_and_what_it_mends_is_a_note(data):
+    data.box("train", 3, [60, 10, -20, 20])
+    assert [f.severity for f in data.findings("none")] == ["note", "note"]
+    assert "1 of 25 boxes were drawn" in build_dataset(parse_config(data.values()).data, "train").notes[0]
+    indices = [data.box("train", 3, [60, 10, 0, 20]) for _ in range(3)]
+    errors = [f.index for f in data.findings("none") if f.severity == "error"]
+    assert errors == indices
+    with pytest.raises(ValueError, match="3 of 28 objects cannot be used"):
+        build_dataset(parse_config(data.values()).data, "train")
 
 
 def test_a_crowd_is_no_faulty_box(data):
     data.box("train", 1, [0, 0, WIDTH, HEIGHT], iscrowd=1)
     assert [f.kind for f in data.findings("none")] == ["remark"]
+    assert "1 of 25 boxes are marked as crowds and are not trained on" in data.findings("none")[0].what
+    values = data.values()
+    values["data"]["crowd"] = "train"
+    assert "box of the whole picture" in [
+        f.kind for f in examine(parse_config(values), pictures="none").findings
+    ]
 
 
 @pytest.fixture(scope="module")

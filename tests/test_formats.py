@@ -952,6 +952,103 @@ def test_keypoints_behind_a_box_are_not_taken_for_a_polygon(tmp_path):
     assert parse_box([0.1, 0.1, 0.9, 0.9, 0.5, 0.5]) == (0.1, 0.1, 0.9, 0.9)
 
 
+def pose(root, *lines, names="[cat]", **options):
+    """The data set of one picture with these lines behind class 0, whose data.yaml has no kpt_shape."""
+    paint(root / "images/one.jpg")
+    put(root / "labels/one.txt", "".join(f"0 {line}\n" for line in lines))
+    put(root / "data.yaml", f"train: images\nnames: {names}")
+    source = find_data(root).splits["train"][0] | options
+    return build_dataset(DataConfig(root=root, train=[source]), "train")
+
+
+POSES = {
+    "x and y": ("0.5 0.5 0.5 0.5 0.3 0.4 0.7 0.6", "0.8 0.4 0.2 0.4 0.8 0.5 0.75 0.3"),
+    "an unmarked point": ("0.5 0.5 0.5 0.5 0.3 0.4 0 0", "0.8 0.4 0.2 0.4 0 0 0.75 0.3"),
+    "visibility, an odd count": ("0.5 0.5 0.5 0.5 0.3 0.4 2", "0.8 0.4 0.2 0.4 0 0 0"),
+    "visibility, an even count": ("0.5 0.5 0.5 0.5 0.3 0.4 2 0 0 0", "0.8 0.4 0.2 0.4 0.8 0.5 1 0.75 0.3 2"),
+}
+
+
+@pytest.mark.parametrize("kind", POSES)
+def test_points_that_all_lie_in_the_box_in_front_of_them_are_keypoints(tmp_path, kind):
+    dataset = pose(tmp_path, *POSES[kind], "0.5 0.5 1 1")
+    np.testing.assert_allclose(
+        dataset.boxes, [[10, 7.5, 30, 22.5], [28, 6, 36, 18], [0, 0, 40, 30]], atol=1e-6
+    )
+    assert any("2 lines hold keypoints behind their box" in note for note in dataset.notes)
+    assert dataset.problems == ()
+
+
+def test_lines_that_disagree_on_keypoints_are_refused_and_an_option_settles_it(tmp_path):
+    lines = ("0.5 0.5 0.5 0.5 0.3 0.4 0.7 0.6", "0.1 0.1 0.6 0.2 0.5 0.9 0.1 0.8")
+    message = (
+        r"one.txt: line 1 looks like a box with keypoints, and .*: line 2 like a polygon; set keypoints: true"
+    )
+    with pytest.raises(ValueError, match=message):
+        pose(tmp_path, *lines)
+    assert pose(tmp_path, *lines, keypoints=True).boxes[0].tolist() == [10, 7.5, 30, 22.5]
+    np.testing.assert_allclose(pose(tmp_path, *lines, keypoints=False).boxes[1], [4, 3, 24, 27])
+
+
+POLYGONS = {
+    "rectangles": ("0.30 0.30 0.40 0.30 0.40 0.40 0.30 0.40", "0.2 0.3 0.3 0.2 0.4 0.3 0.3 0.4"),
+    "counts that differ": ("0.3 0.3 0.4 0.3 0.4 0.4", "0.3 0.3 0.4 0.3 0.4 0.4 0.3 0.4"),
+    "towards the lower right": ("0.8 0.8 0.9 0.8 0.9 0.9", "0.7 0.7 0.9 0.7 0.9 0.9"),
+}
+
+
+@pytest.mark.parametrize("kind", POLYGONS)
+def test_polygons_are_not_taken_for_keypoints(tmp_path, kind):
+    dataset = pose(tmp_path, *POLYGONS[kind])
+    for line, box in zip(POLYGONS[kind], dataset.boxes, strict=True):
+        x, y = (np.array(line.split()[start::2], float) for start in (0, 1))
+        corners = x.min() * 40, y.min() * 30, x.max() * 40, y.max() * 30
+        np.testing.assert_allclose(box, corners, atol=1e-6)
+    assert dataset.notes == ()
+
+
+def test_a_group_of_open_images_is_a_crowd(tmp_path):
+    paint(tmp_path / "one.jpg")
+    header = (
+        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction"
+    )
+    lines = ("one,x,cat,1,0.25,0.5,0.1,0.2,0,0,0,0", "one,x,cat,1,0.25,0.75,0.5,0.9,0,0,1,0")
+    put(tmp_path / "boxes.csv", "\n".join((header, *lines)))
+    _, datasets = read(tmp_path)
+    assert datasets["train"].crowd.tolist() == [False, True]
+    assert datasets["train"].target(0)["boxes"].tolist() == [[10, 3, 20, 6]]
+
+
+@pytest.mark.parametrize("write", [labelimg, retinanet_csv, yolo_beside, labelme_folder, cvat_coco])
+def test_corners_in_any_order_are_the_same_box_in_every_format(tmp_path, write, monkeypatch):
+    """The quirk is put in where the corpus is written: every second box is drawn from its lower right corner."""
+    number = iter(range(1000))
+    turned = {
+        name: (size, [(label, box if next(number) % 2 else (*box[2:], *box[:2])) for label, box in boxes])
+        for name, (size, boxes) in PICTURES.items()
+    }
+    monkeypatch.setattr("test_formats.PICTURES", turned)
+    write(tmp_path)
+    _, datasets = read(tmp_path)
+    assert content(datasets.values()) == EXPECTED
+    notes = " ".join(note for dataset in datasets.values() for note in dataset.notes)
+    assert ("drawn from right to left" in notes) == (write is not labelme_folder)
+
+
+def test_no_more_than_a_twentieth_of_the_files_is_left_out_without_stopping(tmp_path):
+    def files(bad):
+        for number in range(60):
+            paint(tmp_path / f"{number}.jpg", "one.jpg")
+            put(tmp_path / f"{number}.xml", "<annotation" if number < bad else xml("one.jpg"))
+        found = find_data(tmp_path, "voc")
+        return build_dataset(DataConfig(root=tmp_path, **found.splits), "train")
+
+    (tmp_path / "0.xml").touch()
+    assert len(files(bad=3).problems) == 3
+    with pytest.raises(ValueError, match=r"4 of 60 files cannot be used, .*\n.*0\.xml: not valid XML"):
+        files(bad=4)
+
+
 def test_a_picture_that_cannot_be_read_is_counted_by_the_rule_on_pictures(tmp_path):
     data = only_train(tmp_path, yolo_beside)
     put(tmp_path / "one.jpg", "no picture")

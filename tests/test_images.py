@@ -2,13 +2,16 @@
 
 import io
 import shutil
+from collections import Counter
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from detector.data.file_index import FileIndex
 from detector.data.images import list_images, load_image, load_image_size
+from detector.files import mark_output
 
 
 @pytest.fixture
@@ -229,6 +232,48 @@ def test_links_to_folders_are_followed_once_and_links_to_nothing_are_told(folder
     unreadable = []
     assert set(list_images(folder, unreadable)) == {*listed, folder / "linked" / "z.jpg"}
     assert unreadable == [f"{folder / 'gone.png'}: a link to nothing"]
+
+
+SUFFIXES = {".jfif": "JPEG", ".jpe": "JPEG", ".JPG": "JPEG", ".jp2": "JPEG2000", ".j2k": "JPEG2000", ".avif": "AVIF",
+            ".webp": "WEBP", ".tiff": "TIFF", ".pbm": "PPM", ".apng": "PNG", ".mpo": "JPEG"}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_whatever_is_decoded_when_it_is_named_is_found_in_a_folder(tmp_path, suffix):
+    if SUFFIXES[suffix] not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {SUFFIXES[suffix]}")
+    path = tmp_path / f"a{suffix}"
+    Image.new("RGB", (8, 6), (200, 100, 50)).save(path, SUFFIXES[suffix])
+    assert load_image(path).shape == (6, 8, 3) and list_images(tmp_path) == [path]
+
+
+def test_files_that_are_no_pictures_are_counted_by_suffix(folder):
+    for name in ("sub/clip.mp4", "LICENSE", "more.TXT"):
+        (folder / name).touch()
+    passed_over = Counter()
+    list_images(folder, passed_over=passed_over)
+    assert passed_over == {".txt": 2, ".mp4": 1, "without suffix": 1}
+
+
+@pytest.mark.parametrize("mark", ["infer", "run"])
+def test_folders_of_outputs_are_passed_over_unless_they_are_named(folder, mark):
+    output = folder / "sub/found"
+    mark_output(output) if mark == "infer" else output.mkdir()
+    (output / ("c.jpg" if mark == "infer" else "training_state.pt")).touch()
+    (output / "c.jpg").touch()
+    passed_over = Counter()
+    expected = ["[1].jpg", "a.PNG", "b.jpg", "sub/c.jpeg"]
+    assert names_of(list_images(folder, passed_over=passed_over), folder) == expected
+    assert passed_over["folders of outputs"] == 1
+    assert "sub/found/c.jpg" not in names_of(list_images(f"{folder}/**/*.jpg"), folder)
+    index = FileIndex(folder)
+    assert index.pictures == expected and index.passed_over == {"folders of outputs": 1}
+    assert list_images(output) == list_images(f"{output}/*.jpg") == [output / "c.jpg"]
+
+
+def test_a_folder_that_holds_files_of_others_is_not_marked_as_outputs(folder):
+    mark_output(folder / "sub")
+    assert len(list_images(folder)) == 4
 
 
 def test_a_path_that_names_nothing_is_an_error(folder):

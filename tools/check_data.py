@@ -21,7 +21,7 @@ from detector.doctor.cost import describe_cost, time_step
 from detector.doctor.findings import exit_status_of, format_findings
 from detector.doctor.fix import write_clean
 from detector.doctor.sheet import save_sheet
-from detector.files import write_json
+from detector.files import mark_output, write_json
 from detector.inference import choose_device
 
 
@@ -77,6 +77,7 @@ def _config(path: str, overrides: list[str], format: str | None) -> Config:
 
 def _write(found: Examination, folder: Path) -> None:
     """Write findings.json, and worst.jpg if there is a picture to show."""
+    mark_output(folder)
     write_json(folder / "findings.json", [asdict(finding) for finding in found.findings], indent=1)
     drawn = save_sheet(folder / "worst.jpg", found.findings, found.parts, found.opened)
     print(f"\n{'findings.json and worst.jpg are' if drawn else 'findings.json is'} in {folder}")

@@ -8,7 +8,7 @@ torchrun --nproc-per-node 8 tools/infer.py --weights best.safetensors photos --o
 
 import argparse
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -22,7 +22,7 @@ from detector.checkpoint import load_checkpoint
 from detector.command_line import DEVICE_HELP, PATHS_HELP, exit_status, make_parser, report_skipped
 from detector.config import split_overrides
 from detector.data.images import list_images, load_or_reason
-from detector.files import write_atomically, write_json
+from detector.files import mark_output, write_atomically, write_json
 from detector.inference import DTYPES, choose_device
 from detector.names import drawing_paths
 from detector.progress import Progress
@@ -60,13 +60,18 @@ def infer(args: argparse.Namespace) -> int:
     overrides, pictures = split_overrides(args.paths)
     unlisted: list[str] = []
     unreadable: list[str] = []
-    paths = list_images(pictures, unlisted)
+    passed_over: Counter[str] = Counter()
+    paths = list_images(pictures, unlisted, passed_over)
+    if passed_over and processes.is_main():
+        listed = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common())
+        print(f"passed over, as no pictures: {listed}")
     checkpoint = load_checkpoint(args.weights).with_overrides(overrides)
     detector = Detector.load(checkpoint, choose_device(args.device), dtype=args.dtype)
     on_gpu = detector.device.type == "cuda"
     batch_size = args.batch_size or (_GPU_BATCH if on_gpu else 1)
     num_threads = _GPU_THREADS if on_gpu else _CPU_THREADS
     drawings = drawing_paths(paths, Path(args.output))
+    mark_output(args.output)
     mine = processes.share(paths)
     found: list[dict[str, Any]] = []
     with Progress(len(mine), "infer", enabled=processes.is_main()) as progress, StopSignal() as stop:

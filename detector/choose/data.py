@@ -37,10 +37,10 @@ def choose_data(
     dataset = build_dataset(parse_config(recipe_of(data), overrides).data, "train", read=read)
     share = min(max(_SHARE, _FEWEST / len(dataset)), _MOST_SHARE)
     parts = split_dataset(dataset, seed, share)
-    lists = write_split(folder, dataset, parts)
+    lists = write_split(folder, dataset, parts, found.root)
     sources = found.splits["train"]
     for part, listed in lists.items():
-        data[part] = [{**source, "pictures": str(listed.absolute())} for source in sources]
+        data[part] = [{**source, "pictures": listed} for source in sources]
     counts = " and ".join(
         f"{len(rows)} to {kind}" for kind, rows in zip(("train", "validate"), parts.values(), strict=True)
     )

@@ -142,7 +142,7 @@ def _time(
     settings["train"]["warmup_steps"] = min(200, max(1, updates // 10))
     if used < len(train_set):
         rows = np.sort(np.random.default_rng(draft.config.train.seed).permutation(len(train_set))[:used])
-        listed = str(write_split(folder, train_set, {"drawn": rows})["drawn"].absolute())
+        listed = write_split(folder, train_set, {"drawn": rows}, draft.config.data.root)["drawn"]
         sources = draft.recipe["data"]["train"]
         settings["data"] = {"train": [{**source, "pictures": listed} for source in sources]}
         reason += f"; these pictures are drawn from {len(train_set)}, and {listed} lists them"

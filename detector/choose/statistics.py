@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..data.dataset import DetectionDataset
+from ..data.dataset import DetectionDataset, no_box_message
 from ..model.network_input import network_sizes
 
 
@@ -41,7 +41,7 @@ def objects_of(dataset: DetectionDataset) -> Objects:
     learned = ~dataset.crowd & (dataset.use_difficult | ~dataset.difficult)
     rows = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))[learned]
     if not len(rows):
-        raise ValueError("the training data have no box to learn")
+        raise ValueError(no_box_message(dataset))
     return Objects(
         boxes=dataset.boxes[learned],
         sizes=dataset.image_sizes[rows],

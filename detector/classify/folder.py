@@ -8,6 +8,7 @@ import numpy as np
 
 from ..data.images import dead_links, list_images, read_sizes
 from ..data.tolerance import refuse_many
+from ..files import is_output
 from ..settings import Section
 from .pictures import FilePictures, check_classes
 
@@ -51,7 +52,8 @@ def load_folder(
             "train/ and val/, each with a folder for each class" if has_splits else "a folder for each class"
         )
         raise FileNotFoundError(f"{folder}: no such folder; accepted: {root} with {parts}")
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    names = sorted(p.name for p in folders if not is_output(p))
     if not has_splits and (splits := [name for name in names if name.lower() in _SPLITS]):
         raise ValueError(
             f"{root / splits[0]}: the name of a split; accepted: {root} with train/ and val/, or with a folder for each class"

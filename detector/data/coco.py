@@ -6,47 +6,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from ..files import read_text
 from .dataset import DetectionDataset
 from .file_index import FileIndex, key
 from .file_source import MAX_BYTES, FileSource
-from .filed import sizes_of
+from .filed import number, size_or_none, sizes_of
 from .memory import check_memory
 from .records import Annotations, Object, Picture, refuse_unknown
 
-# Ids and sizes are whole numbers that numpy and pycocotools can hold, and seeds can be made of.
+# Ids are whole numbers that numpy and pycocotools can hold, and seeds can be made of. They may be text or 160.0.
 _Id = Annotated[int, Field(ge=0, lt=2**63)]
-_Side = Annotated[int, Field(ge=1, lt=2**31)]
 _Name = Annotated[str, Field(min_length=1, pattern=r"\S")]
-_Flag = Annotated[int, Strict(False)]
+_any_spelling = with_config(ConfigDict(coerce_numbers_to_str=True))
 
 
-@with_config(ConfigDict(strict=True))
+@_any_spelling
 class _Image(TypedDict):
     id: _Id
     file_name: _Name
-    width: NotRequired[_Side]
-    height: NotRequired[_Side]
+    width: NotRequired[Any]
+    height: NotRequired[Any]
 
 
-@with_config(ConfigDict(strict=True))
+@_any_spelling
 class _Category(TypedDict):
     id: _Id
     name: _Name
 
 
-@with_config(ConfigDict(strict=True))
 class _Annotation(TypedDict):
     id: NotRequired[Any]
     image_id: _Id
     category_id: _Id
     bbox: NotRequired[Any]
     area: NotRequired[Any]
-    iscrowd: NotRequired[_Flag]
-    difficult: NotRequired[_Flag]
+    iscrowd: NotRequired[int | None]
+    difficult: NotRequired[int | None]
 
 
 class _Outlined(_Annotation):
@@ -141,8 +139,7 @@ def _find_pictures(images: list[_Image], files: FileIndex, path: Path) -> tuple[
             picture = files.path_of(image["file_name"])
         except ValueError as error:
             raise ValueError(f"{path}: images with id {image['id']}: {error}") from None
-        has_size = "width" in image and "height" in image
-        found.append((picture, (image["height"], image["width"]) if has_size else None))
+        found.append((picture, size_or_none(image.get("height"), image.get("width"))))
         if not key(picture).endswith(key(image["file_name"])):
             moved.append(f"{image['file_name']!r} is {picture}")
     pictures = [
@@ -234,9 +231,9 @@ def _match(
                 index=index,
                 name=name,
                 box=_xyxy(entry),
-                crowd=bool(entry.get("iscrowd", 0)),
-                difficult=bool(entry.get("difficult", 0)),
-                area=_float(entry["area"]) if _is_number(entry.get("area")) else None,
+                crowd=bool(entry.get("iscrowd")),
+                difficult=bool(entry.get("difficult")),
+                area=number(entry.get("area")),
             )
         )
     # The sort is stable: an image's objects keep the order of the file.
@@ -249,29 +246,17 @@ def _xyxy(entry: _Outlined) -> tuple[float, ...]:
     if "bbox" not in entry:
         return _around(entry.get("segmentation"))
     bbox = entry["bbox"]
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
+    if not isinstance(bbox, list) or len(bbox) != 4:
         return (math.nan,) * 4
-    x, y, width, height = map(_float, bbox)
+    x, y, width, height = map(number, bbox)
     return x, y, x + width, y + height
 
 
 def _around(polygons: Any) -> tuple[float, ...]:
     """The box of polygons, lists of x, y, x, y...; four NaN for anything else, such as run lengths."""
     flat = polygons if isinstance(polygons, list) else []
-    numbers = [value for polygon in flat if isinstance(polygon, list) for value in polygon]
-    if not numbers or len(numbers) % 2 or not all(map(_is_number, numbers)):
+    numbers = [number(value) for polygon in flat if isinstance(polygon, list) for value in polygon]
+    if not numbers or len(numbers) % 2 or any(map(math.isnan, numbers)):
         return (math.nan,) * 4
-    x, y = (list(map(_float, numbers[start::2])) for start in (0, 1))
+    x, y = numbers[::2], numbers[1::2]
     return min(x), min(y), max(x), max(y)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _float(value: float) -> float:
-    """A number as float. JSON's whole numbers may be larger than any."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf

@@ -12,7 +12,7 @@ from ..files import read_text
 from .csv_columns import COLUMNS, box_of, find_columns, is_sized
 from .file_index import FileIndex
 from .file_source import MAX_BYTES, FileSource
-from .filed import Filed, gather, number, read_each, size_or_none
+from .filed import Filed, gather, is_set, read_each, size_or_none
 from .records import Annotations, Object
 
 # The class of all objects where a table has no column for it.
@@ -82,9 +82,13 @@ def _filed(path: Path, name: str, images: FileIndex, rows: list[tuple[int, dict[
     except ValueError as error:
         raise ValueError(f"{path}: line {rows[0][0]}: {error}") from None
     boxes = ((index, row, box_of(row)) for index, row in rows)
-    objects = [Object(-1, index, row.get("name", _ONE_CLASS), box) for index, row, box in boxes if box]
-    size = (number(rows[0][1].get(side)) for side in ("height", "width"))
-    return Filed(path, picture, size_or_none(*size), objects)
+    objects = [
+        Object(-1, index, row.get("name", _ONE_CLASS), box, is_set(row.get("crowd")))
+        for index, row, box in boxes
+        if box
+    ]
+    size = size_or_none(*(rows[0][1].get(side) for side in ("height", "width")))
+    return Filed(path, picture, size, objects)
 
 
 def _notes(columns: Collection[str], fractions: bool) -> Iterator[str]:

@@ -27,6 +27,7 @@ COLUMNS = {
     "box_height": ("bboxheight", "boxheight", "h"),
     "width": ("width", "imagewidth", "imgwidth"),
     "height": ("height", "imageheight", "imgheight"),
+    "crowd": ("isgroupof", "iscrowd"),
 }
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _SIZED = ("xmin", "ymin", "box_width", "box_height")

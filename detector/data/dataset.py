@@ -282,6 +282,12 @@ def offsets_of(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
+def no_box_message(dataset: DetectionDataset) -> str:
+    """The error for training data without a box to learn."""
+    crowds = f": all {dataset.crowd.sum()} are marked as crowds; data.crowd=train trains on them"
+    return f"the training data have no box to learn{crowds if dataset.crowd.any() else ''}"
+
+
 def size_message(path: str, expected: tuple[int, int], got: tuple[int, int]) -> str:
     """The error for a picture whose (height, width) is not that of its annotations."""
     message = (

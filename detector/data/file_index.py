@@ -4,12 +4,11 @@ import itertools
 import os
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
 from pathlib import Path
 from urllib.parse import unquote
 
-from .images import IMAGE_SUFFIXES
+from .images import IMAGE_SUFFIXES, walk
 
 _LONGEST_PATH = 4096
 
@@ -40,16 +39,17 @@ def is_picture(path: str) -> bool:
 
 
 class FileIndex:
-    """The files below a folder. Links are followed; hidden files are left out.
+    """The files below a folder, as `walk` finds them.
 
     folder, root: a file that an annotation names lies below one of the two.
-    files: paths below `folder` with "/", sorted.
+    files: paths below `folder` with "/", sorted. passed_over: how many folders of outputs are not searched.
     """
 
     def __init__(self, folder: str | Path, root: str | Path | None = None) -> None:
         self.folder = Path(folder)
         self._roots = [os.path.abspath(place) for place in (folder, root) if place is not None]
-        self.files = sorted(_walk(self.folder))
+        self.passed_over: Counter[str] = Counter()
+        self.files = sorted(walk(self.folder, [], self.passed_over))
         # The names as they are come last, because two may differ in case alone.
         self._exact = {key(file): file for file in self.files} | {file: file for file in self.files}
         self._named: dict[str, list[str]] = defaultdict(list)
@@ -116,24 +116,6 @@ class FileIndex:
         if found := self.find(file.with_suffix("").as_posix()):
             return os.path.join(self.folder, found)
         return self.path_of(name or f"{file.stem}.jpg", file.parent.as_posix())
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """The files below a folder, each folder once even where links make a circle."""
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        below = os.path.relpath(place, folder)
-        yield from (os.path.normpath(os.path.join(below, name)) for name in files if not _is_hidden(name))
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def shared_folders(path: str, other: str) -> int:

@@ -2,13 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .images import read_sizes
 from .records import Annotations, Object, Picture
+from .tolerance import FEW, refuse_many
 
 _File, _Read = TypeVar("_File"), TypeVar("_Read")
 
@@ -76,8 +77,8 @@ def sizes_of(pictures: list[tuple[str, tuple[int, int] | None]]) -> list[tuple[i
     return [size or tuple(next(read)) for _, size in pictures]
 
 
-def read_each(files: Iterable[_File], read: Callable[[_File], _Read]) -> tuple[list[_Read], list[str]]:
-    """read(file) of each file, and a sentence for each that cannot be read. ValueError: none can be."""
+def read_each(files: Collection[_File], read: Callable[[_File], _Read]) -> tuple[list[_Read], list[str]]:
+    """read(file) of each file, and a sentence for each that cannot be read. ValueError: too many, or none can be."""
     done, problems = [], []
     for file in files:
         try:
@@ -86,6 +87,7 @@ def read_each(files: Iterable[_File], read: Callable[[_File], _Read]) -> tuple[l
             problems.append(str(error))
     if problems and not done:
         raise ValueError(problems[0])
+    refuse_many(problems, len(files), kind="files", few=FEW)
     return done, [f"{problem}; the file is left out" for problem in problems]
 
 
@@ -96,18 +98,24 @@ def image_ids(paths: list[str]) -> list[int]:
     return ids if len(set(ids)) == len(stems) else list(range(1, len(stems) + 1))
 
 
-def size_or_none(height: float, width: float) -> tuple[int, int] | None:
-    """(height, width) as whole pixels, or None where a file's numbers are no size."""
-    sides = (height, width)
-    return (int(height), int(width)) if all(1 <= side < 2**31 for side in sides) else None
+def size_or_none(height: Any, width: Any) -> tuple[int, int] | None:
+    """(height, width) as whole pixels, or None where what a file gives is no size, such as 0 or null."""
+    sides = (number(height), number(width))
+    return (int(sides[0]), int(sides[1])) if all(1 <= side < 2**31 for side in sides) else None
 
 
-def number(text: str | None) -> float:
-    """The number that a text says, or NaN."""
+def number(value: Any) -> float:
+    """The number that a file gives as a number or as text, or NaN."""
     try:
-        return float(text or "")
-    except ValueError:
+        return float(value)
+    # JSON's whole numbers may be larger than any float.
+    except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def is_set(value: Any) -> bool:
+    """Whether a file says 1 or true."""
+    return number(value) == 1 or str(value).lower() == "true"
 
 
 def _scaled(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, ...]:

@@ -56,7 +56,7 @@ def find_data(path: str | Path, format: str | None = None) -> Found:
         )
     layouts = {name: Layout(index, files) for name, files in found.items()}
     splits_of = {name: FORMATS[name][1](layout) for name, layout in layouts.items()}
-    remarks = []
+    remarks = [f"{count} {kind} are passed over" for kind, count in index.passed_over.items()]
     for name, layout in layouts.items():
         remarks.append(
             f"{path}: format {name}, {kinds[name]}, such as {layout.files[0]}; {len(index.pictures)} pictures"

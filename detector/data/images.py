@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -15,9 +16,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageChops
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-)
+from ..files import is_output
+
 MAX_PIXELS = 178_956_970
 """The most pixels that Pillow decodes: 512 MiB as RGB."""
 
@@ -28,6 +28,10 @@ _FORMATS = [
     for name in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
     if name in Image.OPEN
 ]
+# Pillow opens .mpo as JPEG.
+IMAGE_SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name in (*_FORMATS, "MPO")
+)
 _LFS_POINTER = b"version https://git-lfs"
 _EXIF_ORIENTATION = 0x0112
 # For each EXIF orientation, the operation that turns the stored picture upright (1 is upright already).
@@ -119,13 +123,18 @@ def _size_or_reason(path: str | Path, max_pixels: int) -> tuple[int, int] | str:
         return str(error)
 
 
-def list_images(paths: str | Path | Iterable[str | Path], unreadable: list[str] | None = None) -> list[Path]:
+def list_images(
+    paths: str | Path | Iterable[str | Path],
+    unreadable: list[str] | None = None,
+    passed_over: Counter[str] | None = None,
+) -> list[Path]:
     """List the pictures that files, folders and glob patterns name, in the given order and without repeats.
 
-    A file is taken whatever its suffix. Folders are searched recursively, links to folders too. Folders and patterns
-    give the files with a picture's suffix, in sorted order and without hidden files.
+    A file is taken whatever its suffix. Folders are searched as `walk` does. Folders and patterns give the files with a
+    picture's suffix, in sorted order and without hidden files.
 
     unreadable: gets a sentence for each folder that cannot be listed and each link that leads nowhere.
+    passed_over: counts the files without a picture's suffix by their suffix, and what `walk` passes over.
 
     Raises:
         FileNotFoundError: a path without wildcards names no file or folder.
@@ -135,20 +144,25 @@ def list_images(paths: str | Path | Iterable[str | Path], unreadable: list[str] 
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not paths:
         raise ValueError("no path was given: name picture files, folders or glob patterns")
-    return list(dict.fromkeys(image for path in paths for image in _expand(path, unreadable)))
+    passed_over = Counter() if passed_over is None else passed_over
+    return list(dict.fromkeys(image for path in paths for image in _expand(path, unreadable, passed_over)))
 
 
-def _expand(path: str | Path, unreadable: list[str]) -> list[Path]:
+def _expand(path: str | Path, unreadable: list[str], passed_over: Counter[str]) -> list[Path]:
     """The pictures that one file, folder or glob pattern names."""
     if Path(path).is_file():
         return [Path(path)]
     if Path(path).is_dir():
-        found = _walk(path, unreadable)
+        found = [Path(path, file) for file in walk(path, unreadable, passed_over)]
     elif glob.has_magic(str(path)):
-        found = map(Path, glob.glob(str(path), recursive=True))
+        found = list(map(Path, glob.glob(str(path), recursive=True)))
+        if "**" in str(path):
+            found = [file for file in found if not is_output(file.parent)]
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
     named = sorted(file for file in found if _is_image_name(file))
+    others = {*found} - {*named}
+    passed_over.update(file.suffix.lower() or "without suffix" for file in others if file.is_file())
     images = [file for file in named if file.is_file()]
     unreadable += dead_links(named)
     if not images:
@@ -162,23 +176,35 @@ def dead_links(paths: Iterable[Path]) -> list[str]:
     return [f"{path}: a link to nothing" for path in paths if path.is_symlink() and not path.exists()]
 
 
-def _walk(folder: str | Path, unreadable: list[str]) -> Iterator[Path]:
-    """All files below a folder, through links too, each folder once."""
+def walk(folder: str | Path, unreadable: list[str], passed_over: Counter[str]) -> Iterator[str]:
+    """The paths of files below a folder, through links too, each folder once even where links make a circle.
+
+    Hidden files and folders are left out, and folders of outputs below it, which `passed_over` counts. unreadable: as
+    for `list_images`.
+    """
 
     def note(error: OSError) -> None:
         unreadable.append(f"{error.filename}: the folder cannot be listed ({error.strerror})")
 
     seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, onerror=note, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
+    for place, folders, files in os.walk(folder, onerror=note, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
         seen.add(real)
-        yield from (Path(parent, name) for name in names)
+        outputs = {name for name in folders if is_output(os.path.join(place, name))}
+        passed_over.update(["folders of outputs"] * len(outputs))
+        folders[:] = sorted(name for name in folders if name not in outputs and not _is_hidden(name))
+        below = os.path.relpath(place, folder)
+        yield from (os.path.normpath(os.path.join(below, name)) for name in files if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _is_image_name(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(path.name)
 
 
 def _open_file(path: str | Path) -> IO[bytes]:

@@ -3,9 +3,9 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from ..files import read_text
@@ -18,6 +18,7 @@ _NO_BOX = ("point", "points", "line", "linestrip")
 _Point = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
+@with_config(ConfigDict(coerce_numbers_to_str=True))
 class _Shape(TypedDict):
     label: str
     points: list[_Point]
@@ -29,8 +30,8 @@ class _Content(TypedDict):
 
     shapes: list[_Shape]
     imagePath: NotRequired[str | None]
-    imageHeight: NotRequired[float | None]
-    imageWidth: NotRequired[float | None]
+    imageHeight: NotRequired[Any]
+    imageWidth: NotRequired[Any]
 
 
 _CONTENT = TypeAdapter(_Content)
@@ -69,7 +70,7 @@ def _parse(root: Path, images: FileIndex, max_bytes: int, path: Path) -> Filed:
         picture = images.picture_of(path.relative_to(root), content.get("imagePath"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    size = size_or_none(content.get("imageHeight") or math.nan, content.get("imageWidth") or math.nan)
+    size = size_or_none(content.get("imageHeight"), content.get("imageWidth"))
     return Filed(path, picture, size, [_object(*each) for each in enumerate(content["shapes"])])
 
 

@@ -10,6 +10,7 @@ from backbones.messages import nearest
 
 from .dataset import DetectionDataset, concatenate, offsets_of
 from .file_index import picture_key
+from .tolerance import FEW, MAX_LEFT_OUT, first_few, refuse_many
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class Object:
     """An object as its annotation file describes it.
 
     picture: row of its picture in `Annotations.pictures`. index: its number in the file.
-    box: (4,) xyxy pixels, NaN where the file has no number. area: square pixels; None: that of the box.
+    box: (4,) xyxy pixels, NaN where the file has no number. Its corners may be in any order. area: square pixels; None
+    or NaN: that of the box.
     fault: the reason why it cannot be used, if the reader knows one. remark: a note on an odd object that is kept.
     """
 
@@ -68,6 +70,8 @@ class Annotations:
         pictures: Collection[str] | None = None,
         strict: bool = False,
         use_difficult: bool = True,
+        use_crowd: bool = False,
+        max_left_out: float = MAX_LEFT_OUT,
     ) -> DetectionDataset:
         """Make the data set. Objects that cannot be used are left out, with a sentence each in `problems`.
 
@@ -75,9 +79,10 @@ class Annotations:
         limit: keep only this many images, the first ones that have a box to learn; None: keep all images.
         pictures: keep only these, as `picture_key` has their paths. Classes are still those of all pictures.
         strict: raise a ValueError if there is any problem. use_difficult: train on difficult objects too.
+        use_crowd: take crowds as objects like others. max_left_out: the share of objects that may be left out.
 
         Raises:
-            ValueError: a class is named twice, there is none, or `strict` finds a problem.
+            ValueError: a class is named twice, there is none, `strict` finds a problem, or too many objects cannot be used.
         """
         names, notes = self._select_classes(class_names)
         label_of = {name: label for label, name in enumerate(names, start=1)}
@@ -86,16 +91,27 @@ class Annotations:
         boxes = np.array([o.box for o in objects], np.float64).reshape(-1, 4)
         rows = np.array([o.picture for o in objects], np.int64)
         sizes = np.array([p.size for p in self.pictures], np.int64).reshape(-1, 2)
+        boxes = self._put_in_order(boxes, sizes[rows], notes)
         faults = find_faulty_boxes(boxes, sizes[rows])
         faults |= {row: "has no class name" for row, o in enumerate(objects) if not o.name}
         faults |= {row: o.fault for row, o in enumerate(objects) if o.fault}
-        problems = self.problems + self._tell(objects, faults)
-        if strict:
-            _refuse(problems, self.source)
+        told = self._tell(objects, faults)
+        problems = [*self.problems, *told.values()]
+        if strict and problems:
+            refused = f"{self.source}: {len(problems)} problem(s), and strict=True refuses any:"
+            raise ValueError("\n".join([refused, *first_few(problems)]))
+        lost = [*self.problems, *(told[row] for row in sorted(faults))]
+        refuse_many(lost, len(objects) + len(self.problems), max_left_out, kind="objects", few=FEW)
 
         sound = np.ones(len(objects), bool)
         sound[list(faults)] = False
         kept, boxes = [o for o, is_sound in zip(objects, sound, strict=True) if is_sound], boxes[sound]
+        if num_crowds := sum(o.crowd for o in kept):
+            fate = "are trained on" if use_crowd else "are not trained on, and evaluation ignores them"
+            way = "" if use_crowd else "; data.crowd=train takes them as objects like others"
+            notes.append(
+                f"{self.source}: {num_crowds} of {len(kept)} boxes are marked as crowds and {fate}{way}"
+            )
         areas = np.array([np.nan if o.area is None else o.area for o in kept], np.float64)
         ids = number_classes(self.category_ids or {}, names)
         dataset = DetectionDataset(
@@ -108,7 +124,7 @@ class Annotations:
             boxes=boxes,
             labels=[label_of[o.name] for o in kept],
             areas=np.where(np.isnan(areas), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), areas),
-            crowd=[o.crowd for o in kept],
+            crowd=[o.crowd and not use_crowd for o in kept],
             difficult=[o.difficult for o in kept],
             use_difficult=use_difficult,
             problems=problems,
@@ -157,14 +173,32 @@ class Annotations:
             notes.append(f"{self.source} has no object of {', '.join(absent[:5])}{more}")
         return names, notes
 
-    def _tell(self, objects: list[Object], faults: dict[int, str]) -> list[str]:
-        """A sentence for each object that is left out or odd, in the order of `objects`."""
+    def _put_in_order(self, boxes: np.ndarray, sizes: np.ndarray, notes: list[str]) -> np.ndarray:
+        """Boxes (M, 4) with x2 >= x1 and y2 >= y1, whichever corner they were drawn from. `notes` gets their number.
+
+        sizes: (M, 2) height, width of each box's image. The boxes stay where they may be x, y, width and height.
+        """
+        inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+        if not inverted.any():
+            return boxes
+        sides = np.where(sizes > 0, sizes, np.inf)[:, ::-1]
+        as_sized = (boxes[:, :2] + boxes[:, 2:] <= sides + 1.5).all(axis=1)
+        if len(boxes) >= 5 and inverted.mean() > MAX_LEFT_OUT and as_sized.mean() >= 0.98:
+            return boxes
+        notes.append(
+            f"{self.source}: {inverted.sum()} of {len(boxes)} boxes were drawn from right to left or upwards, "
+            "and their corners are put in order"
+        )
+        return np.hstack([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])])
+
+    def _tell(self, objects: list[Object], faults: dict[int, str]) -> dict[int, str]:
+        """A sentence for each object that is left out or odd, by its row in `objects`, in ascending order."""
         remarks = {row: o.remark for row, o in enumerate(objects) if o.remark}
         remarks |= {row: f"{fault}, and is skipped" for row, fault in faults.items()}
-        told = []
+        told = {}
         for row in sorted(remarks):
             place, filed = self.describe(objects[row])
-            told.append(f"{place} {remarks[row]}: {filed}")
+            told[row] = f"{place} {remarks[row]}: {filed}"
         return told
 
 
@@ -194,7 +228,8 @@ def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, s
     with np.errstate(invalid="ignore"):
         faults = {
             "lies outside the image": (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0),
-            "has no area": (x2 <= x1) | (y2 <= y1),
+            "has no area": (x2 == x1) | (y2 == y1),
+            "ends before it starts": (x2 < x1) | (y2 < y1),
             "is not four finite numbers": ~np.isfinite(boxes).all(axis=1),
         }
     # If several faults hold, the last one is given, because it causes the others.
@@ -202,11 +237,3 @@ def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, s
         int(row): f"has a box that {fault}" for fault, rows in faults.items() for row in np.flatnonzero(rows)
     }
     return dict(sorted(found.items()))
-
-
-def _refuse(problems: Sequence[str], source: str) -> None:
-    """Raise a ValueError that lists the first few problems, if there are any."""
-    if problems:
-        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:5])
-        raise ValueError(f"{source}: {len(problems)} problem(s), and strict=True refuses any:{listed}{more}")

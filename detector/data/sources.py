@@ -6,7 +6,7 @@ A format is one file of this folder: a settings section with a `read` method, li
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -20,6 +20,7 @@ from .images import MAX_PIXELS
 from .labelme import LabelmeSource
 from .records import refuse_unknown
 from .shapes import ShapesSource
+from .tolerance import MAX_LEFT_OUT
 from .voc import VocSource
 from .yolo import YoloSource
 
@@ -38,6 +39,10 @@ class DataConfig(Section):
         None, description="foreground names; None: as the data have them"
     )
     difficult: bool = Field(True, description="train on objects that VOC marks difficult")
+    crowd: Literal["ignore", "train"] = Field(
+        "ignore",
+        description="boxes that are marked as crowds (iscrowd, IsGroupOf), as CVAT marks masks: left out of training and of scores, or trained on like others",
+    )
     strict: bool = Field(
         False, description="refuse bad boxes and pictures instead of skipping, mending or replacing them"
     )
@@ -59,6 +64,7 @@ def build_dataset(
     *,
     check_pictures: bool = True,
     read: Reader = lambda source, root: source.read(root),
+    max_left_out: float = MAX_LEFT_OUT,
 ) -> DetectionDataset:
     """The "train", "val" or "test" data of a configuration.
 
@@ -66,6 +72,7 @@ def build_dataset(
         the sources, in the order of the first. Pass the names of the first split read, so that all splits agree.
     check_pictures: read the headers of all pictures, and settle their sizes; False if only annotations are used.
     read: what `read_once` gives; by default, the files are read anew.
+    max_left_out: the share of objects that may be left out.
 
     Raises:
         ValueError: the configuration has no such split, a source cannot be read, the configuration names a class that
@@ -80,7 +87,13 @@ def build_dataset(
     if split == "train" and class_names is None and all(each.category_ids is not None for each in found):
         refuse_unknown(data.class_names or (), known, ", ".join(each.source for each in found))
     names = class_names or data.class_names or known or None
-    options = {"class_names": names, "strict": data.strict, "use_difficult": data.difficult}
+    options = {
+        "class_names": names,
+        "strict": data.strict,
+        "use_difficult": data.difficult,
+        "use_crowd": data.crowd == "train",
+        "max_left_out": max_left_out,
+    }
     pairs = zip(sources, found, strict=True)
     dataset = concatenate([source.select(each, data.root, **options) for source, each in pairs])
     if class_names is not None and data.class_names is None:

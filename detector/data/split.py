@@ -4,6 +4,7 @@ Letters: G groups of equal or nearly equal pictures; K columns: the classes, "no
 """
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -55,22 +56,26 @@ def split_dataset(dataset: DetectionDataset, seed: int, val: float = 0.2) -> dic
 
 
 def write_split(
-    folder: str | Path, dataset: DetectionDataset, parts: Mapping[str, np.ndarray]
-) -> dict[str, Path]:
-    """Write the pictures of each part to `folder`/PART.txt, an absolute path a line. Returns the files.
+    folder: str | Path, dataset: DetectionDataset, parts: Mapping[str, np.ndarray], root: str | Path
+) -> dict[str, str]:
+    """Write the pictures of each part to `folder`/PART.txt, a path relative to data.root a line, so that data may move.
+
+    Returns what a source's `pictures` is: the path of each file, relative to the root where it lies below.
 
     ValueError: a path has a line break, so a list cannot hold it.
     """
     written = {}
     for part, rows in parts.items():
-        paths = [str(Path(path).absolute()) for path in dataset.image_paths[rows].tolist()]
+        paths = [os.path.relpath(path, root) for path in dataset.image_paths[rows].tolist()]
         if broken := [path for path in paths if path.splitlines() != [path]]:
             raise ValueError(
                 f"{broken[0]!r} has a line break in its name, so no list can hold it; rename the picture"
             )
         lines = "".join(f"{path}\n" for path in paths).encode("utf-8", "surrogateescape")
-        written[part] = Path(folder) / f"{part}.txt"
-        write_atomically(written[part], lambda temporary, lines=lines: temporary.write_bytes(lines))
+        file = Path(folder, f"{part}.txt").absolute()
+        write_atomically(file, lambda temporary, lines=lines: temporary.write_bytes(lines))
+        below = os.path.relpath(file, root)
+        written[part] = str(file) if below.startswith("..") else below
     return written
 
 

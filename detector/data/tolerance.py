@@ -6,13 +6,25 @@ MAX_LEFT_OUT = 0.05
 """The share of pictures that may be left out."""
 MAX_TOLD = 10
 """So many sentences are told before the others are only counted."""
+FEW = 2
+"""So few objects or annotation files that cannot be used never stop anything."""
 
 
-def refuse_many(reasons: Sequence[str], num_pictures: int, max_left_out: float = MAX_LEFT_OUT) -> None:
-    """Raise a ValueError that lists the first reasons, if more than a share of `num_pictures` have one."""
-    if len(reasons) > max_left_out * num_pictures:
+def refuse_many(
+    reasons: Sequence[str],
+    total: int,
+    max_left_out: float = MAX_LEFT_OUT,
+    *,
+    kind: str = "pictures",
+    few: int = 0,
+) -> None:
+    """Raise a ValueError that lists the first reasons, if more than a share of `total`, and more than `few`, have one.
+
+    kind: what is counted.
+    """
+    if len(reasons) > max(few, max_left_out * total):
         lines = [
-            f"{len(reasons)} of {num_pictures} pictures cannot be used, and at most {max_left_out:.0%} may be left out:",
+            f"{len(reasons)} of {total} {kind} cannot be used, and at most {max_left_out:.0%} may be left out:",
             *first_few(reasons),
         ]
         raise ValueError("\n".join(lines))

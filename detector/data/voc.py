@@ -1,6 +1,5 @@
 """Read Pascal VOC's XML, in VOC's folders or any others, into a DetectionDataset."""
 
-import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -15,9 +14,9 @@ from pydantic import Field
 
 from ..files import read_bytes, read_text
 from .dataset import DetectionDataset
-from .file_index import FileIndex
+from .file_index import FileIndex, stem
 from .file_source import MAX_BYTES, FileSource
-from .filed import Filed, gather, number, read_each, size_or_none
+from .filed import Filed, gather, is_set, number, read_each, size_or_none
 from .records import Annotations, Object
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -135,7 +134,14 @@ def _reason(one_based: bool, origin: str, num_below: int) -> str:
 
 
 def _shifted(box: tuple[float, ...], pixels: int) -> tuple[float, ...]:
-    return box[0] + pixels, box[1] + pixels, box[2], box[3]
+    """The box with its left and its upper end moved, which are the second ones of a box drawn from right to left."""
+    xmin, ymin, xmax, ymax = box
+    return (
+        xmin + pixels * (xmin <= xmax),
+        ymin + pixels * (ymin <= ymax),
+        xmax + pixels * (xmax < xmin),
+        ymax + pixels * (ymax < ymin),
+    )
 
 
 def _object(filed: Object, size: tuple[int, int], one_based: bool) -> Object:
@@ -160,17 +166,36 @@ def _annotation_paths(folder: Path, annotations: Path, split: str | None) -> lis
     every = [file for file in files.files if file.lower().endswith(".xml")]
     if split is None:
         return [annotations / file for file in every]
-    stems = _read_split(folder, split, {os.path.splitext(file)[0] for file in every})
-    present = {stem: files.exact(f"{stem}.xml") for stem in stems}
-    if missing := [f"{stem}.xml" for stem, file in present.items() if file is None]:
+    lines = _read_split(folder, split)
+    found = [_xml_of(line, files) for line in lines]
+    if missing := [line for line, file in zip(lines, found, strict=True) if file is None]:
         raise FileNotFoundError(
-            f"{annotations}: {len(missing)} of the split's {len(stems)} annotations are missing: {_first_few(missing)}"
+            f"{annotations}: {len(missing)} of the split's {len(lines)} annotations are missing: {_first_few(missing)}"
         )
-    return [annotations / file for file in present.values()]
+    if repeated := [file for file, count in Counter(found).items() if count > 1]:
+        raise ValueError(
+            f"{annotations}: split {split!r} lists {len(repeated)} image(s) more than once: {_first_few(repeated)}"
+        )
+    return [annotations / file for file in found]
 
 
-def _read_split(folder: Path, split: str, known: set[str]) -> list[str]:
-    """The file stems of a split: each line, without the 1 or -1 that VOC may put behind a stem."""
+def _xml_of(line: str, files: FileIndex) -> str | None:
+    """The XML file that a line of a list means by a stem, a picture, an XML, or a picture and its XML.
+
+    VOC may put 1 or -1 behind a stem.
+    """
+    pair = re.match(r".*?\.\w+[\s,]+(.+)\.xml$", line, re.IGNORECASE)
+    meant = (
+        line,
+        re.sub(r"\s+-?\d+$|\.xml$", "", line, flags=re.IGNORECASE),
+        stem(line),
+        pair[1] if pair else "",
+    )
+    return next(filter(None, (files.find(f"{each}.xml") for each in meant)), None)
+
+
+def _read_split(folder: Path, split: str) -> list[str]:
+    """The lines of a split's list."""
     splits_dir = folder / "ImageSets" / "Main"
     if not splits_dir.is_dir():
         raise FileNotFoundError(
@@ -188,10 +213,7 @@ def _read_split(folder: Path, split: str, known: set[str]) -> list[str]:
     lines = [line.strip() for line in read_text(path, MAX_BYTES).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path}: the split is empty")
-    stems = [line if line in known else re.sub(r"\s+-?\d+$", "", line) for line in lines]
-    if repeated := [stem for stem, count in Counter(stems).items() if count > 1]:
-        raise ValueError(f"{path}: lists {len(repeated)} image(s) more than once: {_first_few(repeated)}")
-    return stems
+    return lines
 
 
 def _first_few(names: Sequence[str]) -> str:
@@ -211,7 +233,7 @@ def _parse(folder: Path, images: FileIndex, max_bytes: int, path: Path) -> Filed
 
 def _filed_size(tree: ElementTree.Element) -> tuple[int, int] | None:
     """The (height, width) that an XML says, if that is a size."""
-    return size_or_none(*(number(_text(tree.find(f"size/{side}"))) for side in ("height", "width")))
+    return size_or_none(*(_text(tree.find(f"size/{side}")) for side in ("height", "width")))
 
 
 def parse_xml(path: Path, max_bytes: int = MAX_BYTES) -> ElementTree.Element:
@@ -227,7 +249,7 @@ def parse_xml(path: Path, max_bytes: int = MAX_BYTES) -> ElementTree.Element:
 def _parse_object(index: int, element: ElementTree.Element) -> Object:
     """One <object>, with its box as filed: NaN where the file has no number."""
     box = tuple(number(_text(element.find(f"bndbox/{corner}"))) for corner in _CORNERS)
-    difficult = _text(element.find("difficult")).lower() in ("1", "true")
+    difficult = is_set(_text(element.find("difficult")))
     fault = "has no bndbox" if element.find("bndbox") is None else None
     return Object(-1, index, _text(element.find("name")), box, difficult=difficult, fault=fault)
 

@@ -2,10 +2,12 @@
 
 import math
 import os
+from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import Field
 
@@ -40,7 +42,10 @@ class YoloSource(FileSource):
         description="data.yaml, or a text file of a class name a line; None: for each text the nearest classes.txt, "
         "obj.names or _darknet.labels at or above it, else class_0, class_1...",
     )
-    keypoints: bool = Field(False, description="lines hold keypoints behind the box, which are ignored")
+    keypoints: bool | None = Field(
+        None,
+        description="lines hold keypoints behind the box, which are ignored; false: polygons; None: as the numbers say",
+    )
 
     def read(self, root: Path) -> Annotations:
         """What the text files say."""
@@ -55,16 +60,28 @@ class YoloSource(FileSource):
             ids = {id for *_, lines in read for _, id, _ in lines} - {None}
             names_of = dict.fromkeys(texts, {id: f"class_{id}" for id in sorted(ids)})
         filed, category_ids, unknown = [], {}, set()
+        long = [
+            (text, number, line)
+            for _, text, lines in read
+            for number, _, line in lines
+            if line.count(" ") > 5
+        ]
+        posed = self.keypoints is None and _are_keypoints(long)
         for picture, text, lines in read:
             names = names_of.get(text, {})
             category_ids = category_ids or {name: id for id, name in sorted(names.items())}
             category_ids = number_classes(category_ids, names.values())
             unknown |= {id for _, id, _ in lines if id is not None and id not in names}
-            objects = [_object(*line, names, self.keypoints) for line in lines]
+            objects = [_object(*line, names, bool(self.keypoints or posed)) for line in lines]
             filed.append(Filed(root / (text or picture), os.path.join(root, picture), None, objects))
         source = str(root / self.images)
         found = gather(source, filed, "line {}", fractions=True, category_ids=category_ids, problems=problems)
         found.unknown_ids, found.notes = sorted(unknown), notes
+        if posed:
+            found.notes.append(
+                f"{source}: {len(long)} lines hold keypoints behind their box, as all of these lie inside it; "
+                "if they are polygons, set keypoints: false"
+            )
         bare = [picture for picture, text, _ in read if text is None]
         for orphans, count, what in (
             (bare, len(read), "pictures have no text file, so no objects"),
@@ -178,14 +195,56 @@ def _class_number(line: str) -> int | None:
 
 def _object(index: int, id: int | None, line: str, names: dict[int, str], keypoints: bool) -> Object:
     """One line. An unknown class and a wrong count of numbers are faults."""
-    word, *numbers = line.split()
     if id not in names:
-        fault = f"has the class {word[:20]!r}, which names lack"
+        fault = f"has the class {line.split()[0][:20]!r}, which names lack"
         return Object(-1, index, "", (0, 0, 0, 0), fault=fault)
-    if box := parse_box(list(map(number, numbers)), keypoints):
+    values = _values(line)
+    if box := parse_box(values, keypoints):
         return Object(-1, index, names[id], box)
-    fault = f"has {len(numbers)} numbers behind the class; accepted are 4, or 6 and more for a polygon"
+    fault = f"has {len(values)} numbers behind the class; accepted are 4, or 6 and more for a polygon"
     return Object(-1, index, names[id], (0, 0, 0, 0), fault=fault)
+
+
+def _values(line: str) -> list[float]:
+    """The numbers behind the class."""
+    return list(map(number, line.split()[1:]))
+
+
+def _are_keypoints(lines: list[tuple[Path | None, int, str]]) -> bool:
+    """Whether lines of more than five numbers, each with its file and number, are boxes with keypoints, not polygons.
+
+    All objects of a set have the same number of keypoints, and polygons have any. ValueError: only some look so.
+    """
+    (count, times), *_ = Counter(len(line.split()) - 1 for *_, line in lines).most_common(1) or [(0, 0)]
+    if not times or times < 0.95 * len(lines):
+        return False
+    same = [each for each in lines if len(each[2].split()) == count + 1]
+    fits = _fit_keypoints(np.array([_values(line) for *_, line in same]))
+    if fits.any() and not fits.all():
+        box, polygon = (f"{same[row][0]}: line {same[row][1]}" for row in (fits.argmax(), fits.argmin()))
+        raise ValueError(
+            f"{box} looks like a box with keypoints, and {polygon} like a polygon; set keypoints: true or "
+            "keypoints: false in the recipe's data, or kpt_shape in data.yaml for keypoints"
+        )
+    return bool(fits.all())
+
+
+def _fit_keypoints(values: np.ndarray) -> np.ndarray:
+    """(M, C) numbers behind a class -> (M,) bool: a box in its picture, and points x, y or x, y, visibility inside it.
+
+    A point of 0, 0 is one that nobody marked. The four corners of a rectangle are not taken for a box and two points.
+    """
+    centre, size, rest = values[:, None, :2], values[:, None, 2:4], values[:, 4:]
+    found = np.zeros(len(values), bool)
+    for step in (2, 3):
+        if rest.shape[1] % step == 0:
+            points = rest.reshape(len(values), -1, step)
+            unmarked = (points[..., :2] == 0).all(axis=2, keepdims=True)
+            inside = (np.abs(points[..., :2] - centre) <= size / 2 + 0.01) | unmarked
+            found |= inside.all(axis=(1, 2)) & np.isin(points[..., 2:], (0, 1, 2)).all(axis=(1, 2))
+    if rest.shape[1] == 4:
+        found &= (np.abs(values[:, :2] + rest[:, :2] - values[:, 2:4] - rest[:, 2:]) > 0.01).any(axis=1)
+    return found & (np.abs(centre - 0.5) + size / 2 <= 0.51).all(axis=(1, 2))
 
 
 def parse_box(values: list[float], keypoints: bool = False) -> tuple[float, ...] | None:

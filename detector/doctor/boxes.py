@@ -13,11 +13,15 @@ _CLIPPED = "Training clips it to the picture. Check that the size in the annotat
 # kind -> (severity, what is said of the box, advice), in the order of precedence
 _KINDS = {
     "box that is not four numbers": ("error", "has a box that is not four finite numbers", _DRAW),
-    "inverted box": ("error", "has a box whose end lies before its start", "Swap its corners. " + _DRAW),
     "box without area": ("error", "has a box without area", _DRAW),
     "box outside the picture": ("error", "lies outside its picture", _DRAW),
     "box past the edge": ("warning", "reaches past its picture", _CLIPPED),
     "box a pixel past the edge": ("note", "reaches up to a pixel past its picture", _CLIPPED),
+    "inverted box": (
+        "note",
+        "has a box whose end lies before its start",
+        "Training puts its corners in order. Check that the numbers are corners.",
+    ),
     "duplicate box": (
         "warning",
         "has the same box and class as an object before it",
@@ -52,6 +56,8 @@ def _masks(
     boxes: np.ndarray, sizes: np.ndarray, codes: np.ndarray, rows: np.ndarray
 ) -> dict[str, np.ndarray]:
     """(M,) bool for each kind of `_KINDS`. codes: (M,) the classes as numbers. rows: (M,) the pictures."""
+    inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+    boxes = np.hstack([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])])
     x1, y1, x2, y2 = boxes.T
     height, width = sizes.T
     with np.errstate(invalid="ignore"):
@@ -62,10 +68,10 @@ def _masks(
         corners = np.round(np.nan_to_num(boxes, posinf=0, neginf=0), 1)
         return {
             "box that is not four numbers": ~np.isfinite(boxes).all(axis=1),
-            "inverted box": (x2 < x1) | (y2 < y1),
             "box without area": (x2 == x1) | (y2 == y1),
             "box outside the picture": (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0),
             "box past the edge": past > 1,
+            "inverted box": inverted,
             "duplicate box": _repeats(np.column_stack([rows, codes, corners])),
             "one box, two classes": _repeats(np.column_stack([rows, corners])),
             "box of the whole picture": filled >= _WHOLE,
@@ -106,13 +112,8 @@ def _other_faults(part: Part, told: np.ndarray) -> list[Finding]:
         Finding("error", "entry that cannot be used", part.source, None, problem, skipped)
         for problem in part.problems
     ]
-    notes = [f"{part.split}: {note}" for note in part.notes]
-    if crowds := int(part.crowd.sum()):
-        notes.append(
-            f"{part.split}: {crowds} boxes are crowds: training leaves them out, evaluation ignores them"
-        )
-    told = [("warning", f"{part.split}: {warning}") for warning in part.warnings]
     return findings + [
-        Finding(severity, "remark", part.source, None, what, "Check that this is meant.")
-        for severity, what in [*told, *(("note", note) for note in notes)]
+        Finding(severity, "remark", part.source, None, f"{part.split}: {told}", "Check that this is meant.")
+        for severity, sentences in (("warning", part.warnings), ("note", part.notes))
+        for told in sentences
     ]

@@ -63,8 +63,8 @@ class Part:
         )
 
 
-def part_of_annotations(split: str, found: Annotations) -> Part:
-    """The part that an annotation file holds."""
+def part_of_annotations(split: str, found: Annotations, crowd: str) -> Part:
+    """The part that an annotation file holds. crowd: as data.crowd."""
     objects = found.objects
     return Part(
         split,
@@ -76,7 +76,7 @@ def part_of_annotations(split: str, found: Annotations) -> Part:
         np.array([o.box for o in objects], np.float64).reshape(-1, 4),
         np.array([o.name for o in objects], object),
         np.array([o.index for o in objects], np.int64),
-        np.array([o.crowd for o in objects], bool),
+        np.array([o.crowd and crowd == "ignore" for o in objects], bool),
         lambda row: found.describe(objects[row]),
         found.category_ids or {},
         tuple(found.unknown_ids),
@@ -118,11 +118,11 @@ def read_parts(data: DataConfig) -> tuple[list[Part], list[Finding]]:
         sources, of_split = getattr(data, split) or [], []
         for source in sources:
             with _told(findings, split, data.root):
-                of_split.append(part_of_annotations(split, read(source, data.root)))
+                of_split.append(part_of_annotations(split, read(source, data.root), data.crowd))
         if of_split and len(of_split) == len(sources):
             with _told(findings, split, data.root):
                 whole = data.model_copy(update={"strict": False})
-                dataset = build_dataset(whole, split, check_pictures=False, read=read)
+                dataset = build_dataset(whole, split, check_pictures=False, read=read, max_left_out=1)
                 of_split = [_used(replace(part, notes=()), dataset, data.class_names) for part in of_split]
                 of_split[0] = replace(of_split[0], notes=dataset.notes, warnings=dataset.warnings)
         parts += of_split
