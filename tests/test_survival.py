@@ -433,6 +433,34 @@ def test_a_folder_is_one_processes_and_a_dead_one_does_not_hinder(tiny_config, t
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_a_resumed_run_has_the_lock_before_it_reads_the_state_and_until_its_training_ends(stopped, varied):
+    lock = ["import fcntl, sys", "fcntl.lockf(open(sys.argv[1], 'a+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"]
+    attempt = [sys.executable, "-c", "\n".join(lock), str(stopped / ".lock")]
+
+    def is_free():
+        return subprocess.run(attempt, capture_output=True).returncode == 0
+
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(stopped / ".lock")], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="is in use by "):
+            Run(varied, stopped, CPU, resume=True)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    run = Run(varied, stopped, CPU, resume=True)
+    assert not is_free()
+    run.train()
+    assert is_free()
+
+
+def test_a_folder_that_is_not_there_is_not_made_to_resume_in(tiny_config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume from"):
+        Run(tiny_config(), tmp_path / "typo", CPU, resume=True)
+    assert not (tmp_path / "typo").exists()
+
+
 # What may change when a run resumes
 
 
