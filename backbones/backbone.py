@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import StochasticDepth
 
 from .folding import use_folding
 from .messages import check_choice
@@ -133,8 +134,8 @@ class RoIHead(nn.Module):
 
     def forward(self, regions: Tensor) -> Tensor:
         """(R, C4, 14, 14), a tensor or `Regions` -> (R, C5)"""
-        # Many networks refuse an empty batch.
-        if not len(regions):
+        # Many networks refuse an empty batch. A synchronised norm must take it: the other processes wait for its share.
+        if not (len(regions) or self._synchronises()):
             source = regions.features if isinstance(regions, Regions) else regions
             # Several processes wait for a gradient of each weight, here 0.
             unread = source.sum() + sum(p.sum() for p in self.stage5.parameters() if p.requires_grad)
@@ -143,18 +144,23 @@ class RoIHead(nn.Module):
             return self._vectors(regions, self.activation_checkpointing)
         if not (self.training or torch.is_grad_enabled()):
             vectors = [self._vectors(part) for part in regions.parts()]
-        elif self.activation_checkpointing and has_gradients(self.stage5) and not self._draws_statistics():
+        elif self.activation_checkpointing and has_gradients(self.stage5) and not self._needs_all_regions():
             most = CHECKPOINTED_REGIONS["cpu" if regions.device.type == "cpu" else "cuda"]
             parts = [part for each in regions.by_image() if len(each) for part in each.parts(most)]
             vectors = [recomputed(self.stage5, self._vectors, part) for part in parts]
         else:
-            # No parts: batch statistics need all regions, and gradients keep the activations of every part anyway.
+            # No parts: without recomputing, gradients keep the activations of every part anyway.
             vectors = [self._vectors(regions, self.activation_checkpointing)]
         return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
-    def _draws_statistics(self) -> bool:
-        """Whether a batch norm of stage 5 normalises with the batch's own statistics."""
-        return any(isinstance(layer, _BatchNorm) and layer.training for layer in self.stage5.modules())
+    def _needs_all_regions(self) -> bool:
+        """Whether parts of the regions would give other numbers: by batch statistics, or by another order of draws."""
+        active = [layer for layer in self.stage5.modules() if layer.training]
+        return any(isinstance(a, (_BatchNorm, StochasticDepth)) or "Drop" in type(a).__name__ for a in active)
+
+    def _synchronises(self) -> bool:
+        """Whether a batch norm of stage 5 normalises with the statistics of all processes."""
+        return any(isinstance(layer, nn.SyncBatchNorm) and layer.training for layer in self.stage5.modules())
 
     def _vectors(self, regions: Tensor, checkpointing: bool = False) -> Tensor:
         """(R, C4, 14, 14) -> (R, C5), all regions at once."""

@@ -27,12 +27,12 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
     """torchvision's batch norm with fixed statistics, x * scale + shift, in one pass where `x` needs no gradient.
 
     The two forms agree to rounding. Detectron2 chooses between them in the same way, so its numbers come back to the
-    last bit.
+    last bit. A map in 16 bits always takes one pass and stays so: x * scale + shift would be in float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)"""
-        if x.requires_grad:
+        if x.requires_grad and x.dtype == self.weight.dtype:
             return super().forward(x)
         return nn.functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps

@@ -16,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from . import processes
 from .data.loader import Batch
+from .draws import tagged
 from .model.faster_rcnn import C4FasterRCNN
 from .model.losses import LOSSES
 from .state_fit import check_fit, check_moments
@@ -306,8 +307,8 @@ def forward(
     key: (seed, epoch, batch). What draws from torch's global state, such as dropout, depends on the key and the number
     of the process.
     """
-    draw = np.random.SeedSequence((*key, processes.rank()))
-    torch.manual_seed(int(draw.generate_state(1, np.uint64)[0]))
+    rng = np.random.default_rng(tagged("layers", *key, processes.rank()))
+    torch.manual_seed(int(rng.integers(2**63)))
     with autocast(device, amp_dtype):
         return training.task(network, batch, device, key)
 
@@ -328,7 +329,7 @@ def train_one_epoch(
 ) -> bool:
     """Train on the rest of an epoch: the batches that `loader` still has of the epoch's `num_batches`.
 
-    The loss is the sum of the task's. Each update has the gradients of `accumulate` batches; the epoch's
+    The loss is the sum of the task's. Each update has the mean gradient of `accumulate` batches; the epoch's
     last update may have fewer. `on_step(losses, num_images)` is called after each batch, with the losses that were
     read after it. When it returns True, training stops after the current update. Returns whether the epoch was
     finished.
@@ -347,13 +348,15 @@ def train_one_epoch(
     for batch in loader:
         key = (seed, training.epoch, training.batch)
         run = partial(forward, training, batch=batch, device=device, key=key, amp_dtype=amp_dtype)
+        begun = training.batch // accumulate * accumulate
+        in_update = min(accumulate, num_batches - begun)
         training.batch += 1
-        whole = training.batch % accumulate == 0 or training.batch == num_batches
+        whole = training.batch == begun + in_update
         with nullcontext() if whole else processes.keeping_gradients(network):
             losses = run(network)
             values = torch.stack([losses[name].detach().float() for name in task.losses])
             passes.append(Pass(batch, values, partial(run, training.model)))
-            training.scaler.scale(sum(losses.values()) / accumulate).backward()
+            training.scaler.scale(sum(losses.values()) / in_update).backward()
         read = monitor.add(passes[-1].losses)
         if training.batch == num_batches:
             read += monitor.read()
@@ -371,19 +374,22 @@ def train_one_epoch(
 def update(training: Training, clip_norm: float | None, loss: Tensor) -> bool:
     """Clip the gradients, step the optimizer, the schedule and the averages, and clear the gradients.
 
-    Returns False where `loss` or the gradients' norm is not finite: then no weight, buffer or average changes.
+    Returns False where `loss` or the gradients' norm is not finite: then no weight, buffer, average or scale changes.
+    fp16's gradients overflow now and then. The scaler skips those steps itself, and halves its scale; a scale of 1 or less
+    makes no gradient overflow.
     """
     training.scaler.unscale_(training.optimizer)
     norm = clip_gradients(training.optimizer, clip_norm)
-    # With fp16, gradients overflow now and then, and the scaler skips those steps itself.
-    finite = bool(torch.isfinite(loss if training.scaler.is_enabled() else loss + norm))
+    finite = bool(torch.isfinite(loss + norm))
+    if not finite and training.scaler.is_enabled():
+        finite = training.scaler.get_scale() > 1 and bool(torch.isfinite(loss))
     finite = not processes.any_of(not finite)
     (*_, buffers), training.point = training.point, None
     if finite:
         training.scaler.step(training.optimizer)
     else:
         training._restore(buffers)
-    training.scaler.update()
+    training.scaler.update(None if finite else training.scaler.get_scale())
     training.optimizer.zero_grad(set_to_none=True)
     training.schedule.step()
     training.step += 1
@@ -423,7 +429,7 @@ def evaluate(
     sums: list[Tensor] = []
     for batch in loader:
         images, targets = to_device(batch, device)
-        model.seed_sampling([(seed, 0, target["image_id"]) for target in targets])
+        model.seed_sampling([tagged("evaluation", seed, target["image_id"]) for target in targets])
         with autocast(device, amp_dtype):
             losses, detections = model.evaluate(images, targets)
         of_batch = torch.stack([losses[name].float() for name in LOSSES])

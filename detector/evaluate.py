@@ -46,6 +46,7 @@ class Evaluation:
         ValueError: too many pictures cannot be decoded, or one where `data.strict` is set.
         """
         processes.share_buffers(model)
+        self.unreadable.begin()
         with Progress(len(self.dataset), title) as progress:
             found = evaluate(
                 optimize(model, winograd=False),
@@ -61,7 +62,7 @@ class Evaluation:
 
     @property
     def readable(self) -> DetectionDataset:
-        """The data set without the pictures that could not be decoded so far. It is the ground truth of results."""
+        """The data set without the pictures that the last run could not decode. It is the ground truth of its results."""
         failed = self.unreadable.image_ids
         if not failed:
             return self.dataset

@@ -4,7 +4,10 @@ import codecs
 import contextlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +27,20 @@ def write_atomically(
     """Write a file whole or not at all: `write(temporary_path)` makes it, then it is renamed to `path`.
 
     durable: return only when the file is on the disk, so that a power failure leaves it whole too.
-    previous: where the file that was there before goes.
+    previous: where the file that was there before goes. `path` holds a whole file all the time, the old or the new one.
 
     OSError: the file cannot be written, for example because the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    # Two machines may write into one folder, and have equal process ids.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         write(temporary)
         if durable:
             _sync(temporary, os.O_RDWR)
         if previous is not None and path.exists():
-            os.replace(path, previous)
+            write_atomically(previous, partial(_link_or_copy, path), durable=durable)
         os.replace(temporary, path)
         if durable:
             # Not every system opens a folder, or syncs one.
@@ -71,8 +75,16 @@ def is_output(folder: str | Path) -> bool:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove the temporary files that a killed process left in a folder. No other process may write there."""
-    for path in folder.glob(".*.[0-9]*.tmp*"):
+    for path in folder.glob(".*.[0-9a-f]*.tmp*"):
         path.unlink(missing_ok=True)
+
+
+def _link_or_copy(path: Path, other: Path) -> None:
+    """Give a file another name as well, or copy it where the file system has no links."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
 
 
 def _sync(path: Path, flags: int) -> None:

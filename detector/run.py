@@ -139,6 +139,7 @@ class Run(TrainingRun):
 
     def _end_epoch(self) -> None:
         self.unreadable.collect()
+        self.unreadable.begin()
 
     def _measure(self, title: str, log: RunLog) -> dict[str, Any]:
         started = time.perf_counter()

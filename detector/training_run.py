@@ -4,6 +4,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -40,6 +41,8 @@ _SAVE_EVERY, _PLOT_EVERY = 10, 60
 class TrainingRun(ABC):
     """A training that a configuration describes, new or resumed, in a folder that is locked while it trains.
 
+    A resumed one locks the folder before it reads the state, until the end of its training.
+
     Several processes, within `processes.joined()`, train as one. The first one writes the files; the others read the
     state of a resumed run from the same folder.
 
@@ -57,11 +60,18 @@ class TrainingRun(ABC):
     epoch_seconds: float | None = None
 
     def _open(self, config: Section, folder: str | Path, device: torch.device, resume: bool) -> None:
-        """Read the state to resume, or see that the folder is free.
+        """Read the state to resume, or see that the folder is free. A resumed run holds the folder's lock from here on.
 
-        FileNotFoundError: there is nothing to resume from. ValueError: a state is damaged, or the folder holds a run.
+        FileNotFoundError: there is nothing to resume from. ValueError: a state is damaged, the folder holds a run, or
+        another process trains in it.
         """
         self.config, self.folder, self.device = config, Path(folder), device
+        self.lock = ExitStack()
+        if resume and processes.is_main() and self.folder.is_dir():
+            # Another process could go on from a state that is read before.
+            self.lock.enter_context(FolderLock(self.folder))
+        # The others wait for the lock, and then read the same state.
+        processes.any_of(False)
         self.state = newest_training_state(self.folder / STATE) if resume else refuse_old_run(self.folder)
         self.is_new = self.state is None
         if device.type == "cpu":
@@ -180,7 +190,8 @@ class TrainingRun(ABC):
             with StopSignal() as stop:
                 self._train(RunLog(None), stop)
             return {}
-        with FolderLock(self.folder):
+        with self.lock:
+            self.lock.enter_context(FolderLock(self.folder))
             if self.is_new:
                 # Another process may have trained here since this run was made.
                 refuse_old_run(self.folder)

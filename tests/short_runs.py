@@ -1,7 +1,10 @@
 """Runs for tests: their numbers, and Ctrl-C or an error at a chosen place."""
 
 import signal
+import traceback
+from pathlib import Path
 
+import numpy as np
 import torch
 
 import detector.engine
@@ -49,6 +52,25 @@ def fail_in_batch(monkeypatch, number, error):
         return calls[-1]
 
     monkeypatch.setattr(detector.engine, "forward", forward)
+
+
+def record_streams(monkeypatch):
+    """The numpy streams that are drawn from, from now on: first number -> the uses, as place in the code and pass."""
+    original, uses = np.random.default_rng, {}
+
+    def default_rng(seed=None):
+        stack = traceback.extract_stack()[:-1]
+        place = next(f for f in reversed(stack) if not f.filename.endswith("sampling.py"))
+        if isinstance(seed, tuple):
+            in_evaluation = any(f.name == "evaluate" for f in stack)
+            use = (Path(place.filename).name, place.name, in_evaluation)
+            # The transform of an evaluation draws nothing.
+            if use[::2] != ("transforms.py", True):
+                uses.setdefault(original(seed).random(), set()).add(use)
+        return original(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", default_rng)
+    return uses
 
 
 def stop_after(monkeypatch, updates, *numbers):

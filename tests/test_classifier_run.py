@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from short_runs import CPU, lines, same_tensors, stop_after
+from short_runs import CPU, lines, record_streams, same_tensors, stop_after
 
 import detector.classify.run
 import detector.training_run
@@ -77,6 +77,14 @@ def test_a_run_leaves_weights_numbers_and_pictures(unbroken):
     assert [line["epoch"] for line in logged] == [1, 2, 3]
     assert max(line["top1"] for line in logged) == metrics["top1"]
     assert {"loss", "lr", "images_per_second"} <= lines(folder, "train")[0].keys()
+
+
+def test_no_two_uses_draw_from_one_stream(shapes, tmp_path, monkeypatch):
+    uses = record_streams(monkeypatch)
+    train_tiny(shapes(), tmp_path)
+    places = {use for each in uses.values() for use in each}
+    assert {name for name, *_ in places} >= {"loader.py", "augment.py", "engine.py"}
+    assert [each for each in uses.values() if len({use[0] for use in each}) > 1] == []
 
 
 def test_a_stopped_run_resumes_bit_equal(shapes, unbroken, tmp_path, monkeypatch):

@@ -184,6 +184,19 @@ def test_a_short_last_accumulation_is_an_update_too(model):
     assert (training.step, training.epoch, training.batch) == (2, 1, 0)
 
 
+def test_the_last_update_of_an_epoch_has_the_mean_gradient_of_its_own_batches(model):
+    batches = [batch_of(sample(i)) for i in range(1, 6)]
+    training = training_of(model, lr=1.0)
+    # 5 batches by 3 are an update of 3 and one of 2: the last is asked for alone, as a resumed run does.
+    training.batch, training.step = 3, 1
+    before = weights(model)
+    wanted = [gradients(model, batch, 0) for batch in batches[3:]]
+    assert train(training, batches[3:], num_batches=5, accumulate=3)[0] and training.step == 2
+    for name, after in weights(model).items():
+        mean = (wanted[0][name] + wanted[1][name]) / 2
+        torch.testing.assert_close(before[name] - after, mean, rtol=1e-4, atol=1e-6)
+
+
 def test_clipping_bounds_the_gradients_norm(model):
     before = weights(model)
     train(training_of(model, lr=1.0), [batch_of(sample(1))], clip_norm=0.01)

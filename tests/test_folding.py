@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+import backbones.layers
 from backbones import create_backbone
 from backbones.folding import FoldingSequential, use_folding
 from backbones.kernels.gradients import _Conv1x1, conv2d
@@ -133,3 +134,31 @@ def test_joined_layers_pass_torchs_compiler():
     compiled = torch.compile(trunk, backend="eager")
     # With gradients, as on a GPU, a convolution and the ReLU behind it run as one call.
     torch.testing.assert_close(compiled(image), trunk(image))
+
+
+@pytest.mark.parametrize("name", ["preact_resnet50", "densenet121", "bn_inception", "resnet18"])
+def test_frozen_norms_keep_a_map_in_16_bits_in_training(name, monkeypatch):
+    """Those of pre-activation networks and DenseNets have no convolution to fold into."""
+    monkeypatch.setitem(backbones.layers.NORMS, "batch", backbones.layers.FrozenBatchNorm)
+    torch.manual_seed(0)
+    trunk = create_backbone(name).trunk.train()
+    dtypes = set()
+    for layer in trunk.modules():
+        if isinstance(layer, FrozenBatchNorm2d):
+            layer.running_var.fill_(4.0)
+            layer.register_forward_hook(
+                lambda layer, inputs, output: dtypes.add((inputs[0].dtype, output.dtype))
+            )
+    images = torch.rand(1, 3, 64, 64)
+    exact, (wanted,) = _with_gradient(trunk, images)
+    dtypes.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        half, (given,) = _with_gradient(trunk, images)
+    assert half.dtype == torch.bfloat16 and dtypes == {(torch.bfloat16, torch.bfloat16)}
+    assert (half - exact).norm() / exact.norm() < 0.03
+    assert (given - wanted).norm() / wanted.norm() < 0.1
+
+
+def _with_gradient(trunk, images):
+    features = trunk(images)
+    return features, torch.autograd.grad(features.float().square().sum(), next(trunk.parameters()))

@@ -85,10 +85,10 @@ def test_no_file_imports_one_that_imports_it():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "detector" / "model").glob("*.py")), ids=lambda p: p.name)
-def test_the_model_knows_only_itself_and_how_settings_are_declared(path):
+def test_the_model_knows_only_itself_how_settings_are_declared_and_how_draws_are_seeded(path):
     names = imported(ast.parse(path.read_text(encoding="utf-8")), ("detector", "model"))
     others = [n for n in names if within(n, "detector") and n != "detector"]
-    allowed = ("detector.model", "detector.settings", "backbones.kernels.roi_align")
+    allowed = ("detector.model", "detector.settings", "detector.draws", "backbones.kernels.roi_align")
     assert [n for n in others if not any(within(n, module) for module in allowed)] == []
 
 

@@ -82,6 +82,27 @@ def test_a_gradient_that_is_not_finite_refuses_the_update_too(model, clip_norm):
     assert all(torch.equal(weights(model)[name], value) for name, value in before.items())
 
 
+def test_fp16_tolerates_an_overflow_only_while_its_scale_is_above_one(model):
+    handle = next(model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    training, errors, before = training_of(model, scaler=True), [], weights(model)
+    batches = [batch_of(sample(1))] * 20
+    train(training, batches, on_nonfinite=errors.append)
+    # 65536 is halved 16 times. The next four are reported.
+    assert len(errors) == 4 and "a gradient is not finite at image ids [1]" in str(errors[0])
+    assert training.scaler.get_scale() == 1 and training.step == 20
+    assert all(torch.equal(weights(model)[name], value) for name, value in before.items())
+    handle.remove()
+    train(training, batches[:1])
+    assert any(not torch.equal(weights(model)[name], value) for name, value in before.items())
+
+
+def test_a_loss_that_is_not_finite_says_nothing_about_fp16s_scale(model):
+    training = training_of(model, scaler=True)
+    poison(model, lambda image_id: image_id == 2)
+    train(training, [batch_of(sample(2))] * 3, on_nonfinite=lambda error: None)
+    assert training.scaler.get_scale() == 65536
+
+
 def test_of_an_update_of_several_batches_the_one_that_failed_is_named(model):
     poison(model, lambda image_id: image_id == 2)
     batches = [batch_of(sample(i)) for i in (1, 2, 3)]

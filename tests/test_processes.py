@@ -26,6 +26,7 @@ from detector.classify.shapes import ShapesSource as LabelledShapes
 from detector.data.loader import EvalBatches, TrainBatches
 from detector.data.shapes import ShapesSource as DetectionShapes
 from detector.data.sources import build_dataset
+from detector.draws import tagged
 from detector.engine import train_one_epoch
 from detector.evaluate import Evaluation
 from detector.inference import choose_device
@@ -164,7 +165,7 @@ def test_batches_are_dealt_out_and_the_short_one_is_filled_up(monkeypatch):
         for batch, parts in zip(whole, dealt, strict=True):
             assert [len(part) for part in parts] == [2, 2, 2]
             assert sum(parts, [])[: len(batch)] == batch
-        order = np.random.default_rng((3, epoch)).permutation(11)
+        order = np.random.default_rng(tagged("order", 3, epoch)).permutation(11)
         short = next(i for i, batch in enumerate(whole) if len(batch) == 5)
         assert sum(dealt[short], [])[5:] == [(epoch, order[0])]
     assert shares[0].num_repeated == 1 and alone.num_repeated == 0

@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from short_runs import CPU, lines, same_tensors, stop_after
+from short_runs import CPU, lines, record_streams, same_tensors, stop_after
 
 import detector.run
 import detector.training_run
@@ -20,6 +22,7 @@ from detector.checkpoint import load_checkpoint, load_training_state
 from detector.config import load_config
 from detector.data.sources import build_dataset
 from detector.describe import describe
+from detector.draws import tagged
 from detector.engine import NonFiniteLossError
 from detector.resume import check_resumable
 from detector.run import Run
@@ -54,6 +57,26 @@ def test_a_run_writes_its_files(finished):
         "training_state.previous.pt",
     }  # and no temporary file
     assert all((folder / name).stat().st_size > 100 for name in names)
+
+
+def test_no_two_uses_draw_from_one_stream(tiny_config, tmp_path, no_curves, monkeypatch):
+    uses = record_streams(monkeypatch)
+    Run(tiny_config(), tmp_path, CPU).train()
+    places = {use for each in uses.values() for use in each}
+    trained = {name for name, _, in_evaluation in places if not in_evaluation}
+    assert {"loader.py", "transforms.py", "proposals.py", "roi_heads.py", "engine.py"} <= trained
+    assert {name for name, _, in_evaluation in places if in_evaluation} >= {"proposals.py", "roi_heads.py"}
+    assert [each for each in uses.values() if len({use[::2] for use in each}) > 1] == []
+
+
+def test_every_key_of_a_stream_begins_with_a_tag_of_its_own():
+    """Generated pictures have none: see `detector.draws`."""
+    sources = [(path, path.read_text(encoding="utf-8")) for path in (ROOT / "detector").rglob("*.py")]
+    tags = [tag for _, text in sources for tag in re.findall(r'tagged\(\s*"([^"]*)"', text)]
+    assert len(tags) == len(set(tags)) >= 7 and len({tagged(tag) for tag in tags}) == len(tags)
+    untagged = {path.name for path, text in sources if re.search(r"(default_rng|SeedSequence)\(\(", text)}
+    assert untagged == {"shapes.py"}
+    assert np.random.default_rng((0, 3)).random() == np.random.default_rng((0, 3, 0)).random()
 
 
 def test_its_pictures_are_pictures_and_its_config_is_the_resolved_one(finished, tiny_config):

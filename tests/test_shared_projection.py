@@ -169,14 +169,21 @@ def test_winograd_stays_off_where_it_is_not_faster(monkeypatch):
     assert not any(isinstance(layer, WinogradConv2d) for layer in head.modules())
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize(
+    "options",
+    [{"norm": "batch"}, {"norm": "group"}, {"norm": "group", "stochastic_depth": 0.5}]
+    + [{"norm": "group", "shortcut": "dropout"}],
+    ids=["batch", "group", "stochastic depth", "dropout"],
+)
 @pytest.mark.parametrize("shared", [True, False])
-def test_activation_checkpointing_changes_neither_gradients_nor_statistics(norm, shared, monkeypatch):
-    # several parts, where no statistics are drawn
+def test_activation_checkpointing_changes_neither_gradients_nor_statistics_nor_draws(
+    options, shared, monkeypatch
+):
+    # several parts, where nothing is drawn and no statistics are
     monkeypatch.setitem(CHECKPOINTED_REGIONS, "cpu", 2)
     outcomes = []
     torch.manual_seed(0)
-    plain = create_backbone("resnet50", width=8, norm=norm).double()
+    plain = create_backbone("resnet50", width=8, **options).double()
     for checkpointing in (False, True):
         backbone = copy.deepcopy(plain).train()
         backbone.trunk.activation_checkpointing = backbone.roi_head.activation_checkpointing = checkpointing
@@ -190,3 +197,31 @@ def test_activation_checkpointing_changes_neither_gradients_nor_statistics(norm,
         torch.testing.assert_close(recomputed, kept, rtol=1e-9, atol=1e-12)
     for kept, recomputed in zip(*(o[1] for o in outcomes), strict=True):
         assert torch.equal(recomputed, kept)
+
+
+class Waiting(nn.SyncBatchNorm, nn.BatchNorm2d):
+    """Stands for a synchronised norm, which waits for the other processes in each pass. It counts its passes."""
+
+    passes = 0
+
+    def forward(self, x):
+        Waiting.passes += 1
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_synchronised_norm_takes_part_with_no_region_too(shared):
+    """The others would wait for ever. Not run on a GPU, where torch's own norm takes an empty batch."""
+    head = create_backbone("resnet50", width=8, norm="batch").roi_head
+    norms = [layer for layer in head.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in norms:
+        layer.__class__ = Waiting
+    head.shared_projection, Waiting.passes = shared, 0
+    features = torch.rand(2, 128, 8, 8, requires_grad=True)
+    vectors = head(RegionPool()(features, [torch.zeros(0, 4)] * 2))
+    assert vectors.shape == (0, 256) and Waiting.passes == len(norms)
+    vectors.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in [features, *head.parameters()])
+    head.eval()
+    assert head(RegionPool()(features, [torch.zeros(0, 4)] * 2)).shape == (0, 256)
+    assert Waiting.passes == len(norms)

@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from detector.lock import FolderLock
 from detector.resume import check_resumable
 from detector.run import Run
 from detector.stop import Interrupted, StopSignal, _tell
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -403,6 +407,95 @@ def test_a_state_that_a_later_step_would_fail_on_is_refused_with_its_file(stoppe
         Run(varied, stopped, CPU, resume=True)
 
 
+class Killed(BaseException):
+    pass
+
+
+def kill_at(patch, call_number, has_links):
+    """End the process, so to speak, in the call of that number to the file system. Nothing of it is done, or after it."""
+    calls = []
+
+    def dying(function):
+        def call(*arguments, **options):
+            calls.append(function.__name__)
+            if len(calls) >= call_number:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    for name in ("replace", "unlink", "fsync"):
+        patch.setattr(os, name, dying(getattr(os, name)))
+    patch.setattr(os, "link", dying(os.link if has_links else refuse))
+    patch.setattr(shutil, "copyfile", dying(shutil.copyfile))
+    return calls
+
+
+@pytest.mark.parametrize("has_links", [True, False], ids=["links", "no links"])
+def test_a_kill_at_any_point_of_a_save_leaves_the_state_whole_under_its_own_name(
+    tmp_path, monkeypatch, has_links
+):
+    path, previous = tmp_path / "training_state.pt", tmp_path / "training_state.previous.pt"
+    survived, before = 0, set()
+    for number in range(1, 100):
+        for file, text in ((path, "second"), (previous, "first")):
+            file.unlink(missing_ok=True)
+            file.write_text(text)
+        with monkeypatch.context() as patch:
+            kill_at(patch, number, has_links)
+            try:
+                write_atomically(path, lambda t: t.write_text("third"), durable=True, previous=previous)
+                break
+            except Killed:
+                survived += 1
+        before.add((path.read_text(), previous.read_text()))
+        remove_temporaries(tmp_path)
+        # The next save goes on from what was left.
+        write_atomically(path, lambda t: t.write_text("fourth"), durable=True, previous=previous)
+        assert path.read_text() == "fourth" and previous.read_text() in ("second", "third")
+        assert {each.name for each in tmp_path.iterdir()} == {path.name, previous.name}
+    assert survived >= 6 and (path.read_text(), previous.read_text()) == ("third", "second")
+    assert before == {("second", "first"), ("second", "second"), ("third", "second")}
+
+
+def test_two_machines_with_one_process_id_write_into_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path, names = tmp_path / "state.pt", []
+
+    def write(temporary):
+        names.append(temporary)
+        if len(names) == 1:
+            write_atomically(path, write)
+        temporary.write_text(str(len(names)))
+
+    write_atomically(path, write)
+    assert len(set(names)) == 2 and path.read_text() == "2" and list(tmp_path.iterdir()) == [path]
+
+
+STATES = ("training_state.pt", "training_state.previous.pt")
+
+
+@pytest.mark.parametrize(
+    "names", [(), STATES[:1], STATES[1:], STATES], ids=lambda names: f"{len(names)} states"
+)
+@pytest.mark.parametrize("script", ["Slurm", "Kubernetes"])
+def test_the_scripts_for_clusters_resume_wherever_a_state_is(tmp_path, script, names):
+    text = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    if script == "Slurm":
+        (line,) = [line for line in text.splitlines() if "resume=--resume" in line]
+        command = f'out={tmp_path}\n{line}\necho "$resume"'
+    else:
+        (inner,) = re.findall(r"--output /runs/coco \$\((.*)\)", text)
+        command = f"echo $({inner.replace('/runs/coco', str(tmp_path))})"
+    for name in names:
+        (tmp_path / name).touch()
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("--resume" if names else "", "")
+
+
 # Two runs in one folder
 
 HOLD = """
@@ -431,6 +524,34 @@ def test_a_folder_is_one_processes_and_a_dead_one_does_not_hinder(tiny_config, t
         process.stdout.close()
     with FolderLock(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_resumed_run_has_the_lock_before_it_reads_the_state_and_until_its_training_ends(stopped, varied):
+    lock = ["import fcntl, sys", "fcntl.lockf(open(sys.argv[1], 'a+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"]
+    attempt = [sys.executable, "-c", "\n".join(lock), str(stopped / ".lock")]
+
+    def is_free():
+        return subprocess.run(attempt, capture_output=True).returncode == 0
+
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(stopped / ".lock")], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="is in use by "):
+            Run(varied, stopped, CPU, resume=True)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    run = Run(varied, stopped, CPU, resume=True)
+    assert not is_free()
+    run.train()
+    assert is_free()
+
+
+def test_a_folder_that_is_not_there_is_not_made_to_resume_in(tiny_config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume from"):
+        Run(tiny_config(), tmp_path / "typo", CPU, resume=True)
+    assert not (tmp_path / "typo").exists()
 
 
 # What may change when a run resumes

@@ -448,6 +448,56 @@ def test_too_many_failures_stop_the_run_with_the_list(folder):
         batches_of(dataset, Unreadable(40, "replaced"), 0)
 
 
+@pytest.mark.parametrize(
+    ("num_processes", "damaged", "fails"), [(6, 10, False), (6, 60, True), (64, 40, False)]
+)
+def test_several_processes_judge_the_share_of_all_their_pictures(monkeypatch, num_processes, damaged, fails):
+    """Of 1000 pictures so many are damaged, dealt out evenly: each process alone has seen a part of the pictures."""
+    share = 1000 // num_processes
+    monkeypatch.setattr("detector.processes.world_size", lambda: num_processes)
+    counters = [Unreadable(1000, "left out") for _ in range(num_processes)]
+    for number in range(damaged):
+        counters[number % num_processes].count({f"{number}.jpg": number}, 0)
+    for counter in counters:
+        counter.count({}, share)
+    others = [(counter.num_seen, counter.image_ids) for counter in counters]
+    monkeypatch.setattr("detector.processes.gather", lambda own: others)
+    if fails:
+        with pytest.raises(
+            ValueError, match=f"^{damaged} of {num_processes * share} pictures cannot be used"
+        ):
+            counters[0].collect()
+        return
+    counters[0].collect()
+    assert len(counters[0].image_ids) == damaged and counters[0].num_seen == share * num_processes
+
+
+@pytest.mark.parametrize(("num_seen", "fails"), [(10, True), (500, False)])
+def test_one_process_of_several_judges_in_the_middle_of_a_pass_by_100_pictures_for_each(
+    monkeypatch, num_seen, fails
+):
+    """6 of the first 100 pictures of one process say little where 64 processes see 6400: 321 of them say enough."""
+    monkeypatch.setattr("detector.processes.world_size", lambda: 64)
+    counter = Unreadable(118_287, "left out")
+    failed = {f"{number}.jpg": number for number in range(321 if fails else 6)}
+    if fails:
+        with pytest.raises(ValueError, match="^321 of 6400 pictures"):
+            counter.count(failed, num_seen)
+    else:
+        counter.count(failed, num_seen)
+
+
+def test_a_pass_judges_by_its_own_failures_and_tells_each_once(capsys):
+    counter, new = Unreadable(40, "left out"), []
+    for epoch in range(4):
+        counter.begin()
+        counter.count({f"{epoch}.jpg": epoch, "bad.jpg": 39}, 40, new.append)
+        counter.collect()
+        assert set(counter.image_ids.values()) == {epoch, 39}
+    assert new == ["0.jpg", "bad.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert capsys.readouterr().out.count("left out: ") == 5
+
+
 def test_a_set_of_which_nothing_decodes_ends_in_a_sentence(tmp_path):
     folder = Folder(tmp_path, 2)
     for number in range(2):
@@ -524,6 +574,23 @@ def test_a_run_goes_on_without_its_broken_pictures_and_says_so(shapes, tmp_path,
     problems = (tmp_path / "run/problems.txt").read_text().splitlines()
     assert {p.partition(":")[0] for p in problems} == {"warning", "note", "train", "val"}
     assert sum(": no such picture file" in problem for problem in problems) == 2
+
+
+def test_a_picture_that_fails_in_one_validation_alone_is_scored_in_the_next(shapes, tmp_path, monkeypatch):
+    config, root = shapes(20, "train.batch_size=10", "train.epochs=3")
+    run = Run(config, tmp_path / "run", CPU)
+    read, failures = type(run.val_set).image, iter([OSError("Input/output error")])
+
+    def image(dataset, index):
+        if dataset.image_ids[index] == 8 and len(dataset) == 20 and dataset is run.evaluation.dataset:
+            for error in failures:
+                raise error
+        return read(dataset, index)
+
+    monkeypatch.setattr(type(run.val_set), "image", image)
+    run.train()
+    log = read_log(tmp_path / "run/metrics.jsonl")
+    assert [line.get("left_out", 0) for line in log if line["kind"] == "val"] == [1, 0, 0]
 
 
 def test_a_run_with_a_broken_picture_resumes_as_if_it_had_not_stopped(shapes, tmp_path, monkeypatch):

@@ -71,5 +71,4 @@ def _conv_norms(graph: fx.Graph, owner: nn.Module) -> Iterator[tuple[str, str]]:
 
 def is_batch_norm(layer: nn.Module) -> bool:
     """Whether a layer is a batch norm: frozen or not, and with or without timm's activation inside."""
-    frozen = isinstance(layer, FrozenBatchNorm2d) or type(layer).__name__ == "FrozenBatchNormAct2d"
-    return frozen or isinstance(layer, nn.BatchNorm2d)
+    return isinstance(layer, (nn.BatchNorm2d, FrozenBatchNorm2d))

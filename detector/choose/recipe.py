@@ -14,6 +14,7 @@ from ..data.dataset import DetectionDataset
 from ..data.file_source import read_once
 from ..data.sources import build_dataset, build_datasets
 from ..data.split import write_split
+from ..draws import tagged
 from .data import choose_data, recipe_of
 from .rules import (
     Settings,
@@ -141,7 +142,8 @@ def _time(
     updates = epochs * max(1, used // (draft.config.train.batch_size * machine.num_processes))
     settings["train"]["warmup_steps"] = min(200, max(1, updates // 10))
     if used < len(train_set):
-        rows = np.sort(np.random.default_rng(draft.config.train.seed).permutation(len(train_set))[:used])
+        rng = np.random.default_rng(tagged("pictures to train on", draft.config.train.seed))
+        rows = np.sort(rng.permutation(len(train_set))[:used])
         listed = write_split(folder, train_set, {"drawn": rows}, draft.config.data.root)["drawn"]
         sources = draft.recipe["data"]["train"]
         settings["data"] = {"train": [{**source, "pictures": listed} for source in sources]}

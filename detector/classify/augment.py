@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import Field, ValidationInfo, field_validator
 
+from ..draws import tagged
 from ..settings import Probability, Section
 
 # A picture that is evaluated is resized so, and its middle cut out: 256 for 224 pixels, as is usual for ImageNet.
@@ -70,7 +71,7 @@ class BatchAugment:
     def _draws(self, epoch: int) -> np.ndarray:
         """(pictures, 4) uniform in [0, 1): a row for each picture, whatever batch it is in."""
         if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
+            rng = np.random.default_rng(tagged("array", self.seed, epoch))
             self.epoch, self._table = epoch, rng.random((self.num_pictures, 4), np.float32)
         return self._table
 
@@ -100,7 +101,7 @@ class PictureAugment:
 
     def __call__(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
         """(h, w, 3) uint8 -> (size, size, 3) uint8."""
-        draw = np.random.default_rng((self.seed, epoch, index)).integers(2**31)
+        draw = np.random.default_rng(tagged("file", self.seed, epoch, index)).integers(2**31)
         # Every worker has its own copy of Compose's generators. With a seed for each picture, the worker does not matter.
         self.compose.set_random_seed(int(draw))
         return self.compose(image=image)["image"]

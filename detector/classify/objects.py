@@ -14,6 +14,7 @@ from torchvision.ops import box_iou
 from ..data.dataset import DetectionDataset
 from ..data.sources import DataConfig, build_dataset
 from ..data.tolerance import refuse_many
+from ..draws import tagged
 from ..settings import Pixels, Probability, checked
 from .pictures import ArrayPictures, check_classes
 
@@ -125,7 +126,7 @@ class _Cutter:
         """Boxes (4,) xyxy for background. There are fewer than asked for where the tries find no room."""
         data = self.dataset
         boxes = torch.from_numpy(data.boxes[data.offsets[index] : data.offsets[index + 1]])
-        rng = np.random.default_rng((self.seed, int(data.image_ids[index])))
+        rng = np.random.default_rng(tagged("background", self.seed, int(data.image_ids[index])))
         for _ in range(self.background):
             for _ in range(_TRIES):
                 shape, place = self.shapes[rng.integers(len(self.shapes))], rng.random(2)

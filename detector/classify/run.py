@@ -179,10 +179,12 @@ class ClassifierRun(TrainingRun):
 
     def _end_epoch(self) -> None:
         self.unreadable.collect()
+        self.unreadable.begin()
 
     def _measure(self, title: str, log: RunLog) -> dict[str, Any]:
         started, training = time.perf_counter(), self.training
         processes.share_buffers(training.evaluated_model)
+        self.unreadable_val.begin()
         with Progress(len(self.val_set), title) as progress:
             measures, loss = evaluate_classifier(
                 training.evaluated_model,

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import processes
+from ..draws import tagged
 from .dataset import DetectionDataset
 from .transforms import EvalTransform, Key
 
@@ -79,7 +80,8 @@ def first_readable(
 
     error: of the picture that it stands for. ValueError: the others fail too.
     """
-    for index in np.random.default_rng(draw).permutation(num_pictures)[:_TRIES].tolist():
+    order = np.random.default_rng(tagged("replacement", *draw)).permutation(num_pictures)
+    for index in order[:_TRIES].tolist():
         try:
             return index, read(index)
         except (ValueError, OSError):
@@ -124,7 +126,7 @@ class TrainBatches(Sampler):
         )
 
     def _shuffled(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
-        rng = np.random.default_rng((self.seed, epoch))
+        rng = np.random.default_rng(tagged("order", self.seed, epoch))
         order = rng.permutation(len(self.tall))
         tall = self.tall[order]
         groups = [order[tall], order[~tall]]

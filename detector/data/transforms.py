@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..config import AugmentConfig
+from ..draws import tagged
 from ..model.network_input import network_size, resize_pil
 
 Key = tuple[int, int, int]  # seed, epoch, image id
@@ -62,7 +63,7 @@ class EvalTransform:
         """
         original_size = image.shape[:2]
         boxes, labels = clip_boxes(target["boxes"], target["labels"], original_size)
-        rng = np.random.default_rng(key)
+        rng = np.random.default_rng(tagged("augmentation", *key))
         image, boxes = resize(image, boxes, self.draw_size(original_size, rng), self.resize_with)
         image, boxes, labels = self.augment(image, boxes, labels, rng)
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), {

@@ -6,15 +6,16 @@ from .. import processes
 from .loader import Batch
 from .tolerance import MAX_TOLD, refuse_many
 
-# So few failures never stop a run, and the share is not taken of fewer pictures than these.
+# So few failures never stop a run, and the share is not taken of fewer pictures than these for each process.
 _FEW = 2
 _EARLIEST = 100
 
 
 class Unreadable:
-    """The pictures of a data set that failed on decoding: a sentence each, with the file's name.
+    """The pictures of a data set that failed on decoding in a pass over it: a sentence each, with the file's name.
 
-    A sample of such a picture has that sentence in `target["unreadable"]`: see `TransformedDataset`.
+    A sample of such a picture has that sentence in `target["unreadable"]`: see `TransformedDataset`. An epoch and an
+    evaluation are passes. A picture may fail in one of them and not in the next, on a network's disk for example.
 
     num_pictures: of the data set. fate: what becomes of such a picture, in what is printed of the first few.
     """
@@ -22,6 +23,11 @@ class Unreadable:
     def __init__(self, num_pictures: int, fate: str) -> None:
         self.num_pictures = num_pictures
         self.fate = fate
+        self.told: set[str] = set()
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a pass. What was told before is not told again."""
         self.num_seen = 0
         self.image_ids: dict[str, int | None] = {}  # by sentence
 
@@ -47,27 +53,31 @@ class Unreadable:
     ) -> None:
         """Count a batch of so many pictures. failed: sentence -> image id, where there are ids. ValueError: as `watch`."""
         for sentence, image_id in failed.items():
-            if sentence not in self.image_ids:
-                self.image_ids[sentence] = image_id
-                self._print(sentence)
+            self.image_ids[sentence] = image_id
+            if sentence not in self.told:
+                self._tell(sentence)
                 on_new(sentence)
         self.num_seen += num_pictures
         self._judge()
 
     def collect(self) -> None:
-        """Learn of the pictures that failed in other processes."""
-        for found in processes.gather(self.image_ids):
-            for sentence in found.keys() - self.image_ids.keys():
-                self._print(sentence)
-            self.image_ids |= found
+        """Learn at the end of a pass what other processes saw, and which pictures failed there."""
+        counts, found = zip(*processes.gather((self.num_seen, self.image_ids)), strict=True)
+        self.num_seen = sum(counts)
+        for failed in found:
+            self.image_ids |= failed
+        for sentence in self.image_ids:
+            if sentence not in self.told:
+                self._tell(sentence)
         self._judge()
 
-    def _print(self, sentence: str) -> None:
-        if len(self.image_ids) <= MAX_TOLD:
+    def _tell(self, sentence: str) -> None:
+        self.told.add(sentence)
+        if len(self.told) <= MAX_TOLD:
             print(f"{self.fate}: {sentence}", flush=True)
 
     def _judge(self) -> None:
         if len(self.image_ids) > _FEW:
-            # Later epochs see the same pictures again.
-            judged = min(self.num_pictures, max(self.num_seen, _EARLIEST))
+            # In the middle of a pass, each process knows of its own pictures alone.
+            judged = min(self.num_pictures, max(self.num_seen, _EARLIEST * processes.world_size()))
             refuse_many(list(self.image_ids), judged)

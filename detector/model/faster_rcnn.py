@@ -19,6 +19,7 @@ from torchvision.models.detection.image_list import ImageList
 from backbones import Backbone, Preprocessing
 from backbones.regions import RegionPool
 
+from ..draws import tagged
 from ..settings import Count, Pixels, Positive, Probability, checked
 from .anchors import STRIDE, MapAnchors, Numbers, check_anchor_sizes
 from .boxes import check_boxes
@@ -189,8 +190,9 @@ class C4FasterRCNN(FasterRCNN):
 
         keys: a tuple of non-negative integers for each image of the batch; None: draw from the global random state.
         """
-        for stream, sampler in enumerate((self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler)):
-            sampler.keys = None if keys is None else [(*key, stream) for key in keys]
+        samplers = {"anchors": self.rpn.fg_bg_sampler, "regions": self.roi_heads.fg_bg_sampler}
+        for use, sampler in samplers.items():
+            sampler.keys = None if keys is None else [tagged(use, *key) for key in keys]
 
     def _need_eval_mode(self, name: str) -> None:
         if self.training:
