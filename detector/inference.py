@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from backbones.messages import check_choice
@@ -15,7 +15,7 @@ from backbones.messages import check_choice
 from . import processes
 from .ahead import ahead
 from .checkpoint import Checkpoint, load_checkpoint
-from .data.images import load_image
+from .data.images import load_image, to_rgb
 from .model.boxes import check_boxes
 from .model.faster_rcnn import C4FasterRCNN
 from .model.speed import apply_speed, compile_model
@@ -243,7 +243,7 @@ def _pixels(image: Picture, channel_order: str = "rgb") -> Tensor:
     if isinstance(image, (str, Path)):
         image, channel_order = load_image(image), "rgb"
     elif isinstance(image, Image.Image):
-        image, channel_order = np.asarray(ImageOps.exif_transpose(image).convert("RGB")), "rgb"
+        image, channel_order = to_rgb(image, "the PIL image"), "rgb"
     if isinstance(image, Tensor):
         return _check_tensor(image).flip(0) if channel_order == "bgr" else _check_tensor(image)
     if not isinstance(image, np.ndarray):
