@@ -426,24 +426,30 @@ def evaluate(
     ids, was_training = list(category_ids), model.training
     model.eval()
     results: list[list[dict[str, Any]]] = []
-    sums: list[Tensor] = []
-    for batch in loader:
-        images, targets = to_device(batch, device)
+    losses: list[Tensor] = []  # (N, 4) a batch
+
+    def evaluate_one_size(
+        images: list[Tensor], targets: list[dict]
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
         model.seed_sampling([tagged("evaluation", seed, target["image_id"]) for target in targets])
         with autocast(device, amp_dtype):
-            losses, detections = model.evaluate(images, targets)
-        of_batch = torch.stack([losses[name].float() for name in LOSSES])
-        # One column more counts the images.
-        sums.append(nn.functional.pad(of_batch, (0, 1), value=1.0) * len(images))
+            means, detections = model.evaluate(images, targets)
+        own = torch.stack([means[name].float() for name in LOSSES])
+        return [(own, detected) for detected in detections]
+
+    for batch in loader:
+        images, targets = to_device(batch, device)
+        found = model.transform.by_padded_size(evaluate_one_size, images, targets)
+        losses.append(torch.stack([own for own, _ in found]))
         results.append([])
-        for target, detected in zip(targets, detections, strict=True):
+        for target, (_, detected) in zip(targets, found, strict=True):
             results[-1] += coco_results(detected, target["image_id"], ids)
         on_step(len(images))
     model.seed_sampling(None)
     model.train(was_training)
-    batches = processes.collect(list(zip(results, [values.tolist() for values in sums], strict=True)))
-    *totals, num_images = np.sum([values for _, values in batches], axis=0) if batches else [0.0] * 5
-    means = {name: float(total / max(num_images, 1)) for name, total in zip(LOSSES, totals, strict=True)}
+    batches = processes.collect(list(zip(results, [values.tolist() for values in losses], strict=True)))
+    rows = [row for _, values in batches for row in values] or [[0.0] * len(LOSSES)]
+    means = dict(zip(LOSSES, np.mean(rows, axis=0).tolist(), strict=True))
     return [each for found, _ in batches for each in found], with_total(means)
 
 

@@ -5,6 +5,7 @@ Letters: N images, M regions of an image, K classes with background, C5 channels
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,14 @@ def extract_regions(
     `features` are pooled from the final boxes. A detection's `class_scores` come from its proposal, as its score does.
     """
     check_choice("regions", regions, REGIONS)
-    if boxes is not None:
-        encoded = model.encode(images, [{"boxes": b} for b in boxes])
+    given = None if boxes is None else [{"boxes": b} for b in boxes]
+    return model.transform.by_padded_size(partial(_extract, model, regions), images, given)
+
+
+def _extract(model: C4FasterRCNN, regions: str, images: list[Tensor], given: Any) -> list[RegionFeatures]:
+    """`extract_regions` of images that have one padded size. given: dicts of boxes, or None."""
+    if given is not None:
+        encoded = model.encode(images, given)
         found = [{"boxes": target["boxes"]} for target in encoded.targets]
     else:
         encoded = model.encode(images)
@@ -64,10 +71,10 @@ def extract_regions(
     final = model.classify(encoded, [f["boxes"] for f in found])
     columns = zip(found, final.by_image("vectors"), final.by_image("logits"), strict=True)
     found = [{**_best_class(logits), **f, "features": vectors} for f, vectors, logits in columns]
-    if boxes is None:
+    if given is None:
         found = model.restore(found, encoded)
     else:
-        found = [{**f, "boxes": b} for f, b in zip(found, boxes, strict=True)]
+        found = [{**f, **target} for f, target in zip(found, given, strict=True)]
     return [
         RegionFeatures(**{name: value.cpu() for name, value in f.items()}, image_size=size)
         for f, size in zip(found, encoded.original_sizes, strict=True)

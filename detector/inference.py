@@ -1,6 +1,5 @@
 """Detect objects in pictures: `Detector.load(path)(image)`."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from backbones.messages import check_choice
@@ -16,7 +15,7 @@ from backbones.messages import check_choice
 from . import processes
 from .ahead import ahead
 from .checkpoint import Checkpoint, load_checkpoint
-from .data.images import load_image
+from .data.images import load_image, to_rgb
 from .model.boxes import check_boxes
 from .model.faster_rcnn import C4FasterRCNN
 from .model.speed import apply_speed, compile_model
@@ -174,14 +173,12 @@ class Detector:
     @torch.inference_mode()
     def _detect(self, pixels: list[Tensor], options: dict[str, Any]) -> list[Detections]:
         """N x (3, H, W) uint8, or float in [0, 1] -> the detections of each, in order."""
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for row, each in enumerate(pixels):
-            groups[self.model.transform.padded_size_of(*each.shape[-2:])].append(row)
-        found: dict[int, Detections] = {}
-        for rows in groups.values():
-            images = [_as_float(pixels[row].to(self.device, non_blocking=True)) for row in rows]
-            found |= zip(rows, self._on_host(self.model.detect(images, **options)), strict=True)
-        return [found[row] for row in range(len(pixels))]
+
+        def detect(pixels: list[Tensor], _: None) -> list[Detections]:
+            images = [_as_float(each.to(self.device, non_blocking=True)) for each in pixels]
+            return self._on_host(self.model.detect(images, **options))
+
+        return self.model.transform.by_padded_size(detect, pixels)
 
     def _on_host(self, found: list[dict[str, Tensor]]) -> list[Detections]:
         counts = [len(each["boxes"]) for each in found]
@@ -246,7 +243,7 @@ def _pixels(image: Picture, channel_order: str = "rgb") -> Tensor:
     if isinstance(image, (str, Path)):
         image, channel_order = load_image(image), "rgb"
     elif isinstance(image, Image.Image):
-        image, channel_order = np.asarray(ImageOps.exif_transpose(image).convert("RGB")), "rgb"
+        image, channel_order = to_rgb(image, "the PIL image"), "rgb"
     if isinstance(image, Tensor):
         return _check_tensor(image).flip(0) if channel_order == "bgr" else _check_tensor(image)
     if not isinstance(image, np.ndarray):

@@ -74,7 +74,7 @@ def test_by_default_proposals_and_detections_are_torchvisions_to_the_last_bit(ti
 
 
 def test_by_default_losses_are_torchvisions_to_the_last_bit(tiny_backbone):
-    ours, random = build(tiny_backbone), torch.Generator().manual_seed(1)
+    ours, random = build(tiny_backbone).train(), torch.Generator().manual_seed(1)
     theirs = stock(ours)
     theirs.rpn.fg_bg_sampler = ours.rpn.fg_bg_sampler = SeededSampler(64, 0.5)
     ours.rpn.fg_bg_sampler.keys = [(1,), (2,)]

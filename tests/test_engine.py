@@ -32,15 +32,15 @@ CPU = torch.device("cpu")
 GROUP = "model.backbone={name: resnet18, width: 8, norm: group}"  # no state but the weights: images are independent
 
 
-def sample(image_id, boxes=((8, 8, 40, 40),), labels=None):
+def sample(image_id, boxes=((8, 8, 40, 40),), labels=None, size=(64, 64)):
     """One image of the loader's kind: uint8 noise of 64 x 64, at network size."""
-    pixels = np.random.default_rng(image_id).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+    pixels = np.random.default_rng(image_id).integers(0, 256, (3, *size), dtype=np.uint8)
     labels = [1 + i % 2 for i in range(len(boxes))] if labels is None else labels
     return torch.from_numpy(pixels), {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),
         "image_id": image_id,
-        "original_size": (64, 64),
+        "original_size": size,
     }
 
 
@@ -422,14 +422,32 @@ def test_evaluation_gives_results_and_losses_that_repeat_and_leaves_the_mode(mod
     )
 
 
-def test_evaluation_does_not_depend_on_how_images_are_batched(model):
-    samples = [sample(i) for i in (1, 2, 3)]
-    together, _ = evaluate(model, [batch_of(*samples)], CPU, category_ids=[1, 2])
-    apart, _ = evaluate(model, [batch_of(s) for s in samples], CPU, category_ids=[1, 2])
-    assert len(together) == len(apart)
-    for one, two in zip(together, apart, strict=True):
-        assert (one["image_id"], one["category_id"]) == (two["image_id"], two["category_id"])
-        np.testing.assert_allclose(one["bbox"], two["bbox"], atol=1e-2)
+@pytest.mark.parametrize("normalizer", ["sampled", "batch_size"])
+def test_detections_and_losses_of_an_image_do_not_depend_on_its_neighbours_in_the_batch(
+    tiny_config, normalizer
+):
+    conventions = f"model.conventions={{rpn_loss_normalizer: {normalizer}}}"
+    # Images differ in size and in the number of samples.
+    size = "model.max_size=128"
+    torch.manual_seed(0)
+    model = build_model(tiny_config(GROUP, conventions, size).model, 3)
+    samples = [
+        sample(1),
+        sample(2, size=(64, 96)),
+        sample(3, boxes=(), size=(64, 80)),
+        sample(4, boxes=[(4, 4, 20, 40), (30, 8, 60, 50)]),
+        sample(5, boxes=[(4, 4, 20, 40)] * 5, size=(64, 70)),
+    ]
+    apart, losses = evaluate(model, [batch_of(s) for s in samples], CPU, category_ids=[1, 2])
+    assert {each["image_id"] for each in apart} == {1, 2, 3, 4, 5}
+    for cut in (2, 3, 5):
+        batches = [batch_of(*samples[:cut]), batch_of(*samples[cut:])][: 1 + (cut < 5)]
+        together, means = evaluate(model, batches, CPU, category_ids=[1, 2])
+        assert means == pytest.approx(losses, rel=1e-5)
+        for one, two in zip(together, apart, strict=True):
+            assert (one["image_id"], one["category_id"]) == (two["image_id"], two["category_id"])
+            assert one["score"] == pytest.approx(two["score"], abs=1e-5)
+            np.testing.assert_allclose(one["bbox"], two["bbox"], atol=1e-2)
 
 
 def test_results_are_in_pixels_of_the_original_image(model):

@@ -162,6 +162,21 @@ def test_several_images_of_one_size_are_as_each_alone(detector, picture):
         close(regions.features, alone.features)
 
 
+@pytest.mark.parametrize("regions", ["detections", "proposals", "boxes"])
+def test_vectors_of_an_image_do_not_depend_on_the_sizes_of_its_neighbours(detector, picture, regions):
+    tensors = [to_tensor(p) for p in (picture, picture[:25], picture.transpose(1, 0, 2), picture[:, ::-1])]
+    boxes = [random_boxes(5, *tensor.shape[1:]) for tensor in tensors] if regions == "boxes" else None
+    arguments = [] if boxes else [regions]
+    together = extract_regions(detector.model, tensors, *arguments, boxes=boxes)
+    for row, tensor in enumerate(tensors):
+        given = boxes and boxes[row : row + 1]
+        (alone,) = extract_regions(detector.model, [tensor], *arguments, boxes=given)
+        assert len(alone.boxes) and together[row].image_size == tuple(tensor.shape[1:])
+        for name in ("features", "class_scores"):
+            close(getattr(together[row], name), getattr(alone, name))
+        torch.testing.assert_close(together[row].boxes, alone.boxes, rtol=1e-4, atol=1e-3)
+
+
 def test_an_image_without_regions_gives_none(detector, picture):
     regions = extract_regions(detector.model, [to_tensor(picture)], boxes=[torch.zeros(0, 4)])[0]
     assert regions.features.shape == (0, C5) and regions.class_scores.shape == (0, 5)

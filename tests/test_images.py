@@ -2,16 +2,19 @@
 
 import io
 import shutil
+import struct
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from detector.data.file_index import FileIndex
 from detector.data.images import list_images, load_image, load_image_size
 from detector.files import mark_output
+from detector.inference import to_tensor
 
 
 @pytest.fixture
@@ -97,10 +100,109 @@ def test_16_bits_are_scaled_to_8_not_clipped(tmp_path, rgb, channels, suffix):
     assert np.array_equal(image, np.repeat(rgb[:, :, :1], 3, axis=2) if channels == 1 else rgb)
 
 
-def test_float_pictures_are_refused_with_the_reason(tmp_path):
-    Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)).save(tmp_path / "a.tiff")
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4),
+        np.array([[0, 70000]], np.int32),
+        np.array([[-1, 7]], np.int32),
+    ],
+)
+def test_floats_and_more_than_16_bits_are_refused_with_the_reason_by_path_and_by_pillow(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "a.tiff")
     with pytest.raises(ValueError, match="a.tiff: .*8-bit and 16-bit pictures are accepted"):
         load_image(tmp_path / "a.tiff")
+    for picture in (Image.open(tmp_path / "a.tiff"), Image.fromarray(values)):
+        with pytest.raises(ValueError, match="the PIL image: .*8-bit and 16-bit pictures are accepted"):
+            to_tensor(picture)
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    """(3, H, W) in 0..255, by way of Pillow's picture."""
+    return to_tensor(Image.open(path)).mul(255).round().numpy()
+
+
+def packed_tiff(values: np.ndarray) -> bytes:
+    """A TIFF of 12 bits a sample: two samples in three bytes."""
+    pairs = values.astype(int).reshape(-1, 2)
+    data = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs.tolist())
+    height, width = values.shape
+    shorts = {258: 12, 259: 1, 262: 1, 277: 1}
+    tags = shorts | {256: width, 257: height, 273: 122, 278: height, 279: len(data)}
+    entries = [struct.pack("<HHII", tag, 3 if tag in shorts else 4, 1, tags[tag]) for tag in sorted(tags)]
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(entries) + bytes(4) + data
+
+
+def save_deep(path: Path, values: np.ndarray, kind: str) -> None:
+    """Save grey values (H, W) of 12 or 16 bits in one of the ways that people's programs do."""
+    height, width = values.shape
+    if kind == "12 of PGM":
+        path.write_bytes(f"P5 {width} {height} 4095\n".encode() + values.astype(">u2").tobytes())
+    elif kind == "12 of TIFF, packed":
+        path.write_bytes(packed_tiff(values))
+    else:
+        tags = {"tiffinfo": {281: 4095}} if kind == "12 of TIFF, by its tag" else {}
+        Image.fromarray(values.astype(np.int32 if kind == "16 in 32" else np.uint16)).save(path, **tags)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("12 of PGM", "a.pgm"),
+        ("12 of TIFF, packed", "a.tiff"),
+        ("12 of TIFF, by its tag", "a.tiff"),
+        ("16", "a.tiff"),
+        ("16", "a.png"),
+        ("16 in 32", "a.tiff"),
+    ],
+)
+def test_deep_grey_uses_the_range_that_its_file_states_by_path_and_by_pillow(tmp_path, recwarn, kind, name):
+    top = 4095 if kind.startswith("12") else 65535
+    values = np.linspace(0, top, 64 * 64).round().reshape(64, 64)
+    save_deep(tmp_path / name, values, kind)
+    image = load_image(tmp_path / name)
+    assert np.abs(image[..., 0] - values / top * 255).max() <= 1
+    assert np.array_equal(pixels_of(tmp_path / name), image.transpose(2, 0, 1))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["grey.png", "grey.tiff", "colour.png", "tag of one picture.tiff"])
+def test_where_few_levels_are_left_the_first_picture_is_named(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("detector.data.images._warned", [])
+    values = np.linspace(0, 4000, 24 * 40).astype(np.uint16).reshape(24, 40)
+    if kind.startswith("colour"):
+        assert cv2.imwrite(str(tmp_path / kind), np.dstack([values] * 3))
+    else:
+        Image.fromarray(values).save(tmp_path / kind, **({"tiffinfo": {281: 4000}} if "tag" in kind else {}))
+    with pytest.warns(UserWarning, match=rf"{kind}: 16 of 256 levels are left") as warned:
+        image = load_image(tmp_path / kind)
+        assert np.array_equal(image, load_image(tmp_path / kind)) and image.max() == 15
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("values", [np.full((4, 4), 900), np.array([[0, 65535]]), np.array([[30000, 60000]])])
+def test_deep_pictures_of_one_or_two_levels_that_stay_apart_are_no_warning(
+    tmp_path, monkeypatch, recwarn, values
+):
+    monkeypatch.setattr("detector.data.images._warned", [])
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a.png")
+    load_image(tmp_path / "a.png")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "CMYK without Adobe", "LA", "RGBA", "P", "1", "I;16"])
+def test_pillows_picture_gives_what_its_file_gives(tmp_path, rgb, mode):
+    path = tmp_path / ("a.jpg" if mode.startswith("CMYK") else "a.png")
+    if mode == "I;16":
+        Image.fromarray(rgb[:, :, 0].astype(np.uint16) * 257).save(path)
+    else:
+        Image.fromarray(rgb).convert(mode.split()[0]).save(path)
+    if mode == "CMYK without Adobe":
+        ImageChops.invert(Image.open(path)).save(path)
+        path.write_bytes(without_adobe_marker(path.read_bytes()))
+    expected = load_image(path).transpose(2, 0, 1)
+    assert np.array_equal(pixels_of(path), expected)
+    assert 90 < expected.mean() < 165
 
 
 INKS = [((0, 255, 255, 0), (255, 0, 0)), ((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 255), (0, 0, 0))]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import several
 import torch
+from PIL import Image
 from short_runs import CPU, stop_after
 
 import detector.classify.shapes
@@ -207,6 +208,35 @@ def test_evaluation_by_three_processes_is_that_of_one(alike, tiny_config, batch_
     assert len({each["image_id"] for each in results}) == 7
     assert found == results
     assert means == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.fixture(scope="session")
+def of_many_sizes(alike, tmp_path_factory):
+    """The recipe, with validation pictures of seven sizes."""
+    old, root = Path(alike.data.root), tmp_path_factory.mktemp("sizes")
+    content = json.loads((old / "annotations" / "val.json").read_text())
+    for number, image in enumerate(content["images"]):
+        image["width"], image["height"] = 64 + 5 * number, 100 - 5 * number
+        picture = Image.open(old / "val" / image["file_name"]).resize((image["width"], image["height"]))
+        picture.save(root / image["file_name"])
+    (root / "val.json").write_text(json.dumps(content))
+    data = f"data={{root: {root}, train: null, val: {{format: coco, annotations: val.json, images: .}}}}"
+    return data, "model.max_size=128"
+
+
+def test_evaluation_of_mixed_sizes_gives_one_result_whatever_the_batches_and_processes(
+    alike, of_many_sizes, tiny_config
+):
+    config = tiny_config(*ALIKE, *of_many_sizes)
+    results, losses = evaluate(config, 1)
+    by_image = lambda found: sorted(found, key=lambda each: each["image_id"])  # noqa: E731 the order within stays
+    for count, batch_size in ((1, 3), (1, 7), (3, 2)):
+        found, means = several.run(count, evaluate, config, batch_size)[0]
+        assert means == pytest.approx(losses, rel=1e-5)
+        for one, two in zip(by_image(found), by_image(results), strict=True):
+            assert one["image_id"] == two["image_id"] and one["category_id"] == two["category_id"]
+            assert one["score"] == pytest.approx(two["score"], abs=1e-5)
+            assert one["bbox"] == pytest.approx(two["bbox"], abs=1e-2)
 
 
 def train_run(config, folder, resume=False, stop_at=None):

@@ -33,7 +33,9 @@ IMAGE_SUFFIXES = frozenset(
     suffix for suffix, name in Image.registered_extensions().items() if name in (*_FORMATS, "MPO")
 )
 _LFS_POINTER = b"version https://git-lfs"
-_EXIF_ORIENTATION = 0x0112
+_EXIF_ORIENTATION, _BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 0x0112, 258, 281
+_FEW_LEVELS = 32
+_warned: list[str | Path] = []  # of few levels: the first picture
 # For each EXIF orientation, the operation that turns the stored picture upright (1 is upright already).
 _UPRIGHT = {
     2: lambda image: image[:, ::-1],
@@ -49,25 +51,38 @@ _UPRIGHT = {
 def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode a picture to upright RGB: (H, W, 3) uint8, C-contiguous and writable.
 
-    Greyscale, palette, CMYK and 16-bit pictures are converted, alpha is dropped, and the EXIF orientation
-    is applied. An animation gives its first picture.
+    An animation gives its first picture.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, cut short, damaged, or not a picture. The picture has over `max_pixels` pixels,
-            or values of more than 16 bits.
+        ValueError: as in `to_rgb`. The file is empty, or not a picture. The picture has over `max_pixels` pixels.
     """
     with _open_file(path) as file:
         data = file.read()
     with _open(io.BytesIO(data), path, max_pixels) as picture:
-        try:
-            image = _decode(picture, data)
-        # Pillow's decoders raise nearly any exception on damaged data.
-        except Exception as error:
-            raise ValueError(f"{path}: the picture is damaged or cut short ({_reason(error)})") from None
-        if image.ndim == 2:
-            image = np.repeat(_high_bytes(image, path)[:, :, None], 3, axis=2)
-        return np.ascontiguousarray(_upright(image, _orientation(picture)))
+        return to_rgb(picture, path, data)
+
+
+def to_rgb(picture: Image.Image, name: str | Path, data: bytes = b"") -> np.ndarray:
+    """Convert Pillow's picture to upright RGB: (H, W, 3) uint8, C-contiguous and writable.
+
+    Greyscale, palette, CMYK and 16-bit pictures are converted, alpha is dropped, and the EXIF orientation
+    is applied. Grey of 16 bits uses the range that the file states. Few levels left are a warning, once a process.
+
+    name: of the picture in messages. data: the bytes of its file, if known.
+    ValueError: the picture is cut short or damaged, or has values of more than 16 bits.
+    """
+    is_deep = "16" in str([tile[-1] for tile in getattr(picture, "tile", ())])
+    try:
+        image, bits = _decode(picture, data), _stated_bits(picture)
+    # Pillow's decoders raise nearly any exception on damaged data.
+    except Exception as error:
+        raise ValueError(f"{name}: the picture is damaged or cut short ({_reason(error)})") from None
+    if image.ndim == 2:
+        image = np.repeat(_high_bits(image, bits, name)[:, :, None], 3, axis=2)
+    elif is_deep:
+        _warn_of_few_levels(image, name)
+    return np.ascontiguousarray(_upright(image, _orientation(picture)))
 
 
 def load_image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -278,7 +293,7 @@ def _decode(picture: Image.Image, data: bytes) -> np.ndarray:
     if picture.mode.startswith(("I", "F")):
         return np.asarray(picture)
     # A copy, because Pillow's memory is read-only.
-    return np.array(_to_rgb(picture))
+    return np.array(_convert_to_rgb(picture))
 
 
 def _ends_as_jpeg(data: bytes) -> bool:
@@ -286,20 +301,44 @@ def _ends_as_jpeg(data: bytes) -> bool:
     return data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
 
 
-def _high_bytes(grey: np.ndarray, path: str | Path) -> np.ndarray:
-    """Scale 16-bit grey (H, W) to uint8, as Pillow and libpng scale 16-bit colour.
+def _stated_bits(picture: Image.Image) -> int:
+    """The bits of a grey value that the file states. Pillow scales those of PGM and JPEG 2000 to 16, but not a TIFF's."""
+    tags = getattr(picture, "tag_v2", {})
+    (bits, *_), largest = tags.get(_BITS_PER_SAMPLE, (16,)), np.max(tags.get(_MAX_SAMPLE_VALUE, 0))
+    # Other largest values than 2^n - 1 are those of one picture (TIFF 6.0, p. 37).
+    return int(largest).bit_length() if largest > 0xFF and not largest & (largest + 1) else bits
+
+
+def _high_bits(grey: np.ndarray, bits: int, name: str | Path) -> np.ndarray:
+    """Scale grey (H, W) of 9 to 16 `bits` to uint8, as Pillow and libpng scale 16-bit colour.
 
     Floats and values outside 16 bits are a ValueError.
     """
     if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 0xFFFF:
         raise ValueError(
-            f"{path}: its values are {grey.min()} to {grey.max()} in {8 * grey.itemsize} bits; "
+            f"{name}: its values are {grey.min()} to {grey.max()} in {8 * grey.itemsize} bits; "
             "8-bit and 16-bit pictures are accepted"
         )
-    return (grey >> 8).astype(np.uint8)
+    # Values above the stated range show that it is not the range.
+    image = (grey >> (bits if grey.max() < 1 << bits <= 0x10000 else 16) - 8).astype(np.uint8)
+    if grey.min() < grey.max():
+        _warn_of_few_levels(image, name)
+    return image
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _warn_of_few_levels(image: np.ndarray, name: str | Path) -> None:
+    """Warn of an array that holds few of the 256 levels. Only the first picture of a process is named."""
+    levels = int(image.max()) - int(image.min()) + 1
+    if levels < _FEW_LEVELS and not _warned:
+        _warned.append(name)
+        warnings.warn(
+            f"{name}: {levels} of 256 levels are left of its 16 bits, since the values fill a small part of them. "
+            "Other pictures like it are not named. Scale the values to 16 bits, or to 8, before",
+            stacklevel=2,
+        )
+
+
+def _convert_to_rgb(picture: Image.Image) -> Image.Image:
     """Convert palette, grey and CMYK pictures to RGB, and drop alpha."""
     if picture.mode == "CMYK" and picture.format == "JPEG" and "adobe" not in picture.info:
         # Pillow reads every CMYK JPEG as inverted. Without Adobe's marker, 0 means no ink (ITU-T T.872, 6.1).

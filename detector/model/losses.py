@@ -3,6 +3,9 @@
 Letters: S anchors sampled, P positive ones among them, R regions sampled, K classes with background.
 """
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,3 +41,9 @@ def region_losses(
     of_class = deltas.view(*logits.shape, 4)[positive, labels[positive]]
     box = F.smooth_l1_loss(of_class, wanted[positive], beta=beta, reduction="sum")
     return F.cross_entropy(logits, labels), box / labels.numel()
+
+
+def mean_losses(losses: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The mean of each of two losses over images, or the losses of the one batch that is given."""
+    first, second = (torch.stack(each).mean() for each in zip(*losses, strict=True))
+    return first, second

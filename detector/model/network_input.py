@@ -1,6 +1,9 @@
 """Resize, normalise and batch images for the network, and scale its boxes back to the original images."""
 
 import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +16,8 @@ from torchvision.ops import clip_boxes_to_image
 from backbones import Preprocessing
 
 from .conventions import Conventions
+
+T = TypeVar("T")
 
 
 def network_size(
@@ -82,10 +87,23 @@ class NetworkTransform(GeneralizedRCNNTransform):
         rounding = self.conventions.resize_rounding
         return network_size(height, width, self.min_size[-1], self.max_size, rounding)
 
-    def padded_size_of(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the batch that an image of this size makes alone."""
-        sides, step = self.size_of(height, width), self.size_divisible
-        return -(-sides[0] // step) * step, -(-sides[1] // step) * step
+    def by_padded_size(
+        self, call: Callable[[list[Tensor], Any], Iterable[T]], images: list[Tensor], targets: Any = None
+    ) -> list[T]:
+        """The results of call(images, targets) on the images of one padded size at a time, in the order of `images`.
+
+        images: N x (3, H, W); targets: N dicts, or None; call: gives one result an image.
+        Padding moves the numbers at the edges. This way, an image gives what it gives alone, up to rounding.
+        """
+        rows_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for row, (image, target) in enumerate(zip(images, targets or [{}] * len(images), strict=True)):
+            size = image.shape[-2:] if "original_size" in target else self.size_of(*image.shape[-2:])
+            rows_of[tuple(-(-side // self.size_divisible) for side in size)].append(row)
+        found: dict[int, T] = {}
+        for rows in rows_of.values():
+            own = None if targets is None else [targets[row] for row in rows]
+            found |= zip(rows, call([images[row] for row in rows], own), strict=True)
+        return [found[row] for row in range(len(images))]
 
     def normalize(self, image: Tensor) -> Tensor:
         """Apply the preprocessing to an image (3, H, W), float RGB in [0, 1]; another dtype is a TypeError.

@@ -14,7 +14,7 @@ from torchvision.ops import nms
 
 from .boxes import BoxCoder, clip_boxes
 from .conventions import Conventions
-from .losses import rpn_losses
+from .losses import mean_losses, rpn_losses
 from .sampling import SeededSampler, draw, match, padded
 
 
@@ -118,18 +118,23 @@ class ProposalNetwork(RegionProposalNetwork):
         labels: list[Tensor],
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Objectness and box loss of the anchors that the sampler draws.
+        """Objectness and box loss of the anchors that the sampler draws; in evaluation, the mean of the images' own.
 
         objectness: (N * A, 1); pred_bbox_deltas: (N * A, 4); labels: N x (A,); regression_targets: N x (A, 4).
         """
-        positive, negative, _ = draw(self.fg_bg_sampler, labels)
-        sampled = torch.cat([positive, negative])
-        asked_for = self.fg_bg_sampler.batch_size_per_image * len(labels)
-        return rpn_losses(
-            objectness.flatten()[sampled],
-            torch.cat(labels)[sampled],
-            pred_bbox_deltas[positive],
-            torch.cat(regression_targets)[positive],
-            normalizer=asked_for if self.conventions.rpn_loss_normalizer == "batch_size" else len(sampled),
-            beta=self.conventions.rpn_smooth_l1_beta,
+        drawn = draw(self.fg_bg_sampler, labels)
+        parts = [drawn[:2]] if self.training else drawn.by_image()
+        asked_for = self.fg_bg_sampler.batch_size_per_image * len(labels) // len(parts)
+        by_batch_size = self.conventions.rpn_loss_normalizer == "batch_size"
+        logits, labels, wanted = objectness.flatten(), torch.cat(labels), torch.cat(regression_targets)
+        return mean_losses(
+            rpn_losses(
+                logits[torch.cat(part)],
+                labels[torch.cat(part)],
+                pred_bbox_deltas[part[0]],
+                wanted[part[0]],
+                normalizer=asked_for if by_batch_size else sum(map(len, part)),
+                beta=self.conventions.rpn_smooth_l1_beta,
+            )
+            for part in parts
         )

@@ -6,6 +6,7 @@ Letters: N images, R regions, K classes with background, M detections of an imag
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from torchvision.ops import batched_nms
 
 from .boxes import BoxCoder, clip_boxes
 from .conventions import Conventions
-from .losses import region_losses
+from .losses import mean_losses, region_losses
 from .sampling import SeededSampler, draw, match, padded
 
 # Detections that NMS looks at in one go.
@@ -123,8 +124,9 @@ class BoxHeads(RoIHeads):
         matched, labels = self.assign_targets_to_proposals(
             candidates, gt_boxes, [t["labels"] for t in targets]
         )
-        positive, negative, counts = draw(self.fg_bg_sampler, labels)
-        rows = torch.cat([positive, negative]).sort().values
+        drawn = draw(self.fg_bg_sampler, labels)
+        rows = torch.cat(drawn[:2]).sort().values
+        counts = np.add(drawn.num_positive, drawn.num_negative).tolist()
         objects = torch.cat([own[index] for own, index in zip(padded(gt_boxes), matched, strict=True)])[rows]
         boxes = torch.cat(candidates)[rows]
         wanted = self.box_coder.encode_single(objects, boxes)
@@ -142,14 +144,15 @@ class BoxHeads(RoIHeads):
         return tuple([row[:n] for row, n in zip(rows, sizes, strict=True)] for rows in (index, labels))
 
     def losses(self, classified: Classified, sample: Sample) -> dict[str, Tensor]:
-        """The RoI heads' two losses. `classified` holds the outputs for the boxes of `sample`, in the same order."""
-        classifier, box = region_losses(
-            classified.logits,
-            classified.deltas,
-            sample.labels,
-            sample.wanted,
-            self.conventions.box_smooth_l1_beta,
-        )
+        """The RoI heads' two losses; in evaluation, the mean of the images' own.
+
+        `classified` holds the outputs for the boxes of `sample`, in the same order.
+        """
+        counts = [len(sample.rows)] if self.training else classified.counts
+        columns = (classified.logits, classified.deltas, sample.labels, sample.wanted)
+        parts = zip(*(values.split(counts) for values in columns), strict=True)
+        beta = self.conventions.box_smooth_l1_beta
+        classifier, box = mean_losses(region_losses(*part, beta) for part in parts)
         return {"loss_classifier": classifier, "loss_box_reg": box}
 
     def detect(

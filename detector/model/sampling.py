@@ -26,7 +26,13 @@ class Drawn(NamedTuple):
 
     positive: Tensor
     negative: Tensor
-    counts: list[int]
+    num_positive: list[int]
+    num_negative: list[int]
+
+    def by_image(self) -> list[tuple[Tensor, Tensor]]:
+        """The positives (P_i,) and negatives (Q_i,) of each image, as rows of the boxes of all images."""
+        kinds = self.positive.split(self.num_positive), self.negative.split(self.num_negative)
+        return list(zip(*kinds, strict=True))
 
 
 def padded(values: list[Tensor]) -> Tensor:
@@ -69,8 +75,8 @@ def draw(sampler: BalancedPositiveNegativeSampler, labels: list[Tensor]) -> Draw
     if isinstance(sampler, SeededSampler) and sampler.keys is not None:
         return sampler.draw(labels)
     masks = sampler(labels)
-    counts = torch.stack([p.sum() + n.sum() for p, n in zip(*masks, strict=True)]).tolist()
-    return Drawn(*(torch.where(torch.cat(kind))[0] for kind in masks), counts)
+    counts = torch.stack([mask.sum() for kind in masks for mask in kind]).view(2, -1).tolist()
+    return Drawn(*(torch.where(torch.cat(kind))[0] for kind in masks), *counts)
 
 
 class SeededSampler(BalancedPositiveNegativeSampler):
@@ -108,8 +114,8 @@ class SeededSampler(BalancedPositiveNegativeSampler):
             for kind in zip(*chosen, strict=True)
         ]
         places = send(torch.from_numpy(np.concatenate(sum(kinds, []))), order.device)
-        drawn = order.flatten()[places].split([sum(map(len, kind)) for kind in kinds])
-        return Drawn(*drawn, [len(positive) + len(negative) for positive, negative in chosen])
+        counts = [list(map(len, kind)) for kind in kinds]
+        return Drawn(*order.flatten()[places].split(list(map(sum, counts))), *counts)
 
     def _choose(
         self, key: tuple[int, ...], num_positive: int, num_negative: int
