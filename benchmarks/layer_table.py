@@ -1,17 +1,33 @@
-"""A network stage by stage, as Table 1 of He et al. 2015 (arXiv 1512.03385) shows it."""
+"""Print networks stage by stage, as Table 1 of He et al. 2015 (arXiv 1512.03385) does.
 
-from dataclasses import dataclass
+python benchmarks/layer_table.py resnet101 cifar_resnet110
+python benchmarks/layer_table.py resnet18 --size 600 1000 --json
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone
-from .densenet import DenseLayer
-from .inception import Inception
-from .receptive_field import ReachMode
-from .residual import ResidualBlock
-from .summary import count_parameters, multiply_accumulates
+# The package `benchmarks` is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from backbones import Backbone, cifar_resnet, create_backbone
+from backbones.densenet import DenseLayer
+from backbones.inception import Inception
+from backbones.residual import ResidualBlock
+from backbones.summary import count_parameters, multiply_accumulates
+from benchmarks.receptive_field import ReachMode
+from detector.command_line import exit_status, make_parser
+from detector.tables import format_table
+
+CIFAR = re.compile(r"cifar_resnet(\d+)")
+HEADER = ("stage", "layers", "blocks", "output", "parameters", "MMAC", "receptive field", "stride")
 IMAGENET_CLASSES = 1000
 
 
@@ -126,3 +142,61 @@ def bottleneck_weights(network: nn.Module) -> tuple[int, int, int] | None:
         if len(convs) == 3 and convs[0].in_channels == (channels := convs[-1].out_channels):
             return channels, sum(conv.weight.numel() for conv in convs), 2 * 9 * channels**2
     return None
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("names", nargs="+", help="backbones, and cifar_resnet20 and so on")
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="image, in pixels (default: 224 224, and 32 32 for CIFAR networks)",
+    )
+    parser.add_argument("--json", action="store_true", help="exact numbers")
+    return exit_status(show, parser.parse_args())
+
+
+def show(args: argparse.Namespace) -> None:
+    if args.size and min(args.size) < 32:
+        raise ValueError(f"--size is {args.size[0]} {args.size[1]}; accepted: 32 pixels or more each")
+    tables = {}
+    for name in args.names:
+        size = tuple(args.size or ((32, 32) if CIFAR.fullmatch(name) else (224, 224)))
+        network = network_of(name)
+        tables[name] = layer_table(network, size)
+        if not args.json:
+            print(f"{name}, image of {size[0]}x{size[1]} pixels", "", sep="\n")
+            print_layers(tables[name], network)
+    if args.json:
+        print(json.dumps({name: list(map(asdict, rows)) for name, rows in tables.items()}, indent=2))
+
+
+def network_of(name: str) -> nn.Module:
+    """The network with this name, without numbers in its weights."""
+    depth = CIFAR.fullmatch(name)
+    with torch.device("meta"):
+        return cifar_resnet(int(depth[1])) if depth else create_backbone(name)
+
+
+def print_layers(rows: list[StageRow], network: nn.Module) -> None:
+    cells = [stage_row(row) for row in rows]
+    totals = f"{sum(row.parameters for row in rows):,}", f"{sum(row.macs for row in rows) / 1e6:,.1f}"
+    cells.append(("total", None, None, None, *totals, None, None))
+    print(format_table(cells, HEADER))
+    print("", f"layers with weights: {count_layers(rows)}", sep="\n")
+    if found := bottleneck_weights(network):
+        channels, own, plain = found
+        print(f"a bottleneck of {channels} channels: {own:,} weights; two 3x3 layers so wide: {plain:,}")
+    print()
+
+
+def stage_row(row: StageRow) -> tuple[object, ...]:
+    size = "x".join(map(str, row.output))
+    costs = f"{row.parameters:,}", f"{row.macs / 1e6:,.1f}"
+    return row.stage, row.layers, row.blocks, size, *costs, row.receptive_field, row.stride
+
+
+if __name__ == "__main__":
+    sys.exit(main())
