@@ -484,6 +484,30 @@ def test_a_folder_without_annotations_is_said_to_hold_what_it_holds(tmp_path):
         find_data(tmp_path / "gone")
 
 
+def test_pictures_of_a_run_below_the_data_are_no_data(tmp_path):
+    """YOLO takes every picture, those without a text as background."""
+    yolo_beside(tmp_path)
+    put(tmp_path / "run1/training_state.pt", "")
+    put(tmp_path / "run1/train.txt", "one.jpg")
+    for name in ("found.jpg", "first_batch.jpg", "curves.png"):
+        paint(tmp_path / "run1" / name, "one.jpg")
+    found, datasets = read(tmp_path)
+    assert content(datasets.values()) == EXPECTED
+    assert "1 folders of outputs are passed over" in found.remarks
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".jp2"])
+def test_pictures_of_every_suffix_that_is_decoded_are_data(tmp_path, suffix):
+    yolo_beside(tmp_path)
+    Image.open(tmp_path / "one.jpg").save(
+        tmp_path / f"one{suffix}", "JPEG2000" if suffix == ".jp2" else "JPEG"
+    )
+    (tmp_path / "one.jpg").unlink()
+    _, datasets = read(tmp_path)
+    found = content(datasets.values())
+    assert len(found) == 5 and found[f"one{suffix}"] == EXPECTED["one.jpg"]
+
+
 FILES = [
     (roboflow_yolo, "data.yaml", {"train", "val"}),
     (darknet, "obj.data", {"train"}),
