@@ -85,10 +85,10 @@ def test_crowds_are_left_out_of_targets_and_kept_for_the_evaluator(write):
 
 
 def test_crowds_are_counted_and_can_be_trained_on(write):
-    assert "1 of 4 boxes are marked as crowds and are not trained on" in load_coco(*write()).notes[-1]
+    assert "1 of 4 boxes are crowds, and are not trained on" in load_coco(*write()).notes[-1]
     trained = load_coco(*write(), use_crowd=True)
     assert trained.target(0)["labels"].tolist() == [2, 1] and not trained.crowd.any()
-    assert "1 of 4 boxes are marked as crowds and are trained on" in trained.notes[-1]
+    assert "1 of 4 boxes are crowds, and are trained on" in trained.notes[-1]
 
 
 def test_difficult_objects_are_learned_only_on_request(write):
@@ -270,6 +270,10 @@ def test_boxes_drawn_from_right_to_left_are_put_in_order_and_counted(write):
     dataset, expected = load_coco(*write(change)), load_coco(*write())
     assert dataset.boxes.tolist() == expected.boxes.tolist() and dataset.problems == ()
     assert "2 of 4 boxes were drawn from right to left or upwards" in dataset.notes[0]
+    assert (
+        "the first: " in dataset.notes[0]
+        and "annotations[1] (a.png) bbox [0.5, 5.25, 4, -5]" in dataset.notes[0]
+    )
 
 
 def fill(content, num_boxes, bbox_of):

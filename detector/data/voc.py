@@ -135,13 +135,8 @@ def _reason(one_based: bool, origin: str, num_below: int) -> str:
 
 def _shifted(box: tuple[float, ...], pixels: int) -> tuple[float, ...]:
     """The box with its left and its upper end moved, which are the second ones of a box drawn from right to left."""
-    xmin, ymin, xmax, ymax = box
-    return (
-        xmin + pixels * (xmin <= xmax),
-        ymin + pixels * (ymin <= ymax),
-        xmax + pixels * (xmax < xmin),
-        ymax + pixels * (ymax < ymin),
-    )
+    moved = [axis + 2 * (box[axis + 2] < box[axis]) for axis in (0, 1)]
+    return tuple(value + pixels * (column in moved) for column, value in enumerate(box))
 
 
 def _object(filed: Object, size: tuple[int, int], one_based: bool) -> Object:

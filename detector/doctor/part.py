@@ -116,11 +116,13 @@ def read_parts(data: DataConfig) -> tuple[list[Part], list[Finding]]:
                 found = source.read(data.root)
                 # The data set leaves objects out of what was read.
                 part = part_of_annotations(split, found)
-                part = replace(part, crowd=part.crowd & (data.crowd == "ignore"))
-                dataset = source.select(found, data.root, class_names=data.class_names, max_left_out=1)
+                options = {"class_names": data.class_names, "use_crowd": data.crowd == "train"}
+                dataset = source.select(found, data.root, **options, max_left_out=1)
             except (ValueError, OSError) as error:
                 findings.append(_unread(split, str(data.root), error))
             else:
+                crowd = part.crowd & (data.crowd == "ignore")
+                part = replace(part, crowd=crowd, notes=dataset.notes)
                 parts.append(_used(part, dataset, data.class_names))
     return parts, findings
 
