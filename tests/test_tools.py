@@ -436,7 +436,7 @@ def test_links_to_nothing_and_unlistable_folders_are_told_and_counted(
 def test_a_picture_that_vanishes_is_skipped(run_tool, weights, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "detector.data.images.list_images",
-        lambda paths, unreadable: [pictures / "gone.jpg", pictures / "a.jpg"],
+        lambda paths, *told: [pictures / "gone.jpg", pictures / "a.jpg"],
     )
     status, out, error = run_tool("infer", "--weights", weights, pictures, "--output", tmp_path / "out")
     assert status == 1 and "in 1 of 2 pictures, 1 skipped" in out and "gone.jpg: no such picture" in error
