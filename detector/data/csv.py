@@ -86,8 +86,8 @@ def _filed(path: Path, name: str, images: FileIndex, rows: list[tuple[int, dict[
         for index, row in rows
         if (box := box_of(row))
     ]
-    size = size_or_none(*(rows[0][1].get(side) for side in ("height", "width")))
-    return Filed(path, picture, size, objects)
+    first = rows[0][1]
+    return Filed(path, picture, size_or_none(first.get("height"), first.get("width")), objects)
 
 
 def _notes(columns: Collection[str], fractions: bool) -> Iterator[str]:

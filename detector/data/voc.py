@@ -180,12 +180,8 @@ def _xml_of(line: str, files: FileIndex) -> str | None:
     VOC may put 1 or -1 behind a stem.
     """
     pair = re.match(r".*?\.\w+[\s,]+(.+)\.xml$", line, re.IGNORECASE)
-    meant = (
-        line,
-        re.sub(r"\s+-?\d+$|\.xml$", "", line, flags=re.IGNORECASE),
-        stem(line),
-        pair[1] if pair else "",
-    )
+    plain = re.sub(r"\s+-?\d+$|\.xml$", "", line, flags=re.IGNORECASE)
+    meant = (line, plain, stem(line), pair[1] if pair else "")
     return next(filter(None, (files.find(f"{each}.xml") for each in meant)), None)
 
 
@@ -223,12 +219,8 @@ def _parse(folder: Path, images: FileIndex, max_bytes: int, path: Path) -> Filed
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     objects = [_parse_object(index, element) for index, element in enumerate(tree.findall("object"))]
-    return Filed(path, picture, _filed_size(tree), objects, _text(tree.find("source/database")))
-
-
-def _filed_size(tree: ElementTree.Element) -> tuple[int, int] | None:
-    """The (height, width) that an XML says, if that is a size."""
-    return size_or_none(*(_text(tree.find(f"size/{side}")) for side in ("height", "width")))
+    size = size_or_none(tree.findtext("size/height"), tree.findtext("size/width"))
+    return Filed(path, picture, size, objects, _text(tree.find("source/database")))
 
 
 def parse_xml(path: Path, max_bytes: int = MAX_BYTES) -> ElementTree.Element:

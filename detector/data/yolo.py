@@ -52,9 +52,7 @@ class YoloSource(FileSource):
         ids = sorted({id for *_, lines in read for _, id, _ in lines} - {None})
         known = names or {id: f"class_{id}" for id in ids}
         filed, source = [], str(root / self.images)
-        long = [
-            (file, index, line) for _, file, lines in read for index, _, line in lines if line.count(" ") > 5
-        ]
+        long = [(f, row, line) for _, f, lines in read for row, _, line in lines if len(line.split()) > 6]
         posed = self.keypoints is None and _are_keypoints(long)
         for picture, file, lines in read:
             objects = [_object(*line, known, bool(self.keypoints or posed)) for line in lines]
@@ -154,7 +152,9 @@ def _fit_keypoints(values: np.ndarray) -> np.ndarray:
         if rest.shape[1] % step == 0:
             points = rest.reshape(len(values), -1, step)
             unmarked = (points[..., :2] == 0).all(axis=2, keepdims=True)
-            inside = (np.abs(points[..., :2] - centre) <= size / 2 + 0.01) | unmarked
+            # An odd count is no polygon.
+            is_free = unmarked | (rest.shape[1] % 2 == 1)
+            inside = (np.abs(points[..., :2] - centre) <= size / 2 + 0.01) | is_free
             found |= inside.all(axis=(1, 2)) & np.isin(points[..., 2:], (0, 1, 2)).all(axis=(1, 2))
     if rest.shape[1] == 4:
         found &= (np.abs(values[:, :2] + rest[:, :2] - values[:, 2:4] - rest[:, 2:]) > 0.01).any(axis=1)
