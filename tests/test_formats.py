@@ -770,15 +770,14 @@ def test_points_that_all_lie_in_the_box_in_front_of_them_are_keypoints(tmp_path,
     assert dataset.problems == ()
 
 
-def test_lines_that_disagree_on_keypoints_are_refused_and_an_option_settles_it(tmp_path):
-    lines = ("0.5 0.5 0.5 0.5 0.3 0.4 0.7 0.6", "0.1 0.1 0.6 0.2 0.5 0.9 0.1 0.8")
-    message = (
-        r"one.txt: line 1 looks like a box with keypoints, and .*: line 2 like a polygon; set keypoints: true"
-    )
+@pytest.mark.parametrize("other", ["0.1 0.1 0.6 0.2 0.5 0.9 0.1 0.8", "0.1 0.1 0.6 0.2 0.5 0.9"])
+def test_lines_that_disagree_on_keypoints_are_refused_and_an_option_settles_it(tmp_path, other):
+    lines = ("0.5 0.5 0.5 0.5 0.3 0.4 0.7 0.6", other, "0.5 0.4 0.5 0.5 0.3 0.4 0.7 0.6")
+    message = r"one.txt: line 1 looks like a box with keypoints, and .*: line 2 does not; set keypoints: true"
     with pytest.raises(ValueError, match=message):
         pose(tmp_path, *lines)
     assert pose(tmp_path, *lines, keypoints=True).boxes[0].tolist() == [10, 7.5, 30, 22.5]
-    np.testing.assert_allclose(pose(tmp_path, *lines, keypoints=False).boxes[1], [4, 3, 24, 27])
+    np.testing.assert_allclose(pose(tmp_path, *lines, keypoints=False).boxes[1][:3], [4, 3, 24])
 
 
 POLYGONS = {

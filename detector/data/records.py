@@ -197,7 +197,8 @@ def find_inverted_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> list[int]
     """
     inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
     sides = np.where(image_sizes > 0, image_sizes, np.inf)[:, ::-1]
-    as_sized = (boxes[:, :2] + boxes[:, 2:] <= sides + 1.5).all(axis=1)
+    with np.errstate(invalid="ignore"):
+        as_sized = (boxes[:, :2] + boxes[:, 2:] <= sides + 1.5).all(axis=1)
     is_sized = len(boxes) >= 5 and inverted.mean() > 0.2 and as_sized.mean() >= 0.98
     return [] if is_sized else np.flatnonzero(inverted).tolist()
 

@@ -127,16 +127,19 @@ def _are_keypoints(lines: list[tuple[Path | None, int, str]]) -> bool:
 
     All objects of a set have the same number of keypoints, and polygons have any. ValueError: only some look so.
     """
-    (count, times), *_ = Counter(len(line.split()) - 1 for *_, line in lines).most_common(1) or [(0, 0)]
-    if not times or times < 0.95 * len(lines):
+    counts = [len(line.split()) for *_, line in lines]
+    common, times = Counter(counts).most_common(1)[0] if lines else (0, 0)
+    same = [each for each, count in zip(lines, counts, strict=True) if count == common]
+    others = [each for each, count in zip(lines, counts, strict=True) if count != common]
+    if not times or times <= len(others):
         return False
-    same = [each for each in lines if len(each[2].split()) == count + 1]
     fits = _fit_keypoints(np.array([_values(line) for *_, line in same]))
-    if fits.any() and not fits.all():
-        box, polygon = (f"{same[row][0]}: line {same[row][1]}" for row in (fits.argmax(), fits.argmin()))
+    if fits.all() if others else fits.any() and not fits.all():
+        places = same[fits.argmax()], (others or [same[fits.argmin()]])[0]
+        box, polygon = (f"{file}: line {index}" for file, index, _ in places)
         raise ValueError(
-            f"{box} looks like a box with keypoints, and {polygon} like a polygon; set keypoints: true or "
-            "keypoints: false in the recipe's data, or kpt_shape in data.yaml for keypoints"
+            f"{box} looks like a box with keypoints, and {polygon} does not; set keypoints: true or keypoints: false in "
+            "the recipe's data, or kpt_shape in data.yaml for keypoints"
         )
     return bool(fits.all())
 
