@@ -92,7 +92,7 @@ class Annotations:
         boxes = np.array([o.box for o in objects], np.float64).reshape(-1, 4)
         rows = np.array([o.picture for o in objects], np.int64)
         sizes = np.array([p.size for p in self.pictures], np.int64).reshape(-1, 2)
-        if inverted := find_inverted_boxes(boxes, sizes[rows]):
+        if not strict and (inverted := find_inverted_boxes(boxes, sizes[rows])):
             boxes = in_order(boxes)
             notes.append(
                 f"{self.source}: {len(inverted)} of {len(boxes)} boxes were drawn from right to left or upwards, and "
@@ -106,8 +106,11 @@ class Annotations:
         if strict and problems:
             refused = f"{self.source}: {len(problems)} problem(s), and strict=True refuses any:"
             raise ValueError("\n".join([refused, *first_few(problems)]))
-        lost = [*self.problems, *(told[row] for row in sorted(faults))]
-        refuse_many(lost, len(objects) + len(self.problems), max_left_out, "objects")
+        lost = [told[row] for row in sorted(faults)]
+        refuse_many(lost, len(objects), max_left_out, "objects")
+        # The problems are those of all pictures and classes.
+        total = len(self.objects) + len(self.problems)
+        refuse_many([*self.problems, *lost], total, max_left_out, "objects")
 
         sound = np.ones(len(objects), bool)
         sound[list(faults)] = False
