@@ -106,11 +106,9 @@ class Annotations:
         if strict and problems:
             refused = f"{self.source}: {len(problems)} problem(s), and strict=True refuses any:"
             raise ValueError("\n".join([refused, *first_few(problems)]))
-        lost = [told[row] for row in sorted(faults)]
-        refuse_many(lost, len(objects), max_left_out, "objects")
-        # The problems are those of all pictures and classes.
-        total = len(self.objects) + len(self.problems)
-        refuse_many([*self.problems, *lost], total, max_left_out, "objects")
+        # A list of pictures or classes takes a part of the objects. What counts is the share of all that the files hold.
+        lost = [*self.problems, *(told[row] for row in sorted(faults))]
+        refuse_many(lost, len(self.objects) + len(self.problems), max_left_out, "objects")
 
         sound = np.ones(len(objects), bool)
         sound[list(faults)] = False
