@@ -15,7 +15,7 @@ from . import processes
 from .build import build_batches, build_model
 from .checkpoint import Checkpoint, load_checkpoint, parse_stored_config, save_checkpoint
 from .config import Config
-from .data.dataset import DetectionDataset, no_box_message
+from .data.dataset import DetectionDataset
 from .data.loader import Batch
 from .data.sources import build_datasets
 from .data.unreadable import Unreadable
@@ -70,8 +70,7 @@ class Run(TrainingRun):
         self.class_names = self.train_set.class_names
         self.fingerprints = {"train": fingerprint(self.train_set), "val": fingerprint(self.val_set)}
         self._check_state()
-        if not sum(self.train_set.box_counts().values()):
-            raise ValueError(no_box_message(self.train_set))
+        self.train_set.check_trainable()
 
         torch.manual_seed(config.train.seed)
         fresh = self.is_new and start is None

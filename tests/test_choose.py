@@ -371,7 +371,16 @@ def test_one_command_trains_from_a_folder_and_resumes(folder, tmp_path):
     evaluate = [sys.executable, "tools/evaluate.py", "--weights", str(run / "best.safetensors")]
     done = subprocess.run([*evaluate, "--output", str(run / "val")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "AP" in json.loads((run / "val" / "metrics.json").read_text())
+    metrics = json.loads((run / "val" / "metrics.json").read_text())
+
+    # The data move, and the run stays.
+    moved = folder.rename(tmp_path / "moved")
+    resumed = train("--resume", f"data.root={moved}")
+    assert resumed.returncode == 0, resumed.stderr
+    evaluate += [f"data.root={moved}", "--output", str(tmp_path / "again")]
+    done = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text()) == metrics
 
 
 @pytest.mark.slow

@@ -47,6 +47,12 @@ def test_class_folders_give_pictures_of_any_size_with_the_folders_as_classes(cla
     assert {found.image(k).shape for k in range(9)} == {(8, 9, 3), (20, 30, 3)}
 
 
+def test_a_run_beside_class_folders_is_no_class(class_folders):
+    picture(class_folders / "train/run/found.jpg")
+    (class_folders / "train/run/training_state.pt").touch()
+    assert "run" not in load_folder(class_folders, "train").class_names
+
+
 def test_a_class_folder_that_is_a_link_to_nothing_is_told(class_folders):
     (class_folders / "train/cow").symlink_to(class_folders / "gone")
     assert load_folder(class_folders, "train").notes == (f"{class_folders / 'train/cow'}: a link to nothing",)

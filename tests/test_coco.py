@@ -86,10 +86,10 @@ def test_crowds_are_left_out_of_targets_and_kept_for_the_evaluator(write):
 
 
 def test_crowds_are_counted_and_can_be_trained_on(write):
-    assert "1 of 4 boxes are marked as crowds and are not trained on" in load_coco(*write()).notes[-1]
+    assert "1 of 4 boxes are crowds, and are not trained on" in load_coco(*write()).notes[-1]
     trained = load_coco(*write(), use_crowd=True)
     assert trained.target(0)["labels"].tolist() == [2, 1] and not trained.crowd.any()
-    assert "1 of 4 boxes are marked as crowds and are trained on" in trained.notes[-1]
+    assert "1 of 4 boxes are crowds, and are trained on" in trained.notes[-1]
 
 
 def test_difficult_objects_are_learned_only_on_request(write):
@@ -271,6 +271,14 @@ def test_boxes_drawn_from_right_to_left_are_put_in_order_and_counted(write):
     dataset, expected = load_coco(*write(change)), load_coco(*write())
     assert dataset.boxes.tolist() == expected.boxes.tolist() and dataset.problems == ()
     assert "2 of 4 boxes were drawn from right to left or upwards" in dataset.notes[0]
+    with pytest.raises(
+        ValueError, match=r"2 problem\(s\), and strict=True refuses any:\n.*ends before it starts"
+    ):
+        load_coco(*write(change), strict=True)
+    assert (
+        "the first: " in dataset.notes[0]
+        and "annotations[1] (a.png) bbox [0.5, 5.25, 4, -5]" in dataset.notes[0]
+    )
 
 
 def fill(content, num_boxes, bbox_of):
@@ -304,8 +312,10 @@ def test_objects_of_unknown_pictures_and_objects_with_bad_boxes_are_lost_alike(w
         for entry in content["annotations"][-3:]:
             entry["image_id"] = 99
 
+    paths = write(change)
     with pytest.raises(ValueError, match="6 of 100 objects cannot be used"):
-        load_coco(*write(change))
+        load_coco(*paths)
+    assert len(load_coco(*paths, pictures={str(paths[0] / "c.png")}).problems) == 3
 
 
 @pytest.mark.parametrize("key", ["image_id", "category_id"])

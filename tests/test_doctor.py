@@ -102,7 +102,6 @@ def test_a_sound_set_has_no_finding(data):
     ("kind", "bbox"),
     [
         ("box outside the picture", [200, 10, 20, 20]),
-        ("inverted box", [60, 10, -20, 20]),
         ("box without area", [60, 10, 0, 20]),
         ("box that is not four numbers", ["a", 10, 20, 20]),
         ("box past the edge", [80, 10, 30, 20]),
@@ -121,7 +120,7 @@ def test_a_faulty_box_is_found_with_its_picture_and_index(data, kind, bbox):
 
 def test_what_stops_a_training_is_an_error_and_what_it_mends_is_a_note(data):
     data.box("train", 3, [60, 10, -20, 20])
-    assert [f.severity for f in data.findings("none")] == ["note", "note"]
+    assert [f.severity for f in data.findings("none")] == ["note"]
     assert "1 of 25 boxes were drawn" in build_dataset(parse_config(data.values()).data, "train").notes[0]
     indices = [data.box("train", 3, [60, 10, 0, 20]) for _ in range(3)]
     errors = [f.index for f in data.findings("none") if f.severity == "error"]
@@ -133,7 +132,7 @@ def test_what_stops_a_training_is_an_error_and_what_it_mends_is_a_note(data):
 def test_a_crowd_is_no_faulty_box(data):
     data.box("train", 1, [0, 0, WIDTH, HEIGHT], iscrowd=1)
     assert [f.kind for f in data.findings("none")] == ["remark"]
-    assert "1 of 25 boxes are marked as crowds and are not trained on" in data.findings("none")[0].what
+    assert "1 of 25 boxes are crowds, and are not trained on" in data.findings("none")[0].what
     values = data.values()
     values["data"]["crowd"] = "train"
     assert "box of the whole picture" in [

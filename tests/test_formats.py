@@ -500,6 +500,30 @@ def test_a_folder_without_annotations_is_said_to_hold_what_it_holds(tmp_path):
         find_data(tmp_path / "gone")
 
 
+def test_pictures_of_a_run_below_the_data_are_no_data(tmp_path):
+    """YOLO takes every picture, those without a text as background."""
+    yolo_beside(tmp_path)
+    put(tmp_path / "run1/training_state.pt", "")
+    put(tmp_path / "run1/train.txt", "one.jpg")
+    for name in ("found.jpg", "first_batch.jpg", "curves.png"):
+        paint(tmp_path / "run1" / name, "one.jpg")
+    found, datasets = read(tmp_path)
+    assert content(datasets.values()) == EXPECTED
+    assert "1 folders of outputs are passed over" in found.remarks
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".jp2"])
+def test_pictures_of_every_suffix_that_is_decoded_are_data(tmp_path, suffix):
+    yolo_beside(tmp_path)
+    Image.open(tmp_path / "one.jpg").save(
+        tmp_path / f"one{suffix}", "JPEG2000" if suffix == ".jp2" else "JPEG"
+    )
+    (tmp_path / "one.jpg").unlink()
+    _, datasets = read(tmp_path)
+    found = content(datasets.values())
+    assert len(found) == 5 and found[f"one{suffix}"] == EXPECTED["one.jpg"]
+
+
 FILES = [
     (roboflow_yolo, "data.yaml", {"train", "val"}),
     (darknet, "obj.data", {"train"}),
@@ -964,7 +988,7 @@ def pose(root, *lines, names="[cat]", **options):
 POSES = {
     "x and y": ("0.5 0.5 0.5 0.5 0.3 0.4 0.7 0.6", "0.8 0.4 0.2 0.4 0.8 0.5 0.75 0.3"),
     "an unmarked point": ("0.5 0.5 0.5 0.5 0.3 0.4 0 0", "0.8 0.4 0.2 0.4 0 0 0.75 0.3"),
-    "visibility, an odd count": ("0.5 0.5 0.5 0.5 0.3 0.4 2", "0.8 0.4 0.2 0.4 0 0 0"),
+    "visibility, an odd count": ("0.5 0.5 0.5 0.5 0.3 0.4 2", "0.8 0.4 0.2 0.4 0.1 0.9 1"),
     "visibility, an even count": ("0.5 0.5 0.5 0.5 0.3 0.4 2 0 0 0", "0.8 0.4 0.2 0.4 0.8 0.5 1 0.75 0.3 2"),
 }
 
@@ -979,15 +1003,14 @@ def test_points_that_all_lie_in_the_box_in_front_of_them_are_keypoints(tmp_path,
     assert dataset.problems == ()
 
 
-def test_lines_that_disagree_on_keypoints_are_refused_and_an_option_settles_it(tmp_path):
-    lines = ("0.5 0.5 0.5 0.5 0.3 0.4 0.7 0.6", "0.1 0.1 0.6 0.2 0.5 0.9 0.1 0.8")
-    message = (
-        r"one.txt: line 1 looks like a box with keypoints, and .*: line 2 like a polygon; set keypoints: true"
-    )
+@pytest.mark.parametrize("other", ["0.1 0.1 0.6 0.2 0.5 0.9 0.1 0.8", "0.1 0.1 0.6 0.2 0.5 0.9"])
+def test_lines_that_disagree_on_keypoints_are_refused_and_an_option_settles_it(tmp_path, other):
+    lines = ("0.5 0.5 0.5 0.5 0.3 0.4 0.7 0.6", other, "0.5 0.4 0.5 0.5 0.3 0.4 0.7 0.6")
+    message = r"one.txt: line 1 looks like a box with keypoints, and .*: line 2 does not; set keypoints: true"
     with pytest.raises(ValueError, match=message):
         pose(tmp_path, *lines)
     assert pose(tmp_path, *lines, keypoints=True).boxes[0].tolist() == [10, 7.5, 30, 22.5]
-    np.testing.assert_allclose(pose(tmp_path, *lines, keypoints=False).boxes[1], [4, 3, 24, 27])
+    np.testing.assert_allclose(pose(tmp_path, *lines, keypoints=False).boxes[1][:3], [4, 3, 24])
 
 
 POLYGONS = {

@@ -273,8 +273,19 @@ def test_strict_refuses_a_box_without_area_and_otherwise_it_is_told_and_skipped(
 
 def test_training_data_without_a_box_are_refused(tiny_config, tiny_shapes, tmp_path):
     source = spoil(tiny_shapes, tmp_path, lambda a: a["annotations"].clear())
-    with pytest.raises(ValueError, match="the training data have no box to learn"):
+    with pytest.raises(ValueError, match="the training data have no box to learn$"):
         Run(with_train(tiny_config(), source), tmp_path / "run", CPU).train()
+
+
+def test_data_of_crowds_alone_are_refused_with_the_setting_that_trains_on_them(
+    tiny_config, tiny_shapes, tmp_path
+):
+    source = spoil(tiny_shapes, tmp_path, lambda a: [entry.update(iscrowd=1) for entry in a["annotations"]])
+    message = r"no box to learn: \d+ are crowds; data.crowd=train trains on them"
+    with pytest.raises(ValueError, match=message):
+        Run(with_train(tiny_config(), source), tmp_path / "run", CPU)
+    run = Run(with_train(tiny_config(), source, crowd="train"), tmp_path / "run", CPU)
+    assert sum(run.train_set.box_counts().values()) > 0
 
 
 def test_category_ids_with_gaps_and_pictures_without_objects_train(

@@ -263,6 +263,15 @@ def test_infer_takes_files_folders_and_patterns_each_picture_once(run_tool, weig
     assert names == ["a.jpg", "grey.png", "transparent.png", "more/a.jpg"]
 
 
+def test_infer_passes_over_its_own_drawings_and_counts_what_is_no_picture(run_tool, weights, pictures):
+    (pictures / "clip.mp4").touch()
+    Image.open(pictures / "a.jpg").save(pictures / "b.jfif", "JPEG")
+    for passed_over in ("1 .mp4", "1 folders of outputs, 1 .mp4"):
+        status, out, _ = run_tool("infer", pictures, "--weights", weights, "--output", pictures / "found")
+        assert status == 0 and "in 5 of 5 pictures" in out
+        assert f"passed over: {passed_over}\n" in out
+
+
 def test_a_broken_picture_is_named_and_the_others_are_done(run_tool, weights, pictures, tmp_path):
     data = (pictures / "a.jpg").read_bytes()
     (pictures / "broken.jpg").write_bytes(data[: len(data) // 2])
@@ -427,7 +436,7 @@ def test_links_to_nothing_and_unlistable_folders_are_told_and_counted(
 def test_a_picture_that_vanishes_is_skipped(run_tool, weights, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "detector.data.images.list_images",
-        lambda paths, unreadable: [pictures / "gone.jpg", pictures / "a.jpg"],
+        lambda paths, *told: [pictures / "gone.jpg", pictures / "a.jpg"],
     )
     status, out, error = run_tool("infer", "--weights", weights, pictures, "--output", tmp_path / "out")
     assert status == 1 and "in 1 of 2 pictures, 1 skipped" in out and "gone.jpg: no such picture" in error

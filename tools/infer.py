@@ -64,7 +64,7 @@ def infer(args: argparse.Namespace) -> int:
     paths = list_images(pictures, unlisted, passed_over)
     if passed_over and processes.is_main():
         listed = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common())
-        print(f"passed over, as no pictures: {listed}")
+        print(f"passed over: {listed}")
     checkpoint = load_checkpoint(args.weights).with_overrides(overrides)
     detector = Detector.load(checkpoint, choose_device(args.device), dtype=args.dtype)
     on_gpu = detector.device.type == "cuda"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..data.dataset import DetectionDataset, no_box_message
+from ..data.dataset import DetectionDataset
 from ..model.network_input import network_sizes
 
 
@@ -38,10 +38,9 @@ class Objects:
 
 def objects_of(dataset: DetectionDataset) -> Objects:
     """Look at a data set. ValueError: it has no box to learn."""
+    dataset.check_trainable()
     learned = ~dataset.crowd & (dataset.use_difficult | ~dataset.difficult)
     rows = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))[learned]
-    if not len(rows):
-        raise ValueError(no_box_message(dataset))
     return Objects(
         boxes=dataset.boxes[learned],
         sizes=dataset.image_sizes[rows],

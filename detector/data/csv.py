@@ -81,14 +81,13 @@ def _filed(path: Path, name: str, images: FileIndex, rows: list[tuple[int, dict[
         picture = images.path_of(name)
     except ValueError as error:
         raise ValueError(f"{path}: line {rows[0][0]}: {error}") from None
-    boxes = ((index, row, box_of(row)) for index, row in rows)
     objects = [
         Object(-1, index, row.get("name", _ONE_CLASS), box, is_set(row.get("crowd")))
-        for index, row, box in boxes
-        if box
+        for index, row in rows
+        if (box := box_of(row))
     ]
-    size = size_or_none(*(rows[0][1].get(side) for side in ("height", "width")))
-    return Filed(path, picture, size, objects)
+    first = rows[0][1]
+    return Filed(path, picture, size_or_none(first.get("height"), first.get("width")), objects)
 
 
 def _notes(columns: Collection[str], fractions: bool) -> Iterator[str]:

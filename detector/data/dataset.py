@@ -153,6 +153,12 @@ class DetectionDataset(Dataset):
         counts = np.bincount(self.labels[self._trained()], minlength=len(self.class_names) + 1)
         return dict(zip(self.class_names, counts[1:].tolist(), strict=True))
 
+    def check_trainable(self) -> None:
+        """ValueError: there is no box to learn."""
+        if not self._trained().any():
+            crowds = f": {self.crowd.sum()} are crowds; data.crowd=train trains on them"
+            raise ValueError(f"the training data have no box to learn{crowds if self.crowd.any() else ''}")
+
     def aspect_ratios(self) -> np.ndarray:
         """Height over width of each image: (N,) float64."""
         return self.image_sizes[:, 0] / self.image_sizes[:, 1]
@@ -280,12 +286,6 @@ def _check_same_classes(first: DetectionDataset, other: DetectionDataset, number
 def offsets_of(counts: np.ndarray) -> np.ndarray:
     """(N,) box counts -> (N+1,) int64 offsets: the boxes of image i are rows offsets[i]:offsets[i+1]."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-def no_box_message(dataset: DetectionDataset) -> str:
-    """The error for training data without a box to learn."""
-    crowds = f": all {dataset.crowd.sum()} are marked as crowds; data.crowd=train trains on them"
-    return f"the training data have no box to learn{crowds if dataset.crowd.any() else ''}"
 
 
 def size_message(path: str, expected: tuple[int, int], got: tuple[int, int]) -> str:

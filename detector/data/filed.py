@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from .images import read_sizes
 from .records import Annotations, Object, Picture
-from .tolerance import FEW, refuse_many
+from .tolerance import refuse_many
 
 _File, _Read = TypeVar("_File"), TypeVar("_Read")
 
@@ -87,7 +87,7 @@ def read_each(files: Collection[_File], read: Callable[[_File], _Read]) -> tuple
             problems.append(str(error))
     if problems and not done:
         raise ValueError(problems[0])
-    refuse_many(problems, len(files), kind="files", few=FEW)
+    refuse_many(problems, len(files), kind="files")
     return done, [f"{problem}; the file is left out" for problem in problems]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from .dataset import DetectionDataset, offsets_of, size_message
 from .images import MAX_PIXELS, read_sizes
 from .records import find_faulty_boxes
-from .tolerance import FEW, MAX_LEFT_OUT, refuse_many
+from .tolerance import MAX_LEFT_OUT, refuse_many
 
 # A difference of so many pixels, or of this share of a side, may come from rounding or trimming.
 _FEW_PIXELS = 2
@@ -64,10 +64,7 @@ def settle_sizes(
         settled = replace(settled.subset(kept), left_out=(*dataset.left_out, *left_out))
     if not notes:
         return settled
-    fitted = _fit_boxes(settled, np.where(scaled[:, None], sizes / stated, 1)[kept], clipped[kept])
-    lost = fitted.problems[len(settled.problems) :]
-    refuse_many(lost, len(settled.boxes), max_left_out, kind="objects", few=FEW)
-    return fitted
+    return _fit_boxes(settled, np.where(scaled[:, None], sizes / stated, 1)[kept], clipped[kept])
 
 
 def scale_of(stated: tuple[int, int], size: tuple[int, int]) -> tuple[float, float] | None:
@@ -115,6 +112,7 @@ def _fit_boxes(dataset: DetectionDataset, factors: np.ndarray, clipped: np.ndarr
     changed = (boxes != dataset.boxes).any(axis=1)
     faults = {row: fault for row, fault in find_faulty_boxes(boxes, sizes).items() if changed[row]}
     problems = [f"{dataset.image_paths[image[row]]} {fault}, and is skipped" for row, fault in faults.items()]
+    refuse_many(problems, len(boxes), kind="objects")
     kept = np.ones(len(boxes), bool)
     kept[list(faults)] = False
     return replace(

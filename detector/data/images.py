@@ -175,7 +175,7 @@ def _expand(path: str | Path, unreadable: list[str], passed_over: Counter[str]) 
             found = [file for file in found if not is_output(file.parent)]
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
-    named = sorted(file for file in found if _is_image_name(file))
+    named = sorted(f for f in found if f.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(f.name))
     others = {*found} - {*named}
     passed_over.update(file.suffix.lower() or "without suffix" for file in others if file.is_file())
     images = [file for file in named if file.is_file()]
@@ -216,10 +216,6 @@ def walk(folder: str | Path, unreadable: list[str], passed_over: Counter[str]) -
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
-
-
-def _is_image_name(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(path.name)
 
 
 def _open_file(path: str | Path) -> IO[bytes]:

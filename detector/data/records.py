@@ -10,7 +10,7 @@ from backbones.messages import nearest
 
 from .dataset import DetectionDataset, concatenate, offsets_of
 from .file_index import picture_key
-from .tolerance import FEW, MAX_LEFT_OUT, first_few, refuse_many
+from .tolerance import MAX_LEFT_OUT, first_few, refuse_many
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,12 @@ class Annotations:
         boxes = np.array([o.box for o in objects], np.float64).reshape(-1, 4)
         rows = np.array([o.picture for o in objects], np.int64)
         sizes = np.array([p.size for p in self.pictures], np.int64).reshape(-1, 2)
-        boxes = self._put_in_order(boxes, sizes[rows], notes)
+        if not strict and (inverted := find_inverted_boxes(boxes, sizes[rows])):
+            boxes = in_order(boxes)
+            notes.append(
+                f"{self.source}: {len(inverted)} of {len(boxes)} boxes were drawn from right to left or upwards, and "
+                f"their corners are put in order; the first: {' '.join(self.describe(objects[inverted[0]]))}"
+            )
         faults = find_faulty_boxes(boxes, sizes[rows])
         faults |= {row: "has no class name" for row, o in enumerate(objects) if not o.name}
         faults |= {row: o.fault for row, o in enumerate(objects) if o.fault}
@@ -100,18 +105,17 @@ class Annotations:
         if strict and problems:
             refused = f"{self.source}: {len(problems)} problem(s), and strict=True refuses any:"
             raise ValueError("\n".join([refused, *first_few(problems)]))
+        # A list of pictures or classes takes a part of the objects. What counts is the share of all that the files hold.
         lost = [*self.problems, *(told[row] for row in sorted(faults))]
-        refuse_many(lost, len(objects) + len(self.problems), max_left_out, kind="objects", few=FEW)
+        refuse_many(lost, len(self.objects) + len(self.problems), max_left_out, "objects")
 
         sound = np.ones(len(objects), bool)
         sound[list(faults)] = False
         kept, boxes = [o for o, is_sound in zip(objects, sound, strict=True) if is_sound], boxes[sound]
         if num_crowds := sum(o.crowd for o in kept):
-            fate = "are trained on" if use_crowd else "are not trained on, and evaluation ignores them"
-            way = "" if use_crowd else "; data.crowd=train takes them as objects like others"
-            notes.append(
-                f"{self.source}: {num_crowds} of {len(kept)} boxes are marked as crowds and {fate}{way}"
-            )
+            ignored = "not trained on, and evaluation ignores them; data.crowd=train trains on them"
+            fate = "trained on like others" if use_crowd else ignored
+            notes.append(f"{self.source}: {num_crowds} of {len(kept)} boxes are crowds, and are {fate}")
         areas = np.array([np.nan if o.area is None else o.area for o in kept], np.float64)
         ids = number_classes(self.category_ids or {}, names)
         dataset = DetectionDataset(
@@ -173,24 +177,6 @@ class Annotations:
             notes.append(f"{self.source} has no object of {', '.join(absent[:5])}{more}")
         return names, notes
 
-    def _put_in_order(self, boxes: np.ndarray, sizes: np.ndarray, notes: list[str]) -> np.ndarray:
-        """Boxes (M, 4) with x2 >= x1 and y2 >= y1, whichever corner they were drawn from. `notes` gets their number.
-
-        sizes: (M, 2) height, width of each box's image. The boxes stay where they may be x, y, width and height.
-        """
-        inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
-        if not inverted.any():
-            return boxes
-        sides = np.where(sizes > 0, sizes, np.inf)[:, ::-1]
-        as_sized = (boxes[:, :2] + boxes[:, 2:] <= sides + 1.5).all(axis=1)
-        if len(boxes) >= 5 and inverted.mean() > MAX_LEFT_OUT and as_sized.mean() >= 0.98:
-            return boxes
-        notes.append(
-            f"{self.source}: {inverted.sum()} of {len(boxes)} boxes were drawn from right to left or upwards, "
-            "and their corners are put in order"
-        )
-        return np.hstack([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])])
-
     def _tell(self, objects: list[Object], faults: dict[int, str]) -> dict[int, str]:
         """A sentence for each object that is left out or odd, by its row in `objects`, in ascending order."""
         remarks = {row: o.remark for row, o in enumerate(objects) if o.remark}
@@ -215,6 +201,24 @@ def refuse_unknown(wanted: Sequence[str], known: Sequence[str], source: str) -> 
     for name in wanted:
         if name not in known:
             raise ValueError(f"{source} has no category {name!r}; {nearest(name, known)}")
+
+
+def in_order(boxes: np.ndarray) -> np.ndarray:
+    """(M, 4) corners in any order -> xyxy."""
+    return np.hstack([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])])
+
+
+def find_inverted_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> list[int]:
+    """The rows of boxes, (M, 4), that were drawn from right to left or upwards.
+
+    There are none where many are so and all would fit as x, y, width and height. image_sizes: as below.
+    """
+    inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+    sides = np.where(image_sizes > 0, image_sizes, np.inf)[:, ::-1]
+    with np.errstate(invalid="ignore"):
+        as_sized = (boxes[:, :2] + boxes[:, 2:] <= sides + 1.5).all(axis=1)
+    is_sized = len(boxes) >= 5 and inverted.mean() > 0.2 and as_sized.mean() >= 0.98
+    return [] if is_sized else np.flatnonzero(inverted).tolist()
 
 
 def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, str]:

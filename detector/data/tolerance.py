@@ -6,23 +6,17 @@ MAX_LEFT_OUT = 0.05
 """The share of pictures that may be left out."""
 MAX_TOLD = 10
 """So many sentences are told before the others are only counted."""
-FEW = 2
-"""So few objects or annotation files that cannot be used never stop anything."""
+_FEW = 2
 
 
 def refuse_many(
-    reasons: Sequence[str],
-    total: int,
-    max_left_out: float = MAX_LEFT_OUT,
-    *,
-    kind: str = "pictures",
-    few: int = 0,
+    reasons: Sequence[str], total: int, max_left_out: float = MAX_LEFT_OUT, kind: str = "pictures"
 ) -> None:
-    """Raise a ValueError that lists the first reasons, if more than a share of `total`, and more than `few`, have one.
+    """Raise a ValueError that lists the first reasons, if more than a share of `total` have one.
 
-    kind: what is counted.
+    kind: what is counted. Two of anything but pictures never stop a run: small sets have few objects and files.
     """
-    if len(reasons) > max(few, max_left_out * total):
+    if len(reasons) > max(0 if kind == "pictures" else _FEW, max_left_out * total):
         lines = [
             f"{len(reasons)} of {total} {kind} cannot be used, and at most {max_left_out:.0%} may be left out:",
             *first_few(reasons),

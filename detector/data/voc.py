@@ -135,13 +135,8 @@ def _reason(one_based: bool, origin: str, num_below: int) -> str:
 
 def _shifted(box: tuple[float, ...], pixels: int) -> tuple[float, ...]:
     """The box with its left and its upper end moved, which are the second ones of a box drawn from right to left."""
-    xmin, ymin, xmax, ymax = box
-    return (
-        xmin + pixels * (xmin <= xmax),
-        ymin + pixels * (ymin <= ymax),
-        xmax + pixels * (xmax < xmin),
-        ymax + pixels * (ymax < ymin),
-    )
+    moved = [axis + 2 * (box[axis + 2] < box[axis]) for axis in (0, 1)]
+    return tuple(value + pixels * (column in moved) for column, value in enumerate(box))
 
 
 def _object(filed: Object, size: tuple[int, int], one_based: bool) -> Object:
@@ -185,12 +180,8 @@ def _xml_of(line: str, files: FileIndex) -> str | None:
     VOC may put 1 or -1 behind a stem.
     """
     pair = re.match(r".*?\.\w+[\s,]+(.+)\.xml$", line, re.IGNORECASE)
-    meant = (
-        line,
-        re.sub(r"\s+-?\d+$|\.xml$", "", line, flags=re.IGNORECASE),
-        stem(line),
-        pair[1] if pair else "",
-    )
+    plain = re.sub(r"\s+-?\d+$|\.xml$", "", line, flags=re.IGNORECASE)
+    meant = (line, plain, stem(line), pair[1] if pair else "")
     return next(filter(None, (files.find(f"{each}.xml") for each in meant)), None)
 
 
@@ -228,12 +219,8 @@ def _parse(folder: Path, images: FileIndex, max_bytes: int, path: Path) -> Filed
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     objects = [_parse_object(index, element) for index, element in enumerate(tree.findall("object"))]
-    return Filed(path, picture, _filed_size(tree), objects, _text(tree.find("source/database")))
-
-
-def _filed_size(tree: ElementTree.Element) -> tuple[int, int] | None:
-    """The (height, width) that an XML says, if that is a size."""
-    return size_or_none(*(_text(tree.find(f"size/{side}")) for side in ("height", "width")))
+    size = size_or_none(tree.findtext("size/height"), tree.findtext("size/width"))
+    return Filed(path, picture, size, objects, _text(tree.find("source/database")))
 
 
 def parse_xml(path: Path, max_bytes: int = MAX_BYTES) -> ElementTree.Element:

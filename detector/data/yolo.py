@@ -60,12 +60,7 @@ class YoloSource(FileSource):
             ids = {id for *_, lines in read for _, id, _ in lines} - {None}
             names_of = dict.fromkeys(texts, {id: f"class_{id}" for id in sorted(ids)})
         filed, category_ids, unknown = [], {}, set()
-        long = [
-            (text, number, line)
-            for _, text, lines in read
-            for number, _, line in lines
-            if line.count(" ") > 5
-        ]
+        long = [(f, row, line) for _, f, lines in read for row, _, line in lines if len(line.split()) > 6]
         posed = self.keypoints is None and _are_keypoints(long)
         for picture, text, lines in read:
             names = names_of.get(text, {})
@@ -215,16 +210,19 @@ def _are_keypoints(lines: list[tuple[Path | None, int, str]]) -> bool:
 
     All objects of a set have the same number of keypoints, and polygons have any. ValueError: only some look so.
     """
-    (count, times), *_ = Counter(len(line.split()) - 1 for *_, line in lines).most_common(1) or [(0, 0)]
-    if not times or times < 0.95 * len(lines):
+    counts = [len(line.split()) for *_, line in lines]
+    common, times = Counter(counts).most_common(1)[0] if lines else (0, 0)
+    same = [each for each, count in zip(lines, counts, strict=True) if count == common]
+    others = [each for each, count in zip(lines, counts, strict=True) if count != common]
+    if not times or times <= len(others):
         return False
-    same = [each for each in lines if len(each[2].split()) == count + 1]
     fits = _fit_keypoints(np.array([_values(line) for *_, line in same]))
-    if fits.any() and not fits.all():
-        box, polygon = (f"{same[row][0]}: line {same[row][1]}" for row in (fits.argmax(), fits.argmin()))
+    if fits.all() if others else fits.any() and not fits.all():
+        places = same[fits.argmax()], (others or [same[fits.argmin()]])[0]
+        box, polygon = (f"{file}: line {index}" for file, index, _ in places)
         raise ValueError(
-            f"{box} looks like a box with keypoints, and {polygon} like a polygon; set keypoints: true or "
-            "keypoints: false in the recipe's data, or kpt_shape in data.yaml for keypoints"
+            f"{box} looks like a box with keypoints, and {polygon} does not; set keypoints: true or keypoints: false in "
+            "the recipe's data, or kpt_shape in data.yaml for keypoints"
         )
     return bool(fits.all())
 
@@ -240,7 +238,9 @@ def _fit_keypoints(values: np.ndarray) -> np.ndarray:
         if rest.shape[1] % step == 0:
             points = rest.reshape(len(values), -1, step)
             unmarked = (points[..., :2] == 0).all(axis=2, keepdims=True)
-            inside = (np.abs(points[..., :2] - centre) <= size / 2 + 0.01) | unmarked
+            # An odd count is no polygon.
+            is_free = unmarked | (rest.shape[1] % 2 == 1)
+            inside = (np.abs(points[..., :2] - centre) <= size / 2 + 0.01) | is_free
             found |= inside.all(axis=(1, 2)) & np.isin(points[..., 2:], (0, 1, 2)).all(axis=(1, 2))
     if rest.shape[1] == 4:
         found &= (np.abs(values[:, :2] + rest[:, :2] - values[:, 2:4] - rest[:, 2:]) > 0.01).any(axis=1)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..data.records import in_order
 from .findings import Finding
 from .part import Part
 
@@ -17,11 +18,6 @@ _KINDS = {
     "box outside the picture": ("error", "lies outside its picture", _DRAW),
     "box past the edge": ("warning", "reaches past its picture", _CLIPPED),
     "box a pixel past the edge": ("note", "reaches up to a pixel past its picture", _CLIPPED),
-    "inverted box": (
-        "note",
-        "has a box whose end lies before its start",
-        "Training puts its corners in order. Check that the numbers are corners.",
-    ),
     "duplicate box": (
         "warning",
         "has the same box and class as an object before it",
@@ -56,9 +52,8 @@ def _masks(
     boxes: np.ndarray, sizes: np.ndarray, codes: np.ndarray, rows: np.ndarray
 ) -> dict[str, np.ndarray]:
     """(M,) bool for each kind of `_KINDS`. codes: (M,) the classes as numbers. rows: (M,) the pictures."""
-    inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
-    boxes = np.hstack([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])])
-    x1, y1, x2, y2 = boxes.T
+    # A training puts corners in order too, and its notes say so.
+    x1, y1, x2, y2 = in_order(boxes).T
     height, width = sizes.T
     with np.errstate(invalid="ignore"):
         past = np.max([-x1, -y1, x2 - width, y2 - height], axis=0)
@@ -71,7 +66,6 @@ def _masks(
             "box without area": (x2 == x1) | (y2 == y1),
             "box outside the picture": (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0),
             "box past the edge": past > 1,
-            "inverted box": inverted,
             "duplicate box": _repeats(np.column_stack([rows, codes, corners])),
             "one box, two classes": _repeats(np.column_stack([rows, corners])),
             "box of the whole picture": filled >= _WHOLE,
