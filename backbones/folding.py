@@ -84,7 +84,7 @@ class _Convolution:
 
     def fuses(self, x: Tensor) -> bool:
         """Whether this convolution of the map (N, C, H, W) takes an addition and a ReLU into its pass."""
-        return self.conv.groups == 1 and fuses(x)
+        return self.conv.groups == 1 and fuses(x, self.conv.out_channels)
 
 
 def use_folding(module: nn.Module) -> None:

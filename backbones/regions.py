@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from .kernels.roi_align import (
     pair,
     sparse_roi_align,
 )
-from .messages import check_choice
+from .messages import check_choice, first_line
 
 # The most regions that a head takes at once without gradients. The largest activation has 0.4 MB per region. 64 regions
 # stay below the 32 MB that the C allocator keeps for the next part: fresh pages cost more time than the sums in them.
@@ -308,7 +307,16 @@ def _prefers_triton(features: Tensor) -> bool:
 
 @cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    """Whether Triton works here. It may lack a C compiler, which its first kernel needs."""
+    try:
+        from .kernels.triton_roi_align import triton_roi_align
+
+        features, rois = (torch.zeros(size, device="cuda") for size in ((1, 1, 1, 1), (1, 5)))
+        triton_roi_align(features, rois, (1, 1), spatial_scale=1.0)
+    except Exception as error:
+        print(f"note: torchvision's RoIAlign serves, since Triton fails: {first_line(error)}", flush=True)
+        return False
+    return True
 
 
 def max_kernel_regions(channels: int, output_size: tuple[int, int]) -> int:

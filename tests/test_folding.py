@@ -11,6 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import backbones.layers
 from backbones import create_backbone
 from backbones.folding import FoldingSequential, use_folding
+from backbones.kernels.cudnn import fuses
 from backbones.kernels.gradients import _Conv1x1, conv2d
 
 CHANNELS = 16
@@ -134,6 +135,26 @@ def test_joined_layers_pass_torchs_compiler():
     compiled = torch.compile(trunk, backend="eager")
     # With gradients, as on a GPU, a convolution and the ReLU behind it run as one call.
     torch.testing.assert_close(compiled(image), trunk(image))
+
+
+@pytest.mark.parametrize(
+    ("shape", "out_channels", "accepted"),
+    [
+        ((8, 64, 1000, 1000), 64, True),
+        ((8, 64, 1000, 1000), 256, True),
+        ((8, 64, 2048, 2048), 64, False),  # 2**31 elements
+        ((8, 64, 1024, 1024), 256, False),  # of the result
+        ((0, 64, 14, 14), 64, False),
+    ],
+)
+def test_maps_of_2_to_the_31_elements_are_left_to_torchs_convolution(shape, out_channels, accepted):
+    """Not run on a GPU, for which a class stands."""
+
+    class OnGPU:
+        is_cuda, dtype = True, torch.bfloat16
+
+    OnGPU.shape, OnGPU.numel = shape, torch.empty(shape, device="meta").numel
+    assert fuses(OnGPU(), out_channels) == accepted
 
 
 @pytest.mark.parametrize("name", ["preact_resnet50", "densenet121", "bn_inception", "resnet18"])

@@ -348,7 +348,7 @@ def test_convolutions_with_their_relus_in_one_pass_equal_separate_ones(name, mon
     images = torch.rand(2, 3, 96, 128, device=CUDA)
     gradients, vectors = [], []
     for enabled in (False, True):
-        monkeypatch.setattr("backbones.folding.fuses", fuses if enabled else lambda x: False)
+        monkeypatch.setattr("backbones.folding.fuses", fuses if enabled else lambda x, out_channels: False)
         out = network(images)
         network.zero_grad()
         out.square().sum().backward()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from importlib.util import find_spec
 
 import pytest
@@ -11,6 +12,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, roi_align, roi_pool
 
+import backbones.regions
 from backbones.kernels.roi_align import bin_weights, sparse_roi_align
 from backbones.regions import RegionPool, max_kernel_regions
 
@@ -290,6 +292,30 @@ def test_trains_and_infers_inside_torchvisions_faster_rcnn(mode):
 
 
 # On a GPU
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_torchvisions_kernel_serves_where_triton_cannot_compile_and_that_is_said_once(
+    monkeypatch, capsys, works
+):
+    """Not run on a GPU without a C compiler: what Triton raises there is simulated."""
+
+    def triton_roi_align(features, rois, output_size, spatial_scale):
+        if not works:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    triton = types.ModuleType("triton_roi_align")
+    triton.triton_roi_align, zeros = triton_roi_align, torch.zeros
+    monkeypatch.setitem(sys.modules, "backbones.kernels.triton_roi_align", triton)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
+    backbones.regions._has_triton.cache_clear()
+    found = [backbones.regions._has_triton() for _ in range(2)]
+    backbones.regions._has_triton.cache_clear()
+    assert found == [works] * 2
+    said = capsys.readouterr().out
+    assert said.count("torchvision's RoIAlign serves, since Triton fails: Failed to find C compiler") == (
+        not works
+    )
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

@@ -433,6 +433,21 @@ def test_links_to_nothing_and_unlistable_folders_are_told_and_counted(
     ]
 
 
+def test_a_process_that_fails_in_infer_says_so_and_waits_for_no_other(
+    run_tool, weights, pictures, tmp_path, monkeypatch
+):
+    """The others would never come to it, and its message would come after 30 minutes."""
+    monkeypatch.setattr("detector.processes.gather", lambda value: pytest.fail("it waits"))
+
+    def fail(*_, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("detector.inference.Detector.stream", fail)
+    status, _, error = run_tool("infer", "--weights", weights, pictures, "--output", tmp_path / "out")
+    assert status == 1 and error.strip().endswith("error: No space left on device")
+    assert json.loads((tmp_path / "out/detections.json").read_text())["images"] == []
+
+
 def test_a_picture_that_vanishes_is_skipped(run_tool, weights, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "detector.data.images.list_images",

@@ -100,7 +100,9 @@ def infer(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print("stopped at once")
         finally:
-            found, unreadable = (sum(processes.gather(each), []) for each in (found, unreadable))
+            # The others never come to a process that failed.
+            if sys.exc_info()[0] is None:
+                found, unreadable = (sum(processes.gather(each), []) for each in (found, unreadable))
             if processes.is_main():
                 order = {str(path): row for row, path in enumerate(paths)}
                 found.sort(key=lambda entry: order[entry["path"]])

@@ -12,11 +12,15 @@ from torch.overrides import has_torch_function_unary
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 
 
-def fuses(x: Tensor) -> bool:
-    """Whether `conv_relu` takes this map (N, C, H, W): a plain tensor on a CUDA device, not traced or compiled."""
+def fuses(x: Tensor, out_channels: int) -> bool:
+    """Whether `conv_relu` takes this map (N, C, H, W): a plain tensor on a CUDA device, not traced or compiled.
+
+    cuDNN counts elements in 32 bits. torch splits larger maps in its own convolutions alone.
+    """
     return (
         not has_torch_function_unary(x)
         and x.is_cuda
+        and 0 < x.numel() // x.shape[1] * max(x.shape[1], out_channels) < 2**31
         and torch.version.hip is None
         and torch.backends.cudnn.enabled
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -52,11 +52,8 @@ class Unreadable:
         on_new: Callable[[str], object] = lambda sentence: None,
     ) -> None:
         """Count a batch of so many pictures. failed: sentence -> image id, where there are ids. ValueError: as `watch`."""
-        for sentence, image_id in failed.items():
-            self.image_ids[sentence] = image_id
-            if sentence not in self.told:
-                self._tell(sentence)
-                on_new(sentence)
+        self.image_ids |= failed
+        self._tell(on_new)
         self.num_seen += num_pictures
         self._judge()
 
@@ -66,15 +63,16 @@ class Unreadable:
         self.num_seen = sum(counts)
         for failed in found:
             self.image_ids |= failed
-        for sentence in self.image_ids:
-            if sentence not in self.told:
-                self._tell(sentence)
+        self._tell()
         self._judge()
 
-    def _tell(self, sentence: str) -> None:
-        self.told.add(sentence)
-        if len(self.told) <= MAX_TOLD:
-            print(f"{self.fate}: {sentence}", flush=True)
+    def _tell(self, on_new: Callable[[str], object] = lambda sentence: None) -> None:
+        for sentence in self.image_ids:
+            if sentence not in self.told:
+                self.told.add(sentence)
+                if len(self.told) <= MAX_TOLD:
+                    print(f"{self.fate}: {sentence}", flush=True)
+                on_new(sentence)
 
     def _judge(self) -> None:
         if len(self.image_ids) > _FEW:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 
 from .boxes import BoxCoder, clip_boxes
 from .conventions import Conventions
@@ -221,17 +221,17 @@ class BoxHeads(RoIHeads):
     def _suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor) -> Tensor:
         """The rows of (M, 4) boxes that NMS within `groups` (M,) keeps, best first, at most `detections_per_img`.
 
-        Boxes of lower scores never suppress any of higher ones. So the best go first, and more only where too few
-        survive: NMS takes memory with the square of their number.
+        Boxes of lower scores never suppress any of higher ones. So the best go first, and the next, without those that
+        the kept ones suppress, only where too few survive: NMS takes memory with the square of their number.
         """
         if len(scores) <= _MOST_AT_ONCE:
             return batched_nms(boxes, scores, groups, self.nms_thresh)[: self.detections_per_img]
-        count = _MOST_AT_ONCE
-        while True:
-            best = scores.topk(min(count, len(scores))).indices
-            kept = batched_nms(boxes[best], scores[best], groups[best], self.nms_thresh)[
-                : self.detections_per_img
-            ]
-            if len(kept) == self.detections_per_img or count >= len(scores):
-                return best[kept]
-            count *= 2
+        kept = torch.empty(0, dtype=torch.int64, device=scores.device)
+        for rows in scores.argsort(descending=True, stable=True).split(_MOST_AT_ONCE):
+            suppressed = box_iou(boxes[kept], boxes[rows]) > self.nms_thresh
+            rows = rows[~(suppressed & (groups[kept][:, None] == groups[rows])).any(dim=0)]
+            best = rows[batched_nms(boxes[rows], scores[rows], groups[rows], self.nms_thresh)]
+            kept = torch.cat([kept, best])[: self.detections_per_img]
+            if len(kept) == self.detections_per_img:
+                break
+        return kept

@@ -17,7 +17,8 @@ class Speed(Section):
     shared_projection: run the 1x1 convolutions that open conv5_x once on the map, not once a region.
     sparse_roi_align: compute RoIAlign by our kernels: as a sparse product on a CPU, by Triton on a GPU.
     fold_norms: run a frozen norm as part of its convolution in training.
-    activation_checkpointing: recompute activations in the backward pass: less memory for more time.
+    activation_checkpointing: recompute activations in the backward pass: less memory for more time. With dropout or
+        stochastic depth in conv5_x it saves less, since the head then takes all regions at once.
     """
 
     shared_projection: bool = True
