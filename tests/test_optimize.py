@@ -141,7 +141,7 @@ def test_optimising_leaves_the_model_as_trained(tiny_config):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "backbone", ["{name: resnet18, width: 8}", "{name: timm/resnet18}", "{name: densenet121}"]
+    "backbone", ["{name: resnet18, width: 8}", "{name: timm/resnet18}", "{name: preact_resnet18}"]
 )
 def test_optimising_once_more_changes_nothing(tiny_config, monkeypatch, backbone, dtype):
     monkeypatch.setattr("backbones.kernels.winograd._time", lambda *args: 0.5)
