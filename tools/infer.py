@@ -41,7 +41,9 @@ def main() -> int:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the drawings and detections.json"
     )
-    parser.add_argument("--score-thresh", type=float, default=0.5, help="the lowest score kept (default 0.5)")
+    parser.add_argument(
+        "--score-thresh", type=float, default=0.5, help="higher scores are kept (default 0.5)"
+    )
     parser.add_argument(
         "--batch-size", type=int, help=f"pictures at once (default {_GPU_BATCH} on a GPU, else 1)"
     )
