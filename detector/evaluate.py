@@ -69,9 +69,7 @@ class Evaluation:
         return replace(self.dataset.subset(kept), left_out=(*self.dataset.left_out, *failed))
 
 
-def score(
-    dataset: DetectionDataset, results: list[dict[str, Any]], detections_per_img: int = 100
-) -> dict[str, Any]:
+def score(dataset: DetectionDataset, results: list[dict], detections_per_img: int = 100) -> dict[str, Any]:
     """`evaluate_coco` of detections, and under "voc" VOC's AP of the same detections."""
     ground_truth = dataset.to_coco()
     coco = evaluate_coco(ground_truth, results, detections_per_img=detections_per_img)

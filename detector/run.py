@@ -151,11 +151,9 @@ class Run(TrainingRun):
             log.write("val", epoch=training.epoch, step=training.step, **numbers, **losses, **counted)
             shown = ", ".join(f"{name} {format_cell(metrics[name])}" for name in ("AP", "AP50", "AP75"))
             left_out = f", {len(readable.left_out)} unreadable left out" if readable.left_out else ""
-            counted = (
-                f", best {metrics['max_detections']} detections of a class in each" if most > 100 else ""
-            )
+            best = f", best {most} detections of a class in each" if most > 100 else ""
             taken = (
-                f"{len(readable)} images{left_out}{counted}, {format_duration(time.perf_counter() - started)}"
+                f"{len(readable)} images{left_out}{best}, {format_duration(time.perf_counter() - started)}"
             )
             print(f"{title}: {shown}, loss {losses['loss']:.3f} ({taken})", flush=True)
             return metrics | {"losses": losses}

@@ -41,12 +41,8 @@ def main() -> int:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the drawings and detections.json"
     )
-    parser.add_argument(
-        "--score-thresh", type=float, default=0.5, help="higher scores are kept (default 0.5)"
-    )
-    parser.add_argument(
-        "--font", metavar="FILE", help="of the class names (default: one that has their letters)"
-    )
+    parser.add_argument("--score-thresh", type=float, default=0.5, help="keep higher scores (default 0.5)")
+    parser.add_argument("--font", metavar="FILE", help="of class names (default: one that has their letters)")
     parser.add_argument(
         "--batch-size", type=int, help=f"pictures at once (default {_GPU_BATCH} on a GPU, else 1)"
     )
@@ -118,11 +114,9 @@ def infer(args: argparse.Namespace) -> int:
     return 130 if stop.asked else status
 
 
-def draw(
-    drawing: Path, path: Path, image: np.ndarray, found: Detections, font_path: str | None
-) -> dict[str, Any]:
+def draw(drawing: Path, path: Path, image: np.ndarray, found: Detections, font: str | None) -> dict[str, Any]:
     """Write the (H, W, 3) picture with its detections, and return its entry in detections.json."""
-    save_drawing(image, found, drawing, font_path)
+    save_drawing(image, found, drawing, font)
     return {
         "path": str(path),
         "drawing": str(drawing),

@@ -86,13 +86,10 @@ def evaluate_coco(
         *(recall[..., area, -1] for area in (1, 2, 3)),
     ]
     numbers = {name: _mean(cell) for name, cell in zip(COCO_METRICS, cells, strict=True)}
-    columns = {category_id: column for column, category_id in enumerate(coco_eval.params.catIds)}
+    # Both have the classes by ascending id.
     per_class = {
-        name: {
-            key: _mean(cell[..., columns[category_id]])
-            for key, cell in zip(("AP", "AP50"), cells, strict=False)
-        }
-        for category_id, name in names.items()
+        name: {"AP": _mean(cells[0][..., column]), "AP50": _mean(cells[1][..., column])}
+        for column, name in enumerate(names.values())
     }
     return {**numbers, "max_detections": max_detections, "per_class": per_class}
 

@@ -90,11 +90,10 @@ def check_targets(targets: list[dict[str, Any]], num_images: int, num_classes: i
     for i, target in enumerate(targets):
         if "original_size" in target:
             continue
-        boxes, labels = (target.get(name) for name in ("boxes", "labels"))
+        boxes, labels = target.get("boxes"), target.get("labels")
         if not isinstance(boxes, Tensor) or not (num_classes is None or isinstance(labels, Tensor)):
-            raise ValueError(
-                f"image {i}: the target has {sorted(target)}; accepted: tensors of boxes and labels"
-            )
+            found = sorted(target)
+            raise ValueError(f"image {i}: the target has {found}; accepted: tensors of boxes and labels")
         checks.append((boxes, _sound_boxes(boxes, f"image {i}: box"), f"image {i}: box", ACCEPTED))
         if num_classes is None:
             continue
