@@ -12,7 +12,7 @@ from .folding import fold, is_foldable
 def fuse(module: nn.Module) -> nn.Module:
     """A copy for inference, in evaluation mode and without gradients.
 
-    Each batch norm that directly follows a convolution is folded into it.
+    Each batch norm that directly follows a convolution is folded into it. A fused module stays as it is.
     """
     fused = copy.deepcopy(module).eval().requires_grad_(False)
     for parent in list(fused.modules()):
@@ -40,6 +40,7 @@ def _fold_block(block: Block) -> None:
         _fold_into(block.get_submodule(conv), norm)
         rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()
         block.set_submodule(path, rest)
+    block.conv_norms = ()
 
 
 @torch.no_grad()

@@ -70,7 +70,8 @@ class Evaluation:
         return replace(self.dataset.subset(kept), left_out=(*self.dataset.left_out, *failed))
 
 
-def score(dataset: DetectionDataset, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """COCO's twelve numbers and per-class AP of detections; under "voc", VOC's AP of the same detections."""
+def score(dataset: DetectionDataset, results: list[dict], detections_per_img: int = 100) -> dict[str, Any]:
+    """`evaluate_coco` of detections, and under "voc" VOC's AP of the same detections."""
     ground_truth = dataset.to_coco()
-    return {**evaluate_coco(ground_truth, results), "voc": evaluate_voc(ground_truth, results)}
+    coco = evaluate_coco(ground_truth, results, detections_per_img=detections_per_img)
+    return {**coco, "voc": evaluate_voc(ground_truth, results)}

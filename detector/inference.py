@@ -52,8 +52,8 @@ class Detections:
         return [self.class_names[label - 1] for label in self.labels.tolist()]
 
     def above(self, score_thresh: float) -> "Detections":
-        """The detections with a score of at least `score_thresh`."""
-        kept = self.scores >= score_thresh
+        """The detections with a score above `score_thresh`, as a call with this threshold gives them."""
+        kept = self.scores > score_thresh
         columns = {name: value[kept] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **columns)
 
@@ -122,7 +122,7 @@ class Detector:
         A list of pictures gives a list. Pictures of one padded size run together. Those of other sizes run apart,
         because padding would move the numbers at the edges: each gives what it gives alone, up to rounding.
 
-        score_thresh: the lowest score returned; None takes the recipe's, which is 0.05 by default.
+        score_thresh: only higher scores are returned; None takes the recipe's, which is 0.05 by default.
         features: also return the RoI head's vector of each box. class_scores: also return all class probabilities.
         class_agnostic_nms: whether a detection suppresses those of other classes too; None takes the recipe's.
         channel_order: "rgb", or "bgr" as OpenCV reads pictures; of an array or a tensor.
@@ -152,23 +152,28 @@ class Detector:
         """The detections of many pictures, in order. Threads decode the next pictures while the network runs.
 
         A few pictures are in memory at a time. The other arguments are those of a call. A picture that cannot be read
-        raises its error in its turn.
+        raises its error in its turn, after the detections of all pictures before it.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; accepted: 1 or more")
-        batch: list[Tensor] = []
 
         def read(picture: Picture) -> Tensor:
             pixels = _pixels(picture, channel_order)
             # The host does not wait for a copy from pinned memory.
             return pixels.pin_memory() if self.device.type == "cuda" and not pixels.is_cuda else pixels
 
-        for pixels in ahead(read, pictures, num_threads):
-            batch.append(pixels)
-            if len(batch) == batch_size:
-                yield from self(batch, **options)
-                batch = []
-        yield from self(batch, **options)
+        source, error = ahead(read, pictures, num_threads), None
+        while error is None:
+            batch: list[Tensor] = []
+            try:
+                while len(batch) < batch_size:
+                    batch.append(next(source))
+            # A StopIteration at the end.
+            except Exception as stopped:
+                error = stopped
+            yield from self(batch, **options)
+        if not isinstance(error, StopIteration):
+            raise error
 
     @torch.inference_mode()
     def _detect(self, pixels: list[Tensor], options: dict[str, Any]) -> list[Detections]:

@@ -146,13 +146,17 @@ class Run(TrainingRun):
 
         def score() -> dict[str, Any]:
             training, readable = self.training, self.evaluation.readable
-            metrics = evaluate_coco(readable.to_coco(), results)
+            most = self.config.model.box_detections_per_img
+            metrics = evaluate_coco(readable.to_coco(), results, detections_per_img=most)
             numbers = {name: value for name, value in metrics.items() if name != "per_class"}
             counted = {"left_out": len(readable.left_out)} if readable.left_out else {}
             log.write("val", epoch=training.epoch, step=training.step, **numbers, **losses, **counted)
             shown = ", ".join(f"{name} {format_cell(metrics[name])}" for name in ("AP", "AP50", "AP75"))
             left_out = f", {len(readable.left_out)} unreadable left out" if readable.left_out else ""
-            taken = f"{len(readable)} images{left_out}, {format_duration(time.perf_counter() - started)}"
+            best = f", best {most} detections of a class in each" if most > 100 else ""
+            taken = (
+                f"{len(readable)} images{left_out}{best}, {format_duration(time.perf_counter() - started)}"
+            )
             print(f"{title}: {shown}, loss {losses['loss']:.3f} ({taken})", flush=True)
             return metrics | {"losses": losses}
 

@@ -2,7 +2,10 @@
 
 import colorsys
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import cv2
@@ -20,6 +23,7 @@ def draw_boxes(
     labels: Any,
     class_names: Sequence[str],
     scores: Any = None,
+    font_path: str | None = None,
 ) -> np.ndarray:
     """The picture with its boxes, each tagged with class name and score, as a new (H, W, 3) uint8 RGB array.
 
@@ -29,13 +33,14 @@ def draw_boxes(
         labels: (M,) class ids 1..K-1, which also choose the colours.
         class_names: K-1 foreground names; `class_names[label - 1]` is written.
         scores: (M,) in [0, 1]; if given, they are written after the name with two digits.
+        font_path: of a TrueType or OpenType font; None takes a font of the system where Pillow's lacks a character.
 
     Lines and letters grow with the picture. Boxes of high score are drawn over those of low score. Their tags are
     placed first. Tags avoid each other if there is room.
 
-    ValueError: another kind of image, lengths that do not agree, or labels outside 1..K-1.
+    ValueError: another kind of image, lengths that do not agree, labels outside 1..K-1, or no font in `font_path`.
     """
-    return np.array(draw_image(image, boxes, labels, class_names, scores))
+    return np.array(draw_image(image, boxes, labels, class_names, scores, font_path))
 
 
 def draw_image(
@@ -44,6 +49,7 @@ def draw_image(
     labels: Any,
     class_names: Sequence[str],
     scores: Any = None,
+    font_path: str | None = None,
 ) -> Image.Image:
     """What `draw_boxes` gives, as Pillow's image: to save it, the quicker form."""
     picture = Image.fromarray(_to_array(image))
@@ -64,7 +70,7 @@ def draw_image(
         [boxes[index] for index in first_to_last],
         [texts[index] for index in first_to_last],
         [class_color(labels[index]) for index in first_to_last],
-        font_size=max(10, round(scale / 42)),
+        font=load_font("".join(class_names), max(10, round(scale / 42)), font_path),
     )
     return picture
 
@@ -161,11 +167,10 @@ def _draw_tags(
     boxes: Sequence[np.ndarray],
     texts: Sequence[str],
     colors: Sequence[Color],
-    font_size: int,
+    font: ImageFont.FreeTypeFont,
 ) -> None:
     """Draw a filled tag at each box (4,) xyxy, in the order given, at the place where it covers earlier tags least."""
-    font = ImageFont.load_default(size=font_size)
-    pad = max(1, font_size // 6)
+    pad = max(1, int(font.size) // 6)
     ascent, descent = font.getmetrics()
     taken = np.empty((0, 4))
     for box, text, color in zip(boxes, texts, colors, strict=True):
@@ -174,6 +179,54 @@ def _draw_tags(
         taken = np.concatenate([taken, [place]])
         draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
         draw.text((place[0] + pad, place[1] + pad // 2), text, fill=_contrast(color), font=font)
+
+
+def load_font(text: str, size: int, path: str | None = None) -> ImageFont.FreeTypeFont:
+    """The font of `path`, or one that has the characters of `text`: Pillow's own, else one of the system.
+
+    Where it lacks some, a warning says so once. ValueError: `path` is no font that can be read.
+    """
+    path = _find_font("".join(sorted(set(text))), path)
+    return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
+
+
+@cache
+def _find_font(text: str, path: str | None) -> str | None:
+    """The path of the font for `text`; None: Pillow's own."""
+    try:
+        lacking = _lacking(ImageFont.truetype(path, 20) if path else ImageFont.load_default(20), text)
+    except OSError as error:
+        raise ValueError(f"{path}: not a font that can be read ({error})") from None
+    if lacking and path is None:
+        for file in _system_fonts():
+            with suppress(OSError):
+                still = _lacking(ImageFont.truetype(file, 20), text)
+                path, lacking = (file, still) if len(still) < len(lacking) else (path, lacking)
+            if not lacking:
+                break
+    if lacking:
+        warnings.warn(
+            f"no letters for {lacking!r} in {path or 'the fonts of this system'}: drawings show boxes "
+            "in their place. Install a font that has them, or name it by --font or font_path",
+            stacklevel=2,
+        )
+    return path
+
+
+def _system_fonts() -> Iterator[str]:
+    """The paths of matplotlib's own font and of the system's, the regular ones first."""
+    from matplotlib import font_manager, get_data_path
+
+    yield f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    found = font_manager.findSystemFonts()
+    # A last resort draws boxes with the name of a script.
+    yield from sorted((f for f in found if "LastResort" not in f), key=lambda f: ("Regular" not in f, f))
+
+
+def _lacking(font: ImageFont.FreeTypeFont, text: str) -> str:
+    """The characters for which a font draws what it draws for no character."""
+    none = bytes(font.getmask("\U0010ffff"))
+    return "".join(char for char in text if not char.isspace() and bytes(font.getmask(char)) == none)
 
 
 def _choose_place(

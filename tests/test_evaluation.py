@@ -220,6 +220,45 @@ def test_coco_prints_nothing_and_leaves_its_input_alone(val2014, backend, capfd)
     assert capfd.readouterr() == ("", "")
 
 
+def crowded(count):
+    """An image of `count` small objects in a grid, and the detections that find them all."""
+    boxes = [[12 * (i % 20), 12 * (i // 20), 10, 10] for i in range(count)]
+    return make_ground_truth(*({"bbox": box} for box in boxes)), [
+        detect(box, 0.9 - 0.001 * i) for i, box in enumerate(boxes)
+    ]
+
+
+@backends
+def test_coco_counts_as_many_detections_as_the_detector_gives(backend):
+    metrics = evaluate_coco(*crowded(256), backend=backend, detections_per_img=300)
+    assert metrics["AP"] == metrics["AP50"] == metrics["APs"] == metrics["ARs"] == pytest.approx(1)
+    assert metrics["per_class"]["cat"] == pytest.approx({"AP": 1, "AP50": 1})
+    # Those keep their meaning.
+    recalls = {name: metrics[name] for name in ("AR1", "AR10", "AR100")}
+    assert recalls == pytest.approx({"AR1": 1 / 256, "AR10": 10 / 256, "AR100": 100 / 256})
+    assert metrics["max_detections"] == 300
+    assert "over the best 300 detections of a class and image" in format_coco(metrics)
+
+
+@backends
+@pytest.mark.parametrize("detections_per_img", [{}, {"detections_per_img": 36}])
+def test_coco_counts_100_by_default_and_says_where_that_is_too_few(backend, detections_per_img):
+    # 100 of 256 found: recall 0.39, and 40 of the 101 recalls from 0 to 1 are no higher.
+    with pytest.warns(
+        UserWarning, match="image 1 has 256 .* category 1, and COCO's numbers count the best 100"
+    ) as warned:
+        metrics = evaluate_coco(*crowded(256), backend=backend, **detections_per_img)
+    assert [str(each.message).split()[4] for each in warned] == ["objects", "detections"]
+    assert metrics["AP"] == pytest.approx(40 / 101) and metrics["max_detections"] == 100
+    assert "over the best 100 detections of a class and image" in format_coco(metrics)
+
+
+@backends
+def test_coco_of_a_hundred_objects_is_no_warning(backend, recwarn):
+    assert evaluate_coco(*crowded(100), backend=backend)["AP"] == pytest.approx(1)
+    assert not recwarn.list
+
+
 def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="unknown backend 'slow'; accepted are \"auto\""):
         evaluate_coco(make_ground_truth(), [], backend="slow")

@@ -551,6 +551,53 @@ def test_a_batch_without_any_region_trains(tiny_backbone):
     assert losses["loss_classifier"] == losses["loss_box_reg"] == 0
 
 
+def target_of(**changes):
+    target = {"boxes": torch.tensor([[1.0, 1, 20, 20], [5, 5, 40, 30]]), "labels": torch.tensor([1, 2])}
+    return {name: value for name, value in (target | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"labels": torch.tensor([1, -1])},
+            "image 1: label 1 is -1; accepted: 1 to 3, since 0 is the background",
+        ),
+        ({"labels": torch.tensor([0, 1])}, "image 1: label 0 is 0; accepted: 1 to 3"),
+        ({"labels": torch.tensor([3, 4])}, "image 1: label 1 is 4; accepted: 1 to 3"),
+        (
+            {"labels": torch.tensor([1, 2, 3])},
+            r"image 1: labels are \(3,\) torch.int64; .* for each of 2 boxes",
+        ),
+        ({"labels": torch.tensor([1])}, r"image 1: labels are \(1,\) torch.int64; .* for each of 2 boxes"),
+        (
+            {"labels": torch.tensor([1.0, 2.0])},
+            r"image 1: labels are \(2,\) torch.float32; accepted: one int64",
+        ),
+        ({"labels": torch.tensor([[1], [2]])}, r"image 1: labels are \(2, 1\)"),
+        ({"labels": None}, r"image 1: the target has \['boxes'\]; accepted: tensors of boxes and labels"),
+        ({"labels": [1, 2]}, "image 1: .*accepted: tensors of boxes and labels"),
+        ({"boxes": None}, r"image 1: the target has \['labels'\]; accepted: tensors of boxes and labels"),
+        (
+            {"boxes": torch.tensor([[1.0, 1, 20, 20], [5, 5, 5, 30]])},
+            r"image 1: box 1 is \[5.0, 5.0, 5.0, 30.0\]",
+        ),
+        ({"boxes": torch.ones(2, 5)}, r"image 1: box: boxes are \(2, 5\); accepted: \(M, 4\)"),
+    ],
+)
+def test_a_wrong_target_is_refused_by_image_and_index(tiny_backbone, mode, changes, message):
+    model, images = build(tiny_backbone, num_classes=4), [torch.rand(3, 64, 64) for _ in range(2)]
+    call = model.train() if mode == "train" else model.eval().evaluate
+    with pytest.raises(ValueError, match=message):
+        call(images, [target_of(), target_of(**changes)])
+
+
+def test_each_image_has_a_target(tiny_backbone):
+    with pytest.raises(ValueError, match="2 images and 1 targets are given; accepted: one for each"):
+        build(tiny_backbone).train()([torch.rand(3, 64, 64)] * 2, [target_of()])
+
+
 def test_a_data_set_of_one_class_trains(tiny_backbone):
     train_step(build(tiny_backbone, num_classes=2), *batch((64, 96), (64, 64), num_classes=2))
 

@@ -116,7 +116,7 @@ def test_class_scores_are_the_posterior_that_each_score_is_of(detector, picture)
     close(found.class_scores.sum(1), torch.ones(len(found)))
     close(found.class_scores.gather(1, found.labels[:, None])[:, 0], found.scores)
     middle = float(found.scores[len(found) // 2])
-    assert torch.equal(found.above(middle).class_scores, found.class_scores[found.scores >= middle])
+    assert torch.equal(found.above(middle).class_scores, found.class_scores[found.scores > middle])
 
 
 def test_class_agnostic_nms_leaves_no_two_boxes_on_each_other_for_one_call(checkpoint, picture):
@@ -324,7 +324,9 @@ def test_a_fixed_number_of_boxes_is_a_setting_of_the_recipe(extract, pictures, t
     assert [row["num_boxes"] for row in read_tsv(tmp_path / "out.tsv")] == ["3"] * 4
 
 
-def test_a_stopped_extraction_continues_where_it_was(extract, pictures, tmp_path):
+def test_a_stopped_extraction_continues_where_it_was(extract, pictures, tmp_path, monkeypatch):
+    # A measurement chooses the convolutions' form, and a busy machine may choose another one next time.
+    monkeypatch.setattr("backbones.kernels.winograd._time", lambda *args: 1.0)
     for output in (tmp_path / "npz", tmp_path / "all.tsv"):
         assert extract(pictures, "--output", output)[0] == 0
     whole = (tmp_path / "all.tsv").read_bytes()

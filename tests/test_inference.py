@@ -141,6 +141,7 @@ def test_the_threshold_of_one_call_is_not_that_of_the_next(detector, picture, wa
     middle = float(wanted.scores[len(wanted) // 2])
     fewer = detector(picture, score_thresh=middle)
     assert 0 < len(fewer) < len(wanted) and (fewer.scores > middle).all()
+    assert equal(fewer, wanted.above(middle))
     assert len(detector(picture, score_thresh=1.0)) == 0
     assert equal(detector(picture), wanted)
 
@@ -169,9 +170,10 @@ def test_above_keeps_boxes_names_and_features_together():
         ("a", "b"),
         torch.eye(3),
     )
-    kept = found.above(0.5)
+    kept = found.above(0.4)
     assert kept.boxes.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and kept.names == ["b", "a"]
     assert kept.features.tolist() == torch.eye(3)[:2].tolist() and len(found) == 3
+    assert len(found.above(0.5)) == 1  # a threshold is below what it keeps
     assert len(found.above(1.0)) == 0 and found.above(1.0).names == []
 
 
@@ -259,8 +261,21 @@ def test_a_stream_reads_only_a_few_pictures_ahead(detector, picture):
     stream.close()
 
 
-def test_a_picture_that_cannot_be_read_raises_in_its_turn(detector, picture, tmp_path):
-    stream = detector.stream([picture, tmp_path / "absent.png"])
-    assert len(next(stream))
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_a_picture_that_cannot_be_read_raises_in_its_turn(detector, picture, tmp_path, batch_size):
+    stream = detector.stream([picture] * 4 + [tmp_path / "absent.png", picture], batch_size=batch_size)
+    assert all(len(next(stream)) for _ in range(4))
     with pytest.raises(FileNotFoundError, match="absent.png"):
+        next(stream)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_where_the_source_of_pictures_fails_those_before_come_first(detector, picture, batch_size):
+    def film():
+        yield from [picture] * 5
+        raise OSError("the camera is gone")
+
+    stream = detector.stream(film(), batch_size=batch_size)
+    assert all(len(next(stream)) for _ in range(5))
+    with pytest.raises(OSError, match="the camera is gone"):
         next(stream)

@@ -139,6 +139,27 @@ def test_optimising_leaves_the_model_as_trained(tiny_config):
     assert shared == set()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "backbone", ["{name: resnet18, width: 8}", "{name: timm/resnet18}", "{name: preact_resnet18}"]
+)
+def test_optimising_once_more_changes_nothing(tiny_config, monkeypatch, backbone, dtype):
+    monkeypatch.setattr("backbones.kernels.winograd._time", lambda *args: 0.5)
+    once = optimize(
+        build_model(tiny_config(f"model.backbone={backbone}", "model.box_score_thresh=0").model, 5),
+        dtype=dtype,
+    )
+    again = optimize(once, dtype=dtype)
+    assert repr(again) == repr(once)
+    before, after = once.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    picture = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))]
+    found, expected = again.detect(picture)[0], once.detect(picture)[0]
+    assert len(expected["boxes"]) and torch.equal(found["boxes"], expected["boxes"])
+    # Nor does it take a model of 16 bits for one of 32.
+    assert repr(optimize(once)) == repr(once)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimized", [True, False])
 def test_one_compilation_serves_every_image_size(tiny_config, optimized):

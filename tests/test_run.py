@@ -315,7 +315,7 @@ def test_patience_stops_early_and_a_resumed_run_stays_stopped(
 ):
     metrics = iter([0.3, 0.2, 0.3, 0.1])
 
-    def evaluate_coco(ground_truth, results):
+    def evaluate_coco(ground_truth, results, detections_per_img):
         value = next(metrics)
         return {"AP": value, "AP50": value, "AP75": value, "per_class": {}}
 

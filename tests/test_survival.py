@@ -186,7 +186,7 @@ def test_an_ignored_signal_stays_ignored(number):
 def test_a_signal_during_the_validation_stops_at_once_and_resuming_repeats_it(
     varied, unbroken, tmp_path, monkeypatch
 ):
-    def stop(ground_truth, results):
+    def stop(ground_truth, results, detections_per_img):
         signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import get_data_path
 from PIL import Image
 
 import detector.run
@@ -257,7 +258,12 @@ def test_infer_draws_pictures_of_every_kind_and_writes_one_json(run_tool, weight
 
 def test_infer_takes_files_folders_and_patterns_each_picture_once(run_tool, weights, pictures, tmp_path):
     paths = [pictures / "a.jpg", str(pictures / "*.png"), pictures / "more", pictures / "a.jpg"]
-    assert run_tool("infer", *paths, "--weights", weights, "--output", tmp_path / "out")[0] == 0
+    serif = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSerif.ttf"
+    for folder, font in (("out", []), ("serif", ["--font", serif])):
+        arguments = ["--weights", weights, "--score-thresh", "0.1", *font, "--output", tmp_path / folder]
+        assert run_tool("infer", *paths, *arguments)[0] == 0
+    drawn = [[path.read_bytes() for path in sorted((tmp_path / f).rglob("*.jpg"))] for f in ("out", "serif")]
+    assert len(drawn[0]) == len(drawn[1]) == 4 and drawn[0] != drawn[1]
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
     names = [Path(entry["path"]).relative_to(pictures).as_posix() for entry in content["images"]]
     assert names == ["a.jpg", "grey.png", "transparent.png", "more/a.jpg"]
@@ -297,6 +303,10 @@ def test_drawings_never_overwrite_the_pictures(run_tool, weights, pictures):
         (["PICTURES", "--weights", "gone.safetensors"], "there is no file gone.safetensors"),
         (["gone.jpg", "--weights", "WEIGHTS"], "gone.jpg: no such file or folder"),
         (["gone/*.jpg", "--weights", "WEIGHTS"], "no picture found"),
+        (
+            ["PICTURES", "--weights", "WEIGHTS", "--font", "gone.ttf"],
+            "gone.ttf: not a font that can be read",
+        ),
         (
             ["PICTURES", "--weights", "WEIGHTS", "--score-thresh", "50"],
             "score_thresh is 50.0; accepted: 0 to 1",

@@ -3,10 +3,69 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib import get_data_path
 
-from detector.visualize import _choose_place, class_color, draw_boxes, tile
+import detector.visualize
+from detector.visualize import _choose_place, class_color, draw_boxes, load_font, tile
 
 CLASS_NAMES = ["cat", "dog"]
+
+
+FONTS = f"{get_data_path()}/fonts/ttf"
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """Set the fonts that the system has."""
+    found = []
+    monkeypatch.setattr(detector.visualize, "_system_fonts", lambda: iter(found))
+    detector.visualize._find_font.cache_clear()
+    yield found
+    detector.visualize._find_font.cache_clear()
+
+
+def named(name, **options):
+    return draw_boxes(grey(), [[40, 60, 120, 100]], [1], [name], **options)
+
+
+@pytest.mark.parametrize("letters", ["éñß", "ЖЩЮ", "بعس", "ΩΨΣ"])
+def test_letters_that_pillows_font_lacks_are_drawn_and_not_boxes(letters):
+    drawn = [named(letter) for letter in letters]
+    assert not any((a == b).all() for a, b in zip(drawn, drawn[1:] + drawn[:1], strict=True))
+
+
+def test_names_in_ascii_keep_pillows_font_though_the_system_has_others(fonts):
+    fonts.append(f"{FONTS}/DejaVuSerif.ttf")
+    assert load_font("cat", 12).getname()[0] != "DejaVu Serif"
+
+
+def test_of_the_systems_fonts_the_first_that_has_all_letters_is_taken(fonts, tmp_path, recwarn):
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    fonts += [str(tmp_path / "broken.ttf"), f"{FONTS}/cmr10.ttf"]
+    fonts += [f"{FONTS}/{name}.ttf" for name in ("DejaVuSerif", "DejaVuSans", "DejaVuSansMono")]
+    assert load_font("Жук", 12).getname()[0] == "DejaVu Serif"
+    assert load_font("Жук بع", 12).getname()[0] == "DejaVu Sans"  # the serif has no Arabic
+    assert not recwarn.list
+
+
+def test_where_no_font_has_the_letters_it_is_said_once_and_the_others_are_drawn(fonts):
+    fonts.append(f"{FONTS}/DejaVuSans.ttf")
+    with pytest.warns(UserWarning, match="no letters for '中文' in .*--font or font_path") as warned:
+        assert load_font("Жук 中文", 12).getname()[0] == "DejaVu Sans"
+        named("Жук 中文"), named("Жук 中文")
+    assert len(warned) == 1
+    fonts.clear()
+    with pytest.warns(UserWarning, match="no letters for '文' in the fonts of this system"):
+        named("文")
+
+
+def test_a_font_can_be_named(fonts):
+    assert load_font("cat", 12, f"{FONTS}/DejaVuSerif.ttf").getname()[0] == "DejaVu Serif"
+    assert not (named("cat", font_path=f"{FONTS}/DejaVuSerif.ttf") == named("cat")).all()
+    with pytest.warns(UserWarning, match="no letters for 'Ж' in .*cmr10.ttf"):
+        named("Ж", font_path=f"{FONTS}/cmr10.ttf")
+    with pytest.raises(ValueError, match="absent.ttf: not a font that can be read"):
+        named("cat", font_path="absent.ttf")
 
 
 def grey(height: int = 120, width: int = 160, value: int = 127) -> np.ndarray:

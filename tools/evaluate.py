@@ -74,7 +74,7 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     if checkpoint is not None:
         write_json(output / "detections.json", results)
-    metrics = score(dataset, results)
+    metrics = score(dataset, results, config.model.box_detections_per_img)
     left_out = {"left_out": dataset.left_out} if dataset.left_out else {}
     write_json(output / "metrics.json", {**metrics, "losses": losses, **left_out}, indent=2)
     print(format_coco(metrics), format_voc(metrics["voc"]), sep="\n\n")

@@ -39,10 +39,7 @@ def main() -> int:
     which.add_argument("--boxes", metavar="FILE.json", help='{"a.jpg": [[x1, y1, x2, y2], ...], ...}, pixels')
     parser.add_argument("--format", choices=FORMATS, help="default: tsv if the output ends in .tsv, else npz")
     parser.add_argument(
-        "--batch",
-        type=int,
-        default=1,
-        help="pictures read at once; those of one padded size run together (default 1)",
+        "--batch", type=int, default=1, help="pictures at once; those of one padded size run together"
     )
     parser.add_argument("--device", help=DEVICE_HELP)
     return exit_status(extract, parser.parse_intermixed_args())

@@ -27,7 +27,7 @@ from detector.inference import DTYPES, choose_device
 from detector.names import drawing_paths
 from detector.progress import Progress
 from detector.stop import StopSignal
-from detector.visualize import draw_image
+from detector.visualize import draw_image, load_font
 
 _GPU_BATCH = 8
 # Threads that decode, and as many that draw. A GPU waits for two of them.
@@ -41,7 +41,8 @@ def main() -> int:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the drawings and detections.json"
     )
-    parser.add_argument("--score-thresh", type=float, default=0.5, help="the lowest score kept (default 0.5)")
+    parser.add_argument("--score-thresh", type=float, default=0.5, help="keep higher scores (default 0.5)")
+    parser.add_argument("--font", metavar="FILE", help="of class names (default: one that has their letters)")
     parser.add_argument(
         "--batch-size", type=int, help=f"pictures at once (default {_GPU_BATCH} on a GPU, else 1)"
     )
@@ -66,6 +67,7 @@ def infer(args: argparse.Namespace) -> int:
         listed = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common())
         print(f"passed over: {listed}")
     checkpoint = load_checkpoint(args.weights).with_overrides(overrides)
+    load_font("".join(checkpoint.class_names), 10, args.font)
     detector = Detector.load(checkpoint, choose_device(args.device), dtype=args.dtype)
     on_gpu = detector.device.type == "cuda"
     batch_size = args.batch_size or (_GPU_BATCH if on_gpu else 1)
@@ -94,7 +96,7 @@ def infer(args: argparse.Namespace) -> int:
             options = {"batch_size": batch_size, "num_threads": num_threads}
             stream = detector.stream(readable(), score_thresh=args.score_thresh, **options)
             done = ((*waiting.popleft(), detections) for detections in stream)
-            for entry in ahead(lambda each: draw(drawings[each[0]], *each), done, num_threads):
+            for entry in ahead(lambda each: draw(drawings[each[0]], *each, args.font), done, num_threads):
                 found.append(entry)
                 progress.update(1)
         except KeyboardInterrupt:
@@ -119,9 +121,9 @@ def infer(args: argparse.Namespace) -> int:
     return 130 if stop.asked else status
 
 
-def draw(drawing: Path, path: Path, image: np.ndarray, found: Detections) -> dict[str, Any]:
+def draw(drawing: Path, path: Path, image: np.ndarray, found: Detections, font: str | None) -> dict[str, Any]:
     """Write the (H, W, 3) picture with its detections, and return its entry in detections.json."""
-    save_drawing(image, found, drawing)
+    save_drawing(image, found, drawing, font)
     return {
         "path": str(path),
         "drawing": str(drawing),
@@ -131,9 +133,9 @@ def draw(drawing: Path, path: Path, image: np.ndarray, found: Detections) -> dic
     }
 
 
-def save_drawing(image: np.ndarray, found: Detections, path: Path) -> None:
+def save_drawing(image: np.ndarray, found: Detections, path: Path, font_path: str | None = None) -> None:
     """Write the (H, W, 3) picture with its detections as a JPEG."""
-    drawn = draw_image(image, found.boxes, found.labels, found.class_names, found.scores)
+    drawn = draw_image(image, found.boxes, found.labels, found.class_names, found.scores, font_path)
     write_atomically(path, lambda temporary: drawn.save(temporary, quality=92))
 
 

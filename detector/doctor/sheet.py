@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..data.images import load_image
 from ..data.opened import Opened
 from ..names import escaped
 from ..sheets import save_tiles
-from ..visualize import draw_boxes, fit, tile
+from ..visualize import draw_boxes, fit, load_font, tile
 from .findings import Finding, sort_findings
 from .part import Part
 
@@ -53,7 +53,7 @@ def _draw(finding: Finding, parts: Sequence[Part]) -> np.ndarray:
         drawn = tile([drawn, _with_objects(finding.other, parts)], columns=2)
     caption = Image.new("RGB", (drawn.shape[1], 2 * _FONT_SIZE + 8), "white")
     text = f"{finding.severity}: {finding.kind}\n{escaped(Path(finding.file).name)}"
-    ImageDraw.Draw(caption).text((2, 2), text, fill="black", font=ImageFont.load_default(size=_FONT_SIZE))
+    ImageDraw.Draw(caption).text((2, 2), text, fill="black", font=load_font(text, _FONT_SIZE))
     return np.vstack([np.array(caption), drawn])
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import math
 import warnings
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -39,7 +40,9 @@ COCO_METRICS = {
 RESULT_KEYS = ("image_id", "category_id", "bbox", "score")
 
 
-def evaluate_coco(ground_truth: dict, results: list[dict], *, backend: str = "auto") -> dict[str, Any]:
+def evaluate_coco(
+    ground_truth: dict, results: list[dict], *, backend: str = "auto", detections_per_img: int = 100
+) -> dict[str, Any]:
     """Compute COCO's twelve numbers, and AP and AP50 of each class, over all images of the ground truth.
 
     Args:
@@ -49,9 +52,12 @@ def evaluate_coco(ground_truth: dict, results: list[dict], *, backend: str = "au
         results: COCO results, `bbox` as xywh in pixels of the original image. May be empty.
         backend: "pycocotools", "faster" (faster-coco-eval), or "auto", which takes the faster one if it is
             installed.
+        detections_per_img: the most that the detector gives. Where it is above 100, all numbers but AR1, AR10 and AR100
+            count so many detections of a class and image. Published numbers count 100.
 
     Returns:
-        The keys of `COCO_METRICS`, each in [0, 1], and `per_class`: class name -> {"AP", "AP50"}. A class or a
+        The keys of `COCO_METRICS`, each in [0, 1]; `per_class`: class name -> {"AP", "AP50"}; `max_detections`: how
+        many of a class and image were counted. More objects or detections than that are a warning. A class or a
         size without ground truth is None, so the dict can be written as JSON.
 
     Raises:
@@ -59,25 +65,40 @@ def evaluate_coco(ground_truth: dict, results: list[dict], *, backend: str = "au
     """
     names = class_names_by_id(ground_truth)
     check_results(results, ground_truth)
+    max_detections = max(100, detections_per_img)
+    for what, boxes in (("objects", ground_truth["annotations"]), ("detections", results)):
+        _warn_of_many(what, boxes, max_detections)
     coco_class, eval_class = _load_backend(backend)
     with contextlib.redirect_stdout(io.StringIO()):
         annotated = _index(coco_class, ground_truth, ground_truth["annotations"])
         detected = _index(coco_class, ground_truth, results)
         coco_eval = eval_class(annotated, detected, "bbox")
+        coco_eval.params.maxDets = sorted({1, 10, 100, max_detections})
         coco_eval.evaluate()
         coco_eval.accumulate()
-        coco_eval.summarize()
-    # faster-coco-eval appends other recalls to COCO's twelve numbers.
-    stats = coco_eval.stats[: len(COCO_METRICS)]
-    metrics = {name: _measured(value) for name, value in zip(COCO_METRICS, stats, strict=True)}
-    return {**metrics, "per_class": _per_class(coco_eval, names)}
+    # (IoU thresholds, recalls, classes, areas, maxDets) and the same without recalls; -1 without ground truth
+    precision, recall = coco_eval.eval["precision"], coco_eval.eval["recall"]
+    at_50, at_75 = (int(np.abs(coco_eval.params.iouThrs - iou).argmin()) for iou in (0.5, 0.75))
+    cells = [
+        *(precision[rows, ..., 0, -1] for rows in (slice(None), at_50, at_75)),
+        *(precision[..., area, -1] for area in (1, 2, 3)),
+        *(recall[..., 0, column] for column in (0, 1, 2)),
+        *(recall[..., area, -1] for area in (1, 2, 3)),
+    ]
+    numbers = {name: _mean(cell) for name, cell in zip(COCO_METRICS, cells, strict=True)}
+    # Both have the classes by ascending id.
+    per_class = {
+        name: {"AP": _mean(cells[0][..., column]), "AP50": _mean(cells[1][..., column])}
+        for column, name in enumerate(names.values())
+    }
+    return {**numbers, "max_detections": max_detections, "per_class": per_class}
 
 
 def format_coco(metrics: Mapping[str, Any]) -> str:
     """Format the result of `evaluate_coco` as two tables in percent: the twelve numbers, then the classes."""
     numbers = format_table(
         [(name, format_percent(metrics[name]), condition) for name, condition in COCO_METRICS.items()],
-        header=("COCO, %", "", "over"),
+        header=("COCO, %", "", f"over the best {metrics['max_detections']} detections of a class and image"),
     )
     classes = format_table(
         [
@@ -212,21 +233,19 @@ def _index(coco_class: type, ground_truth: dict, boxes: list[dict]) -> Any:
     return coco
 
 
-def _per_class(coco_eval: Any, names: Mapping[int, str]) -> dict[str, dict[str, float | None]]:
-    """AP and AP50 of each class over all areas, at 100 detections an image, from a backend's table of precisions."""
-    # (IoU thresholds, recalls, classes); -1 where a class has no ground truth
-    precision = coco_eval.eval["precision"][..., 0, -1]
-    columns = {category_id: column for column, category_id in enumerate(coco_eval.params.catIds)}
-    at_50 = int(np.flatnonzero(np.isclose(coco_eval.params.iouThrs, 0.5))[0])
-    return {
-        name: {
-            "AP": _measured(precision[:, :, columns[category_id]].mean()),
-            "AP50": _measured(precision[at_50, :, columns[category_id]].mean()),
-        }
-        for category_id, name in names.items()
-    }
+def _warn_of_many(what: str, boxes: list[dict], max_detections: int) -> None:
+    """Warn where an image has more boxes of a class than the metric counts detections."""
+    counts = Counter((box["image_id"], box["category_id"]) for box in boxes)
+    (image_id, category_id), most = max(counts.items(), key=lambda item: item[1], default=((0, 0), 0))
+    if most > max_detections:
+        warnings.warn(
+            f"image {image_id} has {most} {what} of category {category_id}, and COCO's numbers count the best "
+            f"{max_detections} detections of a class and image: raise model.box_detections_per_img, which they follow",
+            stacklevel=3,
+        )
 
 
-def _measured(value: float) -> float | None:
-    """A backend's number, or None for -1, by which both backends say that there was no ground truth."""
-    return None if value < 0 else float(value)
+def _mean(cell: np.ndarray) -> float | None:
+    """The mean of a part of a backend's tables. None where all is -1: there was no ground truth."""
+    measured = cell[cell > -1]
+    return float(measured.mean()) if measured.size else None

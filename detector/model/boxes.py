@@ -60,13 +60,53 @@ def check_boxes(boxes: Any, where: str = "box") -> Tensor:
     checked = torch.as_tensor(boxes, dtype=torch.float32)
     if len(checked) == 0 and not isinstance(boxes, Tensor):
         return checked.reshape(0, 4)
-    if checked.ndim != 2 or checked.shape[1] != 4:
-        raise ValueError(f"{where}: boxes are {tuple(checked.shape)}; accepted: (M, 4), each {ACCEPTED}")
-    bad = ~(torch.isfinite(checked).all(dim=1) & (checked[:, 2:] > checked[:, :2]).all(dim=1))
-    if bad.any():
-        index = int(bad.nonzero()[0])
-        raise ValueError(f"{where} {index} is {checked[index].tolist()}; accepted: {ACCEPTED}")
+    _refuse_first(checked, _sound_boxes(checked, where), where, ACCEPTED)
     return checked
+
+
+def _sound_boxes(boxes: Tensor, where: str) -> Tensor:
+    """(M,) bool: whether each of (M, 4) boxes is finite and has an area. ValueError: they have another shape."""
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{where}: boxes are {tuple(boxes.shape)}; accepted: (M, 4), each {ACCEPTED}")
+    return torch.isfinite(boxes).all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+
+
+def _refuse_first(values: Tensor, sound: Tensor, where: str, accepted: str) -> None:
+    """Raise a ValueError for the first row of `values` (M, ...) that is not `sound` (M,)."""
+    if not sound.all():
+        index = int((~sound).nonzero()[0])
+        raise ValueError(f"{where} {index} is {values[index].tolist()}; accepted: {accepted}")
+
+
+def check_targets(targets: list[dict[str, Any]], num_images: int, num_classes: int | None = None) -> None:
+    """Check the boxes of targets, and their labels where `num_classes`, K, is given.
+
+    The loader's targets, which have `original_size`, were checked when they were read. The device is asked once for all.
+    ValueError: a sentence that names the image, and the first such box or label.
+    """
+    if len(targets) != num_images:
+        raise ValueError(f"{num_images} images and {len(targets)} targets are given; accepted: one for each")
+    checks: list[tuple[Tensor, Tensor, str, str]] = []
+    for i, target in enumerate(targets):
+        if "original_size" in target:
+            continue
+        boxes, labels = target.get("boxes"), target.get("labels")
+        if not isinstance(boxes, Tensor) or not (num_classes is None or isinstance(labels, Tensor)):
+            found = sorted(target)
+            raise ValueError(f"image {i}: the target has {found}; accepted: tensors of boxes and labels")
+        checks.append((boxes, _sound_boxes(boxes, f"image {i}: box"), f"image {i}: box", ACCEPTED))
+        if num_classes is None:
+            continue
+        if labels.shape != boxes.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"image {i}: labels are {tuple(labels.shape)} {labels.dtype}; accepted: one int64 for each of {len(boxes)} boxes"
+            )
+        sound = (labels >= 1) & (labels < num_classes)
+        accepted = f"1 to {num_classes - 1}, since 0 is the background"
+        checks.append((labels, sound, f"image {i}: label", accepted))
+    if checks and not torch.cat([sound for _, sound, *_ in checks]).all():
+        for check in checks:
+            _refuse_first(*check)
 
 
 def _check_rows(boxes: Any, where: str) -> None:

@@ -5,6 +5,7 @@ Letters: N images, M boxes of an image, R regions, K classes with background, C4
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,7 +23,7 @@ from backbones.regions import RegionPool
 from ..draws import tagged
 from ..settings import Count, Pixels, Positive, Probability, checked
 from .anchors import STRIDE, MapAnchors, Numbers, check_anchor_sizes
-from .boxes import check_boxes
+from .boxes import check_targets
 from .conventions import TORCHVISION, Conventions
 from .network_input import NetworkTransform
 from .proposals import Float32RPNHead, ProposalNetwork
@@ -69,16 +70,15 @@ class C4FasterRCNN(FasterRCNN):
         # FasterRCNN's constructor only builds the parts, which are given here.
         GeneralizedRCNN.__init__(self, trunk, rpn, roi_heads, transform)
 
-    def encode(self, images: list[Tensor], targets: Targets | None = None) -> Encoded:
+    def encode(
+        self, images: list[Tensor], targets: Targets | None = None, *, num_classes: int | None = None
+    ) -> Encoded:
         """N x (3, H, W) images of any size, boxes (M, 4) in pixels -> a batch at the network's size, and its map.
 
-        Raises:
-            ValueError: a box is not finite or has no area.
+        ValueError: as `check_targets` says.
         """
-        for i, target in enumerate(targets or ()):
-            # The loader's boxes, which have `original_size`, were checked when they were read.
-            if "original_size" not in target:
-                check_boxes(target["boxes"], f"image {i}: box")
+        if targets is not None:
+            check_targets(targets, len(images), num_classes)
         of_image = targets or [{}] * len(images)
         sizes = [
             tuple(int(side) for side in target.get("original_size", image.shape[-2:]))
@@ -110,7 +110,7 @@ class C4FasterRCNN(FasterRCNN):
             return self.restore(self.roi_heads.detect(classified), encoded)
         if targets is None:
             raise ValueError("targets is None; in training mode each image needs a dict of boxes and labels")
-        encoded = self.encode(images, targets)
+        encoded = self.encode(images, targets, num_classes=self._num_classes)
         proposals = self.propose(encoded)
         sample = self.roi_heads.sample_for_training(proposals.boxes, encoded.targets)
         classified = self.classify(encoded, sample.boxes)
@@ -159,7 +159,7 @@ class C4FasterRCNN(FasterRCNN):
         Detections are as in `forward`. A model in training mode is a RuntimeError.
         """
         self._need_eval_mode("evaluate")
-        encoded = self.encode(images, targets)
+        encoded = self.encode(images, targets, num_classes=self._num_classes)
         proposals = self.propose(encoded)
         candidates = self.roi_heads.with_ground_truth(proposals.boxes, encoded.targets)
         classified = self.classify(encoded, candidates)
@@ -193,6 +193,12 @@ class C4FasterRCNN(FasterRCNN):
         samplers = {"anchors": self.rpn.fg_bg_sampler, "regions": self.roi_heads.fg_bg_sampler}
         for use, sampler in samplers.items():
             sampler.keys = None if keys is None else [tagged(use, *key) for key in keys]
+
+    @property
+    def _num_classes(self) -> int:
+        """K. A predictor that somebody put in place of ours need not tell it: then any label of 1 or more passes."""
+        scorer = getattr(self.roi_heads.box_predictor, "cls_score", None)
+        return getattr(scorer, "out_features", sys.maxsize)
 
     def _need_eval_mode(self, name: str) -> None:
         if self.training:

@@ -45,5 +45,4 @@ def region_losses(
 
 def mean_losses(losses: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The mean of each of two losses over images, or the losses of the one batch that is given."""
-    first, second = (torch.stack(each).mean() for each in zip(*losses, strict=True))
-    return first, second
+    return tuple(torch.stack(each).mean() for each in zip(*losses, strict=True))

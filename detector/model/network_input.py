@@ -2,8 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +16,6 @@ from torchvision.ops import clip_boxes_to_image
 from backbones import Preprocessing
 
 from .conventions import Conventions
-
-T = TypeVar("T")
 
 
 def network_size(
@@ -87,9 +85,7 @@ class NetworkTransform(GeneralizedRCNNTransform):
         rounding = self.conventions.resize_rounding
         return network_size(height, width, self.min_size[-1], self.max_size, rounding)
 
-    def by_padded_size(
-        self, call: Callable[[list[Tensor], Any], Iterable[T]], images: list[Tensor], targets: Any = None
-    ) -> list[T]:
+    def by_padded_size(self, call: Callable, images: list[Tensor], targets: Any = None) -> list[Any]:
         """The results of call(images, targets) on the images of one padded size at a time, in the order of `images`.
 
         images: N x (3, H, W); targets: N dicts, or None; call: gives one result an image.
@@ -99,7 +95,7 @@ class NetworkTransform(GeneralizedRCNNTransform):
         for row, (image, target) in enumerate(zip(images, targets or [{}] * len(images), strict=True)):
             size = image.shape[-2:] if "original_size" in target else self.size_of(*image.shape[-2:])
             rows_of[tuple(-(-side // self.size_divisible) for side in size)].append(row)
-        found: dict[int, T] = {}
+        found: dict[int, Any] = {}
         for rows in rows_of.values():
             own = None if targets is None else [targets[row] for row in rows]
             found |= zip(rows, call([images[row] for row in rows], own), strict=True)

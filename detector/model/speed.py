@@ -48,13 +48,14 @@ def optimize(
     differently next time: set `winograd=False` if two evaluations must agree to the last bit.
     dtype: of trunk, RoI head and the RPN's 3x3 convolution. The layers behind them stay as they are, since 16 bits are
     too few to rank scores or to decode boxes by.
+    A model that is optimised already only gets what it lacks: the same call again changes nothing.
     """
     fast: C4FasterRCNN = fuse(model)
     parameter = next(fast.parameters())
     if dtype != torch.float32:
         for part in (fast.backbone, fast.roi_heads.box_head, fast.rpn.head.conv):
             part.to(dtype)
-    elif winograd and parameter.device.type == "cpu":
+    elif winograd and parameter.device.type == "cpu" and parameter.dtype == torch.float32:
         use_winograd(fast.roi_heads.box_head.stage5, CPU_REGIONS)
     return fast.to(memory_format=torch.channels_last)
 
