@@ -288,6 +288,161 @@ def test_anchors_of_a_stock_detector_are_reordered_for_detectron2(tiny_config):
     assert not any("num_batches_tracked" in name for name in state)
 
 
+RGB = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
+
+
+def test_a_detector_that_was_trained_with_rgb_in_detectron2_stays_one(convert, tmp_path):
+    """The settings of MoCo and PyContrast: from the file's tensors, options, or a config file with its base."""
+    state = detectron2_state()
+    pixels = {f"pixel_{name}": torch.tensor(values).view(3, 1, 1) for name, values in RGB.items()}
+    bare, whole = save_torch(tmp_path / "bare.pth", state), save_torch(tmp_path / "whole.pth", state | pixels)
+    (tmp_path / "base.yaml").write_text(
+        "MODEL: {RESNETS: {DEPTH: 50, STRIDE_IN_1X1: true}, PIXEL_MEAN: [1, 2, 3]}\n"
+    )
+    config = tmp_path / "moco.yaml"
+    config.write_text(
+        "_BASE_: base.yaml\nINPUT: {FORMAT: RGB, MIN_SIZE_TEST: 640}\nMODEL:\n  RESNETS: {STRIDE_IN_1X1: false}\n"
+        "  PIXEL_MEAN: [123.675, 116.280, 103.530]\n  PIXEL_STD: [58.395, 57.120, 57.375]\n"
+        "  ROI_BOX_HEAD: {POOLER_TYPE: ROIAlign, POOLER_SAMPLING_RATIO: 2}\n  RPN: {NMS_THRESH: 0.6}\n"
+        "  ANCHOR_GENERATOR: {SIZES: [[16, 32, 64, 128, 256]]}\n"
+    )
+    order, numbers = ("--channel-order", "rgb"), ("--pixel-mean", *RGB["mean"], "--pixel-std", *RGB["std"])
+    for arguments, assumed in (
+        ((whole,), "INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 True"),
+        ((bare, *order, *numbers), "MODEL.RESNETS.STRIDE_IN_1X1 True"),
+        ((bare, "--config-file", config), None),
+    ):
+        status, out, error = convert(*arguments, "--output", tmp_path / "o.safetensors")
+        assert (status, error) == (0, "") and "CC BY-SA 3.0" in out
+        assert (
+            (f"assumed, since the file does not say it: {assumed};" in out)
+            if assumed
+            else "assumed" not in out
+        )
+        checkpoint = load_checkpoint(tmp_path / "o.safetensors")
+        wanted = Preprocessing(RGB["mean"], RGB["std"], "rgb", 255.0)
+        assert checkpoint.preprocessing == checkpoint.build().transform.preprocessing == wanted
+    model = checkpoint.config.model
+    assert (model.backbone["stride_in"], model.min_size, model.rpn_nms_thresh) == ("3x3", 640, 0.6)
+    assert model.anchor_sizes == (16, 32, 64, 128, 256) and model.aspect_ratios == (0.5, 1, 2)
+    chosen = model.conventions
+    assert (chosen.roi_align_aligned, chosen.roi_align_sampling_ratio, chosen.resize) == (False, 2, "pil")
+    out = convert(bare, "--output", tmp_path / "o.safetensors")[1]
+    assert (
+        "INPUT.FORMAT BGR, MODEL.PIXEL_MEAN (103.53, 116.28, 123.675), MODEL.PIXEL_STD (1.0, 1.0, 1.0)" in out
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "is no config of Detectron2"),
+        ("MODEL: [", "is no config of Detectron2: line 1"),
+        ("MODEL: !!python/object/apply:os.system ['touch x']", "!tags are not accepted"),
+        ("_BASE_: gone.yaml", "gone.yaml: no such file"),
+        ("MODEL: {PIXEL_STD: 3}", "model.preprocessing"),
+        ("MODEL: {ANCHOR_GENERATOR: {SIZES: 3}}", "model.anchor_sizes"),
+        ("INPUT: {FORMAT: YUV-BT.601}", "channel_order is 'yuv-bt.601'"),
+    ],
+)
+def test_a_config_file_that_is_none_is_refused_and_runs_nothing(convert, tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    path = save_torch(tmp_path / "it.pth", detectron2_state())
+    status, _, error = convert(
+        path, "--config-file", tmp_path / "c.yaml", "--output", tmp_path / "o.safetensors"
+    )
+    assert status == 1 and error.startswith("error: ") and message in error and "Traceback" not in error
+    assert sorted(os.listdir(tmp_path)) == ["c.yaml", "it.pth"]
+
+
+def exported(convert, folder, config, *to):
+    """Export a detector with random weights of 4 classes."""
+    path = folder / "best.safetensors"
+    model = build_model(config.model, 5)
+    names = ("a", "b", "c", "d")
+    save_checkpoint(path, Checkpoint(model.state_dict(), config, names, model.transform.preprocessing))
+    return convert(path, "--to", "detectron2", "--output", *to)
+
+
+def test_our_own_rgb_detector_comes_back_from_detectron2_as_it_was(convert, tiny_config, tmp_path):
+    thresholds = ("model.rpn_nms_thresh=0.6", "model.box_nms_thresh=0.3", "model.bbox_reg_weights=[1,1,1,1]")
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nd\n")
+    for suffix in ("pkl", "pth"):
+        path = tmp_path / f"best.{suffix}"
+        config = tiny_config("model.conventions=detectron2", *thresholds)
+        status, out, _ = exported(convert, tmp_path, config, path)
+        assert status == 0 and "RPN.NMS_THRESH 0.6" in out and "BBOX_REG_WEIGHTS (1.0, 1.0, 1.0, 1.0)" in out
+        assert "ROI_HEADS.NMS_THRESH_TEST 0.3" in out and "RESNETS.NORM BN" in out and "differ" not in out
+        status, out, error = convert(path, "--class-names", names, "--output", tmp_path / "again.safetensors")
+        assert (status, error) == (0, "") and "assumed" not in out
+        one, two = (load_checkpoint(tmp_path / f"{name}.safetensors") for name in ("best", "again"))
+        kept = (
+            "rpn_nms_thresh",
+            "box_nms_thresh",
+            "bbox_reg_weights",
+            "anchor_sizes",
+            "min_size",
+            "conventions",
+        )
+        assert [getattr(one.config.model, n) for n in kept] == [getattr(two.config.model, n) for n in kept]
+        image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+        features = []
+        for checkpoint in (one, two):
+            model = checkpoint.build()
+            with torch.inference_mode():
+                features.append(model.backbone(model.transform([image])[0].tensors))
+        torch.testing.assert_close(*features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "said"),
+    [
+        ("{name: resnet50, width: 32, norm: group}", ["RESNETS.NORM GN", "RES2_OUT_CHANNELS 128"]),
+        (
+            "{name: resnext50_32x4d, width: 64}",
+            ["NUM_GROUPS 32", "WIDTH_PER_GROUP 4", "RES2_OUT_CHANNELS 256"],
+        ),
+        ("{name: wide_resnet50_2, width: 8}", ["NUM_GROUPS 1", "WIDTH_PER_GROUP 16", "STEM_OUT_CHANNELS 8"]),
+        (
+            "{name: preact_resnet18, width: 8, order: original}",
+            ["DEPTH 18", "ResNet.make_stage(BasicBlock, ...)"],
+        ),
+        ("{name: preact_resnet18, width: 8}", "preact_resnet18 with order='full_preactivation'"),
+        ("{name: se_resnet18, width: 8}", "with branch_end='relu_se', stem_pool='ceil'"),
+        ("{name: shrinkage_resnet18, width: 8}", "with branch_end='shrinkage_cw'"),
+        ("{name: plain18, width: 8}", "plain18 with shortcut='none'"),
+        (
+            "{name: resnet18, width: 8, shortcut: A}",
+            "with shortcut='A'; accepted: a ResNet with shortcut='B'",
+        ),
+        ("{name: resnet18, width: 8, shortcut: constant_scaling}", "with shortcut='constant_scaling'"),
+        ("{name: resnet18, width: 8, order: relu_before_addition}", "with order='relu_before_addition'"),
+        ("{name: resnet18, width: 8, stem_pool: ceil}", "with stem_pool='ceil'"),
+        ("{name: densenet121}", "holds no ResNet"),
+    ],
+)
+def test_detectron2_gets_the_settings_of_a_network_or_does_not_get_the_network(
+    convert, tiny_config, tmp_path, backbone, said
+):
+    status, out, error = exported(
+        convert, tmp_path, tiny_config(f"model.backbone={backbone}"), tmp_path / "o.pkl"
+    )
+    if isinstance(said, list):
+        assert status == 0 and all(
+            f"{text}\n" in out or text.startswith("ResNet.") and text in out for text in said
+        )
+    else:
+        assert status == 1 and one_line(error) and said in error and not (tmp_path / "o.pkl").exists()
+
+
+def test_what_a_config_of_detectron2_cannot_say_is_printed(convert, tiny_config, tmp_path):
+    pooled = tiny_config("model.roi_pool=max", "model.class_agnostic_nms=true", "model.rpn_score_thresh=0.1")
+    out = exported(convert, tmp_path, pooled, tmp_path / "o.pkl")[1]
+    assert "POOLER_TYPE ROIPool\n" in out and "class_agnostic_nms True (Detectron2: 0)" in out
+    assert "rpn_score_thresh 0.1 (Detectron2: 0)" in out
+
+
 def test_a_stock_detectors_conventions_are_said_to_differ_in_detectron2(convert, tiny_config, tmp_path):
     config = tiny_config()
     path = tmp_path / "best.safetensors"
@@ -295,7 +450,8 @@ def test_a_stock_detectors_conventions_are_said_to_differ_in_detectron2(convert,
     status, out, _ = convert(path, "--to", "detectron2", "--output", tmp_path / "best.pkl")
     assert status == 0 and "MODEL.RESNETS.DEPTH 18" in out and "RES2_OUT_CHANNELS 8" in out
     assert "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]" in out and "INPUT.FORMAT RGB" in out
-    assert "numbers there will differ" in out and "roi_align_aligned False (Detectron2: True)" in out
+    assert "numbers there will differ" in out and "resize 'torch' (Detectron2: 'pil')" in out
+    assert "POOLER_TYPE ROIAlign\n" in out and "POOLER_SAMPLING_RATIO 2\n" in out
     status, _, error = convert(path, "--to", "detectron2", "--output", tmp_path / "best.onnx")
     assert status == 1 and one_line(error) and "Detectron2 reads .pkl and .pth" in error
     status, _, error = convert(path, "--output", tmp_path / "again.safetensors")
@@ -464,7 +620,7 @@ REFUSED = {
     ),
     "other anchors": (
         lambda: detectron2_state(anchors=12),
-        "of another shape: rpn.head.cls_logits.weight (12, 128, 1, 1) for (15, 128, 1, 1)",
+        "has other anchors than sizes (32, 64, 128, 256, 512) and ratios (0.5, 1.0, 2.0): set model.anchor_sizes=[...]",
     ),
     "another depth": (
         lambda: without(detectron2_state(), "res4.5."),
