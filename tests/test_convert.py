@@ -1,12 +1,13 @@
 """Foreign checkpoints: published names and shapes become ours and back, others are refused and nothing is written."""
 
+import argparse
 import dataclasses
 import json
 import os
 import pickle
 import sys
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -561,6 +562,141 @@ def test_a_classifier_keeps_its_features(convert, tmp_path, source):
         torch.testing.assert_close(backbone(images), features(images), rtol=1e-5, atol=1e-5)
 
 
+def classifier_state(width=WIDTH):
+    """ResNet-18 under torchvision's names."""
+    shapes = {"conv1.weight": (width, 3, 7, 7), "fc.weight": (10, 8 * width)} | norm_shapes("bn1", width)
+    channels = width
+    for stage, out_channels in enumerate((width, 2 * width, 4 * width, 8 * width), start=1):
+        for index in (0, 1):
+            block = f"layer{stage}.{index}"
+            for number in (1, 2):
+                inputs = channels if number == 1 else out_channels
+                shapes[f"{block}.conv{number}.weight"] = (out_channels, inputs, 3, 3)
+                shapes |= norm_shapes(f"{block}.bn{number}", out_channels)
+            if channels != out_channels:
+                shapes[f"{block}.downsample.0.weight"] = (out_channels, channels, 1, 1)
+                shapes |= norm_shapes(f"{block}.downsample.1", out_channels)
+            channels = out_channels
+    return draw(shapes)
+
+
+def below(prefix, state, **others):
+    return {prefix + name: value for name, value in state.items()} | others
+
+
+ARGS = argparse.Namespace(data=Path("data"), lr=np.float64(0.1), layers=[1, 2])
+QUEUE = {"module.queue": torch.ones(2, 4), "module.queue_ptr": torch.ones(1)}
+HEAD = torch.ones(2, 2)
+# The content of a file for a network's state, and what is stripped from its names.
+SCRIPTS = {
+    "bare": (lambda s: s, ""),
+    "PyTorch's ImageNet example": (
+        lambda s: {
+            "epoch": 3,
+            "arch": "resnet18",
+            "state_dict": below("module.", s),
+            "best_acc1": torch.tensor(7.0),
+            "optimizer": {"state": {0: {"momentum_buffer": HEAD}}, "param_groups": [{"lr": 0.1}]},
+        },
+        "module.",
+    ),
+    "torchvision's references": (lambda s: {"model": s, "epoch": 3, "args": ARGS}, ""),
+    "their averaged model": (lambda s: {"model": below("module.", s, n_averaged=torch.tensor(3))}, "module."),
+    "timm": (
+        lambda s: {"epoch": 3, "state_dict": s, "args": ARGS, "metric": np.float64(71.2), "version": 2},
+        "",
+    ),
+    "Lightning": (
+        lambda s: {
+            "state_dict": below("model.", s),
+            "hyper_parameters": {"path": Path("x"), "args": ARGS},
+            "callbacks": {
+                "ModelCheckpoint": {"best_model_path": "a.ckpt", "best_model_score": torch.tensor(0.5)}
+            },
+        },
+        "model.",
+    ),
+    "Lightning with a loss of its own": (
+        lambda s: {"state_dict": below("model.", s, **{"criterion.weight": HEAD})},
+        "model., 1 other tensors left out",
+    ),
+    "torch.compile": (lambda s: below("_orig_mod.", s), "_orig_mod."),
+    "torch.compile in DataParallel": (
+        lambda s: {"model": below("module._orig_mod.", s)},
+        "module._orig_mod.",
+    ),
+    "state of numpy's generator": (lambda s: {"net": s, "rng": np.random.RandomState(0).get_state()}, ""),
+    "model_state_dict": (
+        lambda s: {"model_state_dict": s, "loss": np.float32(0.1), "path": PurePosixPath("x")},
+        "",
+    ),
+    "MoCo": (
+        lambda s: {"state_dict": below("module.encoder_q.", s) | below("module.encoder_k.", s) | QUEUE},
+        "module.encoder_q., 103 other tensors left out",
+    ),
+    "MoCo v3": (
+        lambda s: {
+            "state_dict": below("module.momentum_encoder.", s)
+            | below("module.base_encoder.", s, **{"module.predictor.0.weight": HEAD})
+        },
+        "module.base_encoder., 102 other",
+    ),
+    "SimSiam": (
+        lambda s: {"state_dict": below("module.encoder.", s, **{"module.predictor.0.weight": HEAD})},
+        "module.encoder.",
+    ),
+    "PixPro": (lambda s: {"opt": ARGS, "model": below("module.encoder.", s)}, "module.encoder."),
+    "SwAV": (lambda s: below("module.", s, **{"module.projection_head.0.weight": HEAD}), "module."),
+    "DenseCL": (lambda s: {"state_dict": below("backbone.", s, **{"neck.0.weight": HEAD})}, "backbone."),
+    "solo-learn": (lambda s: {"state_dict": below("encoder.", s, **{"classifier.weight": HEAD})}, "encoder."),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_checkpoints_of_usual_training_scripts_are_read_and_what_was_stripped_is_said(
+    convert, tmp_path, capsys, name
+):
+    make, stripped = SCRIPTS[name]
+    state, path = classifier_state(), tmp_path / "it.pth"
+    torch.save(make(state), path)
+    status, out, error = convert(path, "--output", tmp_path / "o.safetensors")
+    assert (status, error) == (0, "")
+    backbone = create_backbone("resnet18", width=WIDTH, weights=str(path))
+    for said in (out, capsys.readouterr().out):
+        assert (
+            said.count(f"{path}: stripped from the names: {stripped}") == 1
+            if stripped
+            else "stripped" not in said
+        )
+    for network in (
+        create_backbone("resnet18", width=WIDTH, weights=str(tmp_path / "o.safetensors")),
+        backbone,
+    ):
+        assert torch.equal(network.trunk.stage1.conv1.weight, state["conv1.weight"])
+        assert torch.equal(network.roi_head.stage5[1].branch.conv2.weight, state["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_a_detector_that_a_script_wrapped_is_read_and_what_was_stripped_is_said(convert, tmp_path, suffix):
+    state, path = below("module.", detectron2_state()), tmp_path / f"it.{suffix}"
+    if suffix == "pth":
+        save_torch(path, state, args=ARGS)
+    else:
+        save_pickle(path, state, args=ARGS)
+    status, out, _ = convert(path, "--output", tmp_path / "o.safetensors")
+    assert status == 0 and "stripped from the names: module.\n" in out
+    stem = load_checkpoint(tmp_path / "o.safetensors").state_dict["backbone.stage1.conv1.weight"]
+    assert torch.equal(stem, state["module.backbone.stem.conv1.weight"])
+
+
+def test_objects_beside_the_weights_are_neither_made_nor_kept(tmp_path):
+    from backbones.reading import Nothing, read
+
+    torch.save({"args": ARGS, "path": Path("x"), "metric": np.float64(1)}, tmp_path / "it.pth")
+    assert {type(value) for value in read(tmp_path / "it.pth").values()} == {Nothing}
+    assert all(not vars(value) for value in read(tmp_path / "it.pth").values())
+
+
 def test_a_backbones_file_says_what_it_is(convert, tmp_path):
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": msra_blobs(stem_bias=False)}))
     convert(tmp_path / "R-50.pkl", "--output", tmp_path / "o.safetensors")
@@ -657,8 +793,8 @@ REFUSED = {
         "is a detector of the first Detectron",
     ),
     "something else": (
-        lambda: draw({"encoder.0.weight": (8, 8)}),
-        "its tensors (encoder.0.weight, ...) are of no program that is known; accepted: --from detectron2, msra",
+        lambda: draw({"decoder.0.weight": (8, 8)}),
+        "its tensors (decoder.0.weight, ...) are of no program that is known; accepted: --from detectron2, msra",
     ),
 }
 

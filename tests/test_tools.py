@@ -471,6 +471,23 @@ def test_an_lfs_pointer_and_weights_of_another_program_are_answered_with_the_way
         assert status == 1 and one_line(error) and name in error and way in error
 
 
+@pytest.mark.parametrize("state", ["training_state.pt", "training_state.previous.pt"])
+@pytest.mark.parametrize("present", [["best", "last"], ["last"], []])
+def test_a_training_state_is_answered_with_the_weights_beside_it(
+    run_tool, pictures, tmp_path, state, present
+):
+    for name in present:
+        (tmp_path / f"{name}.safetensors").touch()
+    weights = tmp_path / f"{[*present, 'best'][0]}.safetensors"
+    for command in (
+        ("infer", "--weights", tmp_path / state, pictures),
+        ("convert_weights", tmp_path / state),
+    ):
+        status, _, error = run_tool(*command, "--output", tmp_path / "o.safetensors")
+        assert status == 1 and one_line(error)
+        assert f"{state} is what a run resumes from; its weights are in {weights}\n" in error
+
+
 def test_train_refuses_milestones_of_a_cosine(run_tool, recipe, tmp_path):
     arguments = [
         "train.schedule=cosine",

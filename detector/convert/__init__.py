@@ -4,11 +4,13 @@ Each kind of file has one module here.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from backbones.messages import check_choice
 
+from ..checkpoint import refuse_training_state
 from .classifier import convert_classifier, is_resnet_classifier
 from .converted import Converted
 from .detectron2 import convert_detectron2, is_detectron2
@@ -71,6 +73,7 @@ def convert_file(
     """
     if source is not None:
         check_choice("source", source, SOURCES)
+    refuse_training_state(path)
     file = read_foreign(path)
     if source is None:
         source = guess_source(file, is_classifier=backbone is not None)
@@ -80,4 +83,7 @@ def convert_file(
     if wrong := [name for name in given if name not in accepted]:
         kind = "a detector, whose network is read from it" if "class_names" in accepted else "a classifier"
         raise ValueError(f"{path} is {kind}, of {source}: it takes no {' and '.join(wrong)}")
-    return source, convert(file, **given)
+    converted = convert(file, **given)
+    # A classifier's network is read once more, which says what was stripped.
+    notes = (file.note,) if file.note and "backbone" not in accepted else ()
+    return source, replace(converted, notes=notes + converted.notes)

@@ -52,7 +52,7 @@ _OTHERS = {
 
 
 def is_mmdetection(names: set[str]) -> bool:
-    return any(name.startswith(("rpn_head.rpn_", "roi_head.", "bbox_head.", "neck.")) for name in names)
+    return any(name.startswith(("rpn_head.rpn_", "roi_head.", "bbox_head.")) for name in names)
 
 
 def convert_mmdetection(
