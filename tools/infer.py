@@ -1,4 +1,4 @@
-"""Detect objects in pictures, draw them, and write one JSON file.
+"""Detect objects in pictures, draw them, and write them as JSON: detections.json in COCO's results format, and images.json.
 
 python tools/infer.py --weights runs/shapes/best.safetensors datasets/shapes/val --output runs/shapes/drawings
 python tools/infer.py --weights best.safetensors street.jpg "holiday/*.png" --score-thresh 0.3 --output found
@@ -22,6 +22,7 @@ from detector.checkpoint import load_checkpoint
 from detector.command_line import DEVICE_HELP, PATHS_HELP, exit_status, make_parser, report_skipped
 from detector.config import split_overrides
 from detector.data.images import list_images, load_or_reason
+from detector.engine import coco_results
 from detector.files import write_atomically, write_json
 from detector.inference import DTYPES, choose_device
 from detector.names import drawing_paths
@@ -39,7 +40,10 @@ def main() -> int:
     parser.add_argument("paths", nargs="+", metavar="PATH", help=PATHS_HELP)
     parser.add_argument("--weights", required=True, help="a checkpoint of train.py or convert_weights.py")
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder for the drawings and detections.json"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder for the drawings, detections.json and images.json",
     )
     parser.add_argument("--score-thresh", type=float, default=0.5, help="the lowest score kept (default 0.5)")
     parser.add_argument(
@@ -55,7 +59,7 @@ def main() -> int:
 def infer(args: argparse.Namespace) -> int:
     """Process every readable picture. Unreadable ones are named at the end, with exit status 1.
 
-    detections.json is written in any case, with the pictures that are done.
+    detections.json and images.json are written in any case, with the pictures that are done.
     """
     overrides, pictures = split_overrides(args.paths)
     unlisted: list[str] = []
@@ -67,8 +71,9 @@ def infer(args: argparse.Namespace) -> int:
     batch_size = args.batch_size or (_GPU_BATCH if on_gpu else 1)
     num_threads = _GPU_THREADS if on_gpu else _CPU_THREADS
     drawings = drawing_paths(paths, Path(args.output))
+    ids = {path: number for number, path in enumerate(paths, start=1)}
     mine = processes.share(paths)
-    found: list[dict[str, Any]] = []
+    found: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     with Progress(len(mine), "infer", enabled=processes.is_main()) as progress, StopSignal() as stop:
         try:
             # Decoding, network and drawing run side by side.
@@ -89,7 +94,7 @@ def infer(args: argparse.Namespace) -> int:
             options = {"batch_size": batch_size, "num_threads": num_threads}
             stream = detector.stream(readable(), score_thresh=args.score_thresh, **options)
             done = ((*waiting.popleft(), detections) for detections in stream)
-            for entry in ahead(lambda each: draw(drawings[each[0]], *each), done, num_threads):
+            for entry in ahead(lambda each: draw(ids[each[0]], drawings[each[0]], *each), done, num_threads):
                 found.append(entry)
                 progress.update(1)
         except KeyboardInterrupt:
@@ -97,12 +102,18 @@ def infer(args: argparse.Namespace) -> int:
         finally:
             found, unreadable = (sum(processes.gather(each), []) for each in (found, unreadable))
             if processes.is_main():
-                order = {str(path): row for row, path in enumerate(paths)}
-                found.sort(key=lambda entry: order[entry["path"]])
-                content = {"weights": args.weights, "class_names": detector.class_names, "images": found}
-                write_json(Path(args.output) / "detections.json", content, indent=1)
+                found.sort(key=lambda each: each[0]["id"])
+                categories = [
+                    {"id": label, "name": name} for label, name in enumerate(detector.class_names, start=1)
+                ]
+                images = [image for image, _ in found]
+                content = {"weights": args.weights, "images": images, "categories": categories}
+                write_json(Path(args.output) / "images.json", content, indent=1)
+                write_json(
+                    Path(args.output) / "detections.json", [each for _, of_one in found for each in of_one]
+                )
     unreadable = unlisted + unreadable
-    count = sum(len(entry["detections"]) for entry in found)
+    count = sum(len(of_one) for _, of_one in found)
     skipped = f", {len(unreadable)} skipped" if unreadable else ""
     print(
         f"{count} objects in {len(found)} of {len(paths)} pictures{skipped}; "
@@ -112,16 +123,14 @@ def infer(args: argparse.Namespace) -> int:
     return 130 if stop.asked else status
 
 
-def draw(drawing: Path, path: Path, image: np.ndarray, found: Detections) -> dict[str, Any]:
-    """Write the (H, W, 3) picture with its detections, and return its entry in detections.json."""
+def draw(
+    number: int, drawing: Path, path: Path, image: np.ndarray, found: Detections
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write the (H, W, 3) picture with its detections. Returns its entry in images.json, and its results."""
     save_drawing(image, found, drawing)
-    return {
-        "path": str(path),
-        "drawing": str(drawing),
-        "height": image.shape[0],
-        "width": image.shape[1],
-        "detections": found.to_dicts(),
-    }
+    height, width = image.shape[:2]
+    entry = {"id": number, "file_name": str(path), "height": height, "width": width, "drawing": str(drawing)}
+    return entry, coco_results(vars(found), number, list(range(1, len(found.class_names) + 1)))
 
 
 def save_drawing(image: np.ndarray, found: Detections, path: Path) -> None:
