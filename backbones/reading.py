@@ -33,9 +33,6 @@ NOTHING = (
 class Nothing:
     """Stands for such an object. It is made and filled by any values, keeps none of them, and runs nothing."""
 
-    def __new__(cls, *_: object) -> "Nothing":
-        return object.__new__(cls)
-
     def __init__(self, *_: object) -> None:
         pass
 

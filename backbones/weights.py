@@ -31,15 +31,7 @@ NETWORKS = ("state_dict", "model", "model_state_dict", "net", "network", "blobs"
 # What DataParallel, torch.compile and Lightning put before every name, and what methods call the network that they train.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "net.")
 ENCODERS = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", *WRAPPERS)
-_CLASSIFIERS = (
-    "fc.",
-    "classifier.",
-    "last_linear.",
-    "head.",
-    "projection_head.",
-    "prototypes.",
-    "projector.",
-)
+_CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.", "projection_head.", "prototypes.")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -230,8 +222,8 @@ def is_published(weights: object) -> bool:
 
     timm's full name is one too, such as "timm/legacy_seresnet50.in1k".
     """
-    full_name = rf"(?:{'|'.join(TIMM_ARCHITECTURES.values())})\w*\."
-    return isinstance(weights, str) and bool(re.fullmatch(rf"imagenet_\w+|timm/({full_name})?\w+", weights))
+    published = r"imagenet_\w+|timm/((legacy_seresnet|resnetv2_)\w+\.)?\w+"
+    return isinstance(weights, str) and re.fullmatch(published, weights) is not None
 
 
 def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessing]:

@@ -342,6 +342,7 @@ def test_a_detector_that_was_trained_with_rgb_in_detectron2_stays_one(convert, t
         ("MODEL: !!python/object/apply:os.system ['touch x']", "!tags are not accepted"),
         ("_BASE_: gone.yaml", "gone.yaml: no such file"),
         ("MODEL: {PIXEL_STD: 3}", "model.preprocessing"),
+        ("MODEL: {PIXEL_MEAN: 3}", "model.preprocessing"),
         ("MODEL: {ANCHOR_GENERATOR: {SIZES: 3}}", "model.anchor_sizes"),
         ("INPUT: {FORMAT: YUV-BT.601}", "channel_order is 'yuv-bt.601'"),
     ],

@@ -402,7 +402,7 @@ def test_images_json_says_what_the_ids_beside_it_stand_for(tmp_path):
     assert [result["image_id"] for result in results] == [13, 12, 11, 10]
     assert {result["category_id"] for result in results} == {2}
     beside.write_text("[3]")
-    with pytest.raises(ValueError, match="images.json: accepted is COCO's images with file_name"):
+    with pytest.raises(ValueError, match="images.json: accepted are COCO's images with file_name"):
         load_results(path, truth_of_files())
 
 

@@ -131,6 +131,10 @@ def test_evaluate_scores_on_the_checkpoints_own_data(run_tool, weights, tmp_path
     assert "IoU 0.50:0.95" in out and all(name in out for name in NAMES)
     detections = json.loads((tmp_path / "detections.json").read_text())
     assert detections and {d["category_id"] for d in detections} <= {1, 2, 3, 4}
+    assert list(named(tmp_path)) == ["images", "categories"]
+    assert [Path(image["file_name"]).name for image in named(tmp_path)["images"]] == [
+        f"{n:06d}.jpg" for n in range(1, 5)
+    ]
 
 
 def test_stored_detections_score_as_the_model_that_made_them(run_tool, weights, recipe, tmp_path):

@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--config-file", metavar="FILE", help="Detectron2's config of its detector")
     for name in ("mean", "std"):
         parser.add_argument(
-            f"--pixel-{name}", nargs=3, type=float, metavar="X", help=f"Detectron2's {name}, of 0..255"
+            f"--pixel-{name}", nargs=3, type=float, metavar="X", help="Detectron2's, of 0..255"
         )
     parser.add_argument("--channel-order", choices=("rgb", "bgr"), help="Detectron2's order of channels")
     parser.add_argument("--backbone", metavar="NAME", help="a classifier's network, if it is no ResNet")

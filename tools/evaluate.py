@@ -29,17 +29,12 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.root=/data/voc")
     parser.add_argument("--weights", help="a checkpoint of train.py or convert_weights.py")
     parser.add_argument(
-        "--detections",
-        metavar="FILE",
-        help="score this file without a model: COCO's results format, with ids or names",
+        "--detections", metavar="FILE", help="score this file (COCO's results format), without a model"
     )
     parser.add_argument("--config", help="a recipe whose data to use (default: the checkpoint's)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="val")
     parser.add_argument(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="folder for metrics.json, detections.json and images.json",
+        "--output", required=True, metavar="DIR", help="folder for metrics.json and detections.json"
     )
     parser.add_argument("--device", help=DEVICE_HELP)
     return exit_status(evaluate, parser.parse_intermixed_args())
@@ -78,8 +73,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if not processes.is_main():
         return
     if checkpoint is not None:
-        truth = dataset.to_coco()
-        named = {"images": truth["images"], "categories": truth["categories"]}
+        # With annotations, a folder's data set would be found in it.
+        named = {section: v for section, v in dataset.to_coco().items() if section != "annotations"}
         write_json(output / "images.json", named, indent=1)
         write_json(output / "detections.json", results)
     metrics = score(dataset, results)

@@ -40,10 +40,7 @@ def main() -> int:
     parser.add_argument("paths", nargs="+", metavar="PATH", help=PATHS_HELP)
     parser.add_argument("--weights", required=True, help="a checkpoint of train.py or convert_weights.py")
     parser.add_argument(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="folder for the drawings, detections.json and images.json",
+        "--output", required=True, metavar="DIR", help="folder for the drawings and detections.json"
     )
     parser.add_argument("--score-thresh", type=float, default=0.5, help="the lowest score kept (default 0.5)")
     parser.add_argument(
@@ -73,7 +70,7 @@ def infer(args: argparse.Namespace) -> int:
     drawings = drawing_paths(paths, Path(args.output))
     ids = {path: number for number, path in enumerate(paths, start=1)}
     mine = processes.share(paths)
-    found: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+    found: list[dict[str, Any]] = []
     with Progress(len(mine), "infer", enabled=processes.is_main()) as progress, StopSignal() as stop:
         try:
             # Decoding, network and drawing run side by side.
@@ -101,36 +98,34 @@ def infer(args: argparse.Namespace) -> int:
             print("stopped at once")
         finally:
             found, unreadable = (sum(processes.gather(each), []) for each in (found, unreadable))
+            found.sort(key=lambda entry: entry["id"])
+            results = [result for entry in found for result in entry.pop("results")]
             if processes.is_main():
-                found.sort(key=lambda each: each[0]["id"])
-                categories = [
-                    {"id": label, "name": name} for label, name in enumerate(detector.class_names, start=1)
-                ]
-                images = [image for image, _ in found]
-                content = {"weights": args.weights, "images": images, "categories": categories}
+                classes = [{"id": label, "name": name} for label, name in enumerate(detector.class_names, 1)]
+                content = {"weights": args.weights, "images": found, "categories": classes}
                 write_json(Path(args.output) / "images.json", content, indent=1)
-                write_json(
-                    Path(args.output) / "detections.json", [each for _, of_one in found for each in of_one]
-                )
+                write_json(Path(args.output) / "detections.json", results)
     unreadable = unlisted + unreadable
-    count = sum(len(of_one) for _, of_one in found)
     skipped = f", {len(unreadable)} skipped" if unreadable else ""
     print(
-        f"{count} objects in {len(found)} of {len(paths)} pictures{skipped}; "
+        f"{len(results)} objects in {len(found)} of {len(paths)} pictures{skipped}; "
         f"drawings and detections.json are in {args.output}"
     )
     status = report_skipped(unreadable if processes.is_main() else [])
     return 130 if stop.asked else status
 
 
-def draw(
-    number: int, drawing: Path, path: Path, image: np.ndarray, found: Detections
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write the (H, W, 3) picture with its detections. Returns its entry in images.json, and its results."""
+def draw(number: int, drawing: Path, path: Path, image: np.ndarray, found: Detections) -> dict[str, Any]:
+    """Write the (H, W, 3) picture with its detections. Returns its entry in images.json, with its `results`."""
     save_drawing(image, found, drawing)
-    height, width = image.shape[:2]
-    entry = {"id": number, "file_name": str(path), "height": height, "width": width, "drawing": str(drawing)}
-    return entry, coco_results(vars(found), number, list(range(1, len(found.class_names) + 1)))
+    return {
+        "id": number,
+        "file_name": str(path),
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "drawing": str(drawing),
+        "results": coco_results(vars(found), number, list(range(1, len(found.class_names) + 1))),
+    }
 
 
 def save_drawing(image: np.ndarray, found: Detections, path: Path) -> None:

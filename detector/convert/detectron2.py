@@ -191,7 +191,7 @@ def convert_detectron2(
     mean, std = said.get("MODEL.PIXEL_MEAN", CAFFE_RESNET.mean), said.get("MODEL.PIXEL_STD", CAFFE_RESNET.std)
     # ImageNet's means fall from red to blue.
     assumed = {
-        "INPUT.FORMAT": "RGB" if mean[0] > mean[-1] else "BGR",
+        "INPUT.FORMAT": "RGB" if "INPUT.FORMAT" not in said and mean[0] > mean[-1] else "BGR",
         "MODEL.PIXEL_MEAN": mean,
         "MODEL.PIXEL_STD": std,
         "MODEL.RESNETS.STRIDE_IN_1X1": True,

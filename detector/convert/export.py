@@ -54,11 +54,8 @@ def export_detectron2(checkpoint: Checkpoint, source: str) -> dict[str, Tensor]:
     if checkpoint.config.model.conventions.anchor_order != "size_major":
         state = _size_major(state, checkpoint)
     image = checkpoint.preprocessing
-    pixels = {
-        f"pixel_{k}": torch.tensor(getattr(image, k)).view(3, 1, 1) * 255 / image.scale
-        for k in ("mean", "std")
-    }
-    return ours_to_detectron2(state) | pixels
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 / image.scale for values in (image.mean, image.std))
+    return {**ours_to_detectron2(state), "pixel_mean": mean, "pixel_std": std}
 
 
 def _size_major(state: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -116,32 +116,37 @@ def names_beside(path: str | Path) -> dict[str, dict]:
     try:
         return {key: {e["id"]: e[name] for e in content[section]} for key, (section, name) in _NAMED.items()}
     except (KeyError, TypeError):
-        raise ValueError(
-            f"{beside}: accepted is COCO's images with file_name, and categories with name"
-        ) from None
+        raise ValueError(f"{beside}: accepted are COCO's images with file_name and its categories") from None
+
+
+def _accepted_ids(ground_truth: dict) -> dict[str, dict]:
+    """The ids that results may have: key -> id -> name, or None where an id has no name."""
+    return {key: {e["id"]: e.get(name) for e in ground_truth[part]} for key, (part, name) in _NAMED.items()}
 
 
 def _set_ids(results: list, ground_truth: dict, beside: dict[str, dict]) -> None:
     """Replace names in results, which are changed, by ids of the ground truth. A name that it lacks stays."""
-    for key, (section, name) in _NAMED.items():
+    for key, entries in _accepted_ids(ground_truth).items():
+        name = _NAMED[key][1]
         rows = [r for r in results if isinstance(r, dict) and isinstance(r.get(key), (int, str))]
         names = [beside[key].get(row[key]) if beside else row.get(name, row[key]) for row in rows]
-        entries = {e["id"]: str(e.get(name)) for e in ground_truth[section]}
         if not any(isinstance(each, str) for each in names) and all(each in entries for each in names):
             continue
         ids: dict[str, Any] = {}
         for number, text in entries.items():
-            # A name without some of its folders, without its suffix, or as the number that it is.
-            parts = Path(text).parts if section == "images" else (text,)
-            short = {"/".join(parts[i:]) for i in range(len(parts))}
-            stems = {Path(each).stem for each in parts[-1:] if section == "images"}
-            for each in short | stems | {str(int(stem)) for stem in stems if stem.isdecimal()}:
+            stem = Path(str(text)).stem
+            as_number = str(int(stem)) if stem.isdecimal() else stem
+            for each in {*_endings(text), stem, as_number} if key == "image_id" else {text}:
                 # None: several have it.
                 ids[each] = None if each in ids else number
         for row, text in zip(rows, names, strict=True):
-            parts = Path(str(text)).parts if section == "images" else (str(text),)
-            found = (ids.get("/".join(parts[i:])) for i in range(len(parts)))
-            row[key] = next((number for number in found if number is not None), text)
+            row[key] = next((ids[each] for each in _endings(text) if ids.get(each) is not None), text)
+
+
+def _endings(path: Any) -> list[str]:
+    """A path, and what is left of it without its first folders: a/b.jpg, b.jpg."""
+    parts = Path(str(path)).parts
+    return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
 def check_results(results: list[dict], ground_truth: dict | None = None) -> None:
@@ -155,11 +160,7 @@ def check_results(results: list[dict], ground_truth: dict | None = None) -> None
     if not isinstance(results, list):
         keys = ", ".join(RESULT_KEYS)
         raise ValueError(f"results are a {type(results).__name__}; accepted is a list of dicts with {keys}")
-    accepted = {
-        key: {e["id"]: e.get(name) for e in ground_truth[section]}
-        for key, (section, name) in _NAMED.items()
-        if ground_truth is not None
-    }
+    accepted = {} if ground_truth is None else _accepted_ids(ground_truth)
     for index, result in enumerate(results):
         fault = _fault(result, accepted)
         if fault:
