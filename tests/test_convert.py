@@ -737,6 +737,10 @@ REFUSED = {
         lambda: renamed(detectron2_state(), "roi_heads.res5", "backbone.res5"),
         "its res5 belongs to the trunk",
     ),
+    "MoCo's last norm": (
+        lambda: detectron2_state() | draw({"roi_heads.res5.norm.weight": (8,)}),
+        "its res5 ends with one more norm (MoCo's Res5ROIHeadsExtraNorm)",
+    ),
     "no predictor": (
         lambda: without(detectron2_state(), "box_predictor"),
         "it has no box head roi_heads.box_predictor",

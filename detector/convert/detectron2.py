@@ -93,6 +93,7 @@ _OTHERS = {
     "backbone.bottom_up.": "its backbone is a feature pyramid, where a C4 detector ends at res4",
     "roi_heads.box_head.": "its region head is fully connected, where a C4 detector's is res5",
     "backbone.res5.": "its res5 belongs to the trunk (DC5), where a C4 detector's is the region head",
+    "roi_heads.res5.norm.": "its res5 ends with one more norm (MoCo's Res5ROIHeadsExtraNorm), which ours has not",
     "head.": "it is a one-stage detector",
 }
 
@@ -187,7 +188,8 @@ def convert_detectron2(
     }
     # By way of text: 103.53, not 103.52999877929688.
     stored = {name: [float(str(v)) for v in values.numpy()] for name, values in pixels.items()}
-    said = {**dict(file.rest.get(STORED, {})), **stored, **(settings or {})}
+    ours = file.rest.get(STORED)
+    said = {**(ours if isinstance(ours, dict) else {}), **stored, **(settings or {})}
     mean, std = said.get("MODEL.PIXEL_MEAN", CAFFE_RESNET.mean), said.get("MODEL.PIXEL_STD", CAFFE_RESNET.std)
     # ImageNet's means fall from red to blue.
     assumed = {
