@@ -17,6 +17,29 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 _LFS_POINTER = b"version https://git-lfs"
 
 
+# Objects that training scripts store beside the weights. A file that names others is refused.
+NOTHING = (
+    "argparse.Namespace",
+    *(
+        f"{m}.{kind}Path"
+        for m in ("pathlib", "pathlib._local")
+        for kind in ("", "Pure", "Posix", "PurePosix", "Windows")
+    ),
+    *(f"numpy.{name}" for name in ("dtype", "ndarray")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+)
+
+
+class Nothing:
+    """Stands for such an object. It is made and filled by any values, keeps none of them, and runs nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 def load_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a .safetensors file."""
     with safe_open(path, framework="pt") as file:
@@ -30,10 +53,11 @@ def load_metadata(path: Path) -> dict[str, str]:
 
 
 def load_tensors(path: Path) -> Any:
-    """The contents of a .safetensors or torch file: tensors, numbers, text and containers."""
+    """The contents of a .safetensors or torch file: tensors, numbers, text and containers; `Nothing` for other objects."""
     if path.suffix == ".safetensors":
         return load_with_metadata(path)[0]
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([(Nothing, name) for name in NOTHING]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read(path: str | Path, load: Callable[[Path], Any] = load_tensors) -> Any:

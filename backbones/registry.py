@@ -74,12 +74,14 @@ def _builder(name: str) -> Callable[..., Backbone]:
     if slash and library in _LIBRARIES:
         names, builder = _LIBRARIES[library]
         accepted = names()
+        # timm's full name has the tag of its weights: resnet18.a1_in1k.
+        network, _, tag = network.partition(".")
         if network not in accepted:
             hint = did_you_mean(network, accepted)
             raise ValueError(
                 f"{library} has no network {network!r}; {hint}all: list_backbones('{library}/*')"
             )
-        return partial(builder, network)
+        return partial(builder, network, weights=tag) if tag else partial(builder, network)
     if name not in _BUILDERS:
         raise ValueError(f"there is no backbone {name!r}; {nearest(name, list_backbones())}")
     return _BUILDERS[name]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,12 @@ NameTable = tuple[tuple[str, str], ...]
 # Our names -> timm's names for the same network. The weights are "timm/TAG", with the tag in timm's full name
 # (legacy_seresnet50.in1k). Without a tag timm takes its default, which may change between versions.
 TIMM_ARCHITECTURES = {"se_resnet": "legacy_seresnet", "preact_resnet": "resnetv2_"}
-_CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.")
+# The entries under which checkpoints hold the network. "blobs" is Caffe2's.
+NETWORKS = ("state_dict", "model", "model_state_dict", "net", "network", "blobs")
+# What DataParallel, torch.compile and Lightning put before every name, and what methods call the network that they train.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "net.")
+ENCODERS = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", *WRAPPERS)
+_CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.", "projection_head.", "prototypes.")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -34,12 +39,47 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Raises a ValueError where the file holds anything but a state dict of tensors.
     """
-    state = read(path)
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    state = find_network(read(path))
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds {type(state).__name__}, not a state dict of tensors")
+    return state
+
+
+def find_network(content: Any) -> Any:
+    """The dictionary of tensors in a checkpoint: under one of the usual names, or the whole."""
+    for key in NETWORKS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            return find_network(content[key])
+    return content
+
+
+def unwrap(
+    state: dict[str, T], prefixes: tuple[str, ...] = WRAPPERS, holds: Callable[..., bool] = all
+) -> tuple[dict[str, T], str]:
+    """A state dict without the prefixes that wrap its names, and a note that says so, or ''.
+
+    holds: `all` strips what wraps all names, `any` takes the names below a prefix and leaves out the others. Names
+    without a dot, such as a counter or a queue, belong to the wrapper.
+    """
+    inside, stripped = state, ""
+    while names := [name for name in inside if "." in name]:
+        prefix = next((p for p in prefixes if holds(name.startswith(p) for name in names)), None)
+        if prefix is None:
+            break
+        inside = {k.removeprefix(prefix): v for k, v in inside.items() if k.startswith(prefix)}
+        stripped += prefix
+    left = f", {len(state) - len(inside)} other tensors left out" if len(inside) < len(state) else ""
+    return inside, f"stripped from the names: {stripped}{left}" if stripped else ""
+
+
+def read_network(path: str | Path) -> dict[str, Tensor]:
+    """`read_state_dict`, without what a training script or a self-supervised method wraps around a network.
+
+    It prints what was stripped.
+    """
+    state, note = unwrap(read_state_dict(path), ENCODERS, any)
+    if note:
+        print(f"{path}: {note}", flush=True)
     return state
 
 
@@ -178,8 +218,12 @@ def published_weights(name: str) -> list[str]:
 
 
 def is_published(weights: object) -> bool:
-    """Whether `weights` is a published name, such as "imagenet_v1" or "timm/in1k", and not a file."""
-    return isinstance(weights, str) and re.fullmatch(r"imagenet_\w+|timm/\w+", weights) is not None
+    """Whether `weights` is a published name, such as "imagenet_v1" or "timm/in1k", and not a file.
+
+    timm's full name is one too, such as "timm/legacy_seresnet50.in1k".
+    """
+    published = r"imagenet_\w+|timm/((legacy_seresnet|resnetv2_)\w+\.)?\w+"
+    return isinstance(weights, str) and re.fullmatch(published, weights) is not None
 
 
 def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessing]:
@@ -187,6 +231,7 @@ def _published(name: str, weights: str) -> tuple[dict[str, Tensor], Preprocessin
     from_timm = weights.startswith("timm/")
     if from_timm:
         import_timm()
+        weights = weights.replace(f"{_timm_architecture(name)}.", "")
     names = published_weights(name)
     if weights not in names:
         accepted = ", ".join(names) or "none are published"
@@ -208,7 +253,7 @@ def load_weights(backbone: Backbone, weights: str | Path | None, published: Name
     if is_published(weights):
         state, backbone.preprocessing = _published(backbone.name, str(weights))
     else:
-        state = read_state_dict(weights)
+        state = read_network(weights)
         backbone.preprocessing = stored_preprocessing(weights) or backbone.preprocessing
     load_into(backbone, state, published, source=str(weights))
 

@@ -138,6 +138,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     ValueError: a file of another program, without a detector, or of a newer version.
     """
+    refuse_training_state(path)
     if Path(path).suffix in (".pth", ".pt", ".pkl"):
         raise ValueError(
             f"{path} is not a checkpoint of this project; tools/convert_weights.py converts those of other programs"
@@ -153,6 +154,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path} is of version {stored.version}; this program reads up to {VERSION}")
     config = parse_stored_config(stored.config, stored.version, f"the config in {path}")
     return Checkpoint(tensors, config, stored.class_names, stored.preprocessing, stored.metrics)
+
+
+def refuse_training_state(path: str | Path) -> None:
+    """Raise a ValueError that names the weights, if the path is that of a training state."""
+    if Path(path).name in ("training_state.pt", "training_state.previous.pt"):
+        weights = [Path(path).with_name(f"{name}.safetensors") for name in ("best", "last")]
+        found = next((each for each in weights if each.is_file()), weights[0])
+        raise ValueError(f"{path} is what a run resumes from; its weights are in {found}")
 
 
 def previous_state(path: Path) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backbones.messages import check_choice
 
+from .evaluation.coco import names_beside
 from .files import read_json
 from .model.boxes import check_boxes
 from .model.faster_rcnn import C4FasterRCNN
@@ -91,8 +92,8 @@ def _best_class(logits: Tensor) -> dict[str, Tensor]:
 def read_boxes(path: str | Path, images: Sequence[Path]) -> dict[Path, Tensor]:
     """Read the boxes of each picture from a JSON file: (M, 4) xyxy pixels.
 
-    The file is {"a.jpg": [[x1, y1, x2, y2], ...], ...}, or the detections.json that tools/infer.py writes. It names a
-    picture by its path as given, or by its file name. ValueError: a picture has no boxes, or its name is ambiguous.
+    The file is {"a.jpg": [[x1, y1, x2, y2], ...], ...}, or the detections.json that tools/infer.py writes, with the
+    images.json beside it. It names a picture by its path as given, or by its file name. ValueError: a picture has no boxes, or its name is ambiguous.
     """
     path = Path(path)
     content = read_json(path)
@@ -111,15 +112,17 @@ def read_boxes(path: str | Path, images: Sequence[Path]) -> dict[Path, Tensor]:
 
 def _listed(path: Path, content: Any) -> dict[str, Any]:
     """Boxes by the picture's name, from either form of the file."""
-    if not isinstance(content, dict):
-        raise ValueError(
-            f'{path} holds {type(content).__name__}; accepted: {{"a.jpg": [[x1, y1, x2, y2], ...], ...}}'
-        )
-    if not isinstance(content.get("images"), list):
+    if isinstance(content, dict):
         return content
     try:
-        return {entry["path"]: [found["box"] for found in entry["detections"]] for entry in content["images"]}
-    except (KeyError, TypeError):
+        names = names_beside(path)["image_id"]
+        listed: dict[str, list] = {name: [] for name in names.values()}
+        for found in content:
+            x, y, width, height = found["bbox"]
+            listed[names[found["image_id"]]].append([x, y, x + width, y + height])
+    except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"{path}: under 'images', path and detections with their box are expected, as tools/infer.py writes them"
+            f'{path}: accepted are {{"a.jpg": [[x1, y1, x2, y2], ...], ...}}, or the detections.json of tools/infer.py '
+            "with its images.json beside it"
         ) from None
+    return listed

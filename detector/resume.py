@@ -24,7 +24,10 @@ def check_resumable(saved: Config, config: Config) -> None:
         if key not in _FREE and before[section].get(key) != value
     ]
     if changed:
-        raise ValueError(f"--resume continues a run with its own settings; {'; '.join(changed)}")
+        raise ValueError(
+            f"--resume continues a run with its own settings; {'; '.join(changed)}. A new run with other settings begins "
+            "with these weights: --start-from last.safetensors, and another --output"
+        )
 
 
 def check_same_batches(saved: int, now: int) -> None:

@@ -1,12 +1,13 @@
 """Foreign checkpoints: published names and shapes become ours and back, others are refused and nothing is written."""
 
+import argparse
 import dataclasses
 import json
 import os
 import pickle
 import sys
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -288,6 +289,162 @@ def test_anchors_of_a_stock_detector_are_reordered_for_detectron2(tiny_config):
     assert not any("num_batches_tracked" in name for name in state)
 
 
+RGB = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
+
+
+def test_a_detector_that_was_trained_with_rgb_in_detectron2_stays_one(convert, tmp_path):
+    """The settings of MoCo and PyContrast: from the file's tensors, options, or a config file with its base."""
+    state = detectron2_state()
+    pixels = {f"pixel_{name}": torch.tensor(values).view(3, 1, 1) for name, values in RGB.items()}
+    bare, whole = save_torch(tmp_path / "bare.pth", state), save_torch(tmp_path / "whole.pth", state | pixels)
+    (tmp_path / "base.yaml").write_text(
+        "MODEL: {RESNETS: {DEPTH: 50, STRIDE_IN_1X1: true}, PIXEL_MEAN: [1, 2, 3]}\n"
+    )
+    config = tmp_path / "moco.yaml"
+    config.write_text(
+        "_BASE_: base.yaml\nINPUT: {FORMAT: RGB, MIN_SIZE_TEST: 640}\nMODEL:\n  RESNETS: {STRIDE_IN_1X1: false}\n"
+        "  PIXEL_MEAN: [123.675, 116.280, 103.530]\n  PIXEL_STD: [58.395, 57.120, 57.375]\n"
+        "  ROI_BOX_HEAD: {POOLER_TYPE: ROIAlign, POOLER_SAMPLING_RATIO: 2}\n  RPN: {NMS_THRESH: 0.6}\n"
+        "  ANCHOR_GENERATOR: {SIZES: [[16, 32, 64, 128, 256]]}\n"
+    )
+    order, numbers = ("--channel-order", "rgb"), ("--pixel-mean", *RGB["mean"], "--pixel-std", *RGB["std"])
+    for arguments, assumed in (
+        ((whole,), "INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 True"),
+        ((bare, *order, *numbers), "MODEL.RESNETS.STRIDE_IN_1X1 True"),
+        ((bare, "--config-file", config), None),
+    ):
+        status, out, error = convert(*arguments, "--output", tmp_path / "o.safetensors")
+        assert (status, error) == (0, "") and "CC BY-SA 3.0" in out
+        assert (
+            (f"assumed, since the file does not say it: {assumed};" in out)
+            if assumed
+            else "assumed" not in out
+        )
+        checkpoint = load_checkpoint(tmp_path / "o.safetensors")
+        wanted = Preprocessing(RGB["mean"], RGB["std"], "rgb", 255.0)
+        assert checkpoint.preprocessing == checkpoint.build().transform.preprocessing == wanted
+    model = checkpoint.config.model
+    assert (model.backbone["stride_in"], model.min_size, model.rpn_nms_thresh) == ("3x3", 640, 0.6)
+    assert model.anchor_sizes == (16, 32, 64, 128, 256) and model.aspect_ratios == (0.5, 1, 2)
+    chosen = model.conventions
+    assert (chosen.roi_align_aligned, chosen.roi_align_sampling_ratio, chosen.resize) == (False, 2, "pil")
+    out = convert(bare, "--output", tmp_path / "o.safetensors")[1]
+    assert (
+        "INPUT.FORMAT BGR, MODEL.PIXEL_MEAN (103.53, 116.28, 123.675), MODEL.PIXEL_STD (1.0, 1.0, 1.0)" in out
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "is no config of Detectron2"),
+        ("MODEL: [", "is no config of Detectron2: line 1"),
+        ("MODEL: !!python/object/apply:os.system ['touch x']", "!tags are not accepted"),
+        ("_BASE_: gone.yaml", "gone.yaml: no such file"),
+        ("MODEL: {PIXEL_STD: 3}", "model.preprocessing"),
+        ("MODEL: {PIXEL_MEAN: 3}", "model.preprocessing"),
+        ("MODEL: {ANCHOR_GENERATOR: {SIZES: 3}}", "model.anchor_sizes"),
+        ("INPUT: {FORMAT: YUV-BT.601}", "channel_order is 'yuv-bt.601'"),
+    ],
+)
+def test_a_config_file_that_is_none_is_refused_and_runs_nothing(convert, tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    path = save_torch(tmp_path / "it.pth", detectron2_state())
+    status, _, error = convert(
+        path, "--config-file", tmp_path / "c.yaml", "--output", tmp_path / "o.safetensors"
+    )
+    assert status == 1 and error.startswith("error: ") and message in error and "Traceback" not in error
+    assert sorted(os.listdir(tmp_path)) == ["c.yaml", "it.pth"]
+
+
+def exported(convert, folder, config, *to):
+    """Export a detector with random weights of 4 classes."""
+    path = folder / "best.safetensors"
+    model = build_model(config.model, 5)
+    names = ("a", "b", "c", "d")
+    save_checkpoint(path, Checkpoint(model.state_dict(), config, names, model.transform.preprocessing))
+    return convert(path, "--to", "detectron2", "--output", *to)
+
+
+def test_our_own_rgb_detector_comes_back_from_detectron2_as_it_was(convert, tiny_config, tmp_path):
+    thresholds = ("model.rpn_nms_thresh=0.6", "model.box_nms_thresh=0.3", "model.bbox_reg_weights=[1,1,1,1]")
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nd\n")
+    for suffix in ("pkl", "pth"):
+        path = tmp_path / f"best.{suffix}"
+        config = tiny_config("model.conventions=detectron2", *thresholds)
+        status, out, _ = exported(convert, tmp_path, config, path)
+        assert status == 0 and "RPN.NMS_THRESH 0.6" in out and "BBOX_REG_WEIGHTS (1.0, 1.0, 1.0, 1.0)" in out
+        assert "ROI_HEADS.NMS_THRESH_TEST 0.3" in out and "RESNETS.NORM BN" in out and "differ" not in out
+        status, out, error = convert(path, "--class-names", names, "--output", tmp_path / "again.safetensors")
+        assert (status, error) == (0, "") and "assumed" not in out
+        one, two = (load_checkpoint(tmp_path / f"{name}.safetensors") for name in ("best", "again"))
+        kept = (
+            "rpn_nms_thresh",
+            "box_nms_thresh",
+            "bbox_reg_weights",
+            "anchor_sizes",
+            "min_size",
+            "conventions",
+        )
+        assert [getattr(one.config.model, n) for n in kept] == [getattr(two.config.model, n) for n in kept]
+        image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+        features = []
+        for checkpoint in (one, two):
+            model = checkpoint.build()
+            with torch.inference_mode():
+                features.append(model.backbone(model.transform([image])[0].tensors))
+        torch.testing.assert_close(*features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "said"),
+    [
+        ("{name: resnet50, width: 32, norm: group}", ["RESNETS.NORM GN", "RES2_OUT_CHANNELS 128"]),
+        (
+            "{name: resnext50_32x4d, width: 64}",
+            ["NUM_GROUPS 32", "WIDTH_PER_GROUP 4", "RES2_OUT_CHANNELS 256"],
+        ),
+        ("{name: wide_resnet50_2, width: 8}", ["NUM_GROUPS 1", "WIDTH_PER_GROUP 16", "STEM_OUT_CHANNELS 8"]),
+        (
+            "{name: preact_resnet18, width: 8, order: original}",
+            ["DEPTH 18", "ResNet.make_stage(BasicBlock, ...)"],
+        ),
+        ("{name: preact_resnet18, width: 8}", "preact_resnet18 with order='full_preactivation'"),
+        ("{name: se_resnet18, width: 8}", "with branch_end='relu_se', stem_pool='ceil'"),
+        ("{name: shrinkage_resnet18, width: 8}", "with branch_end='shrinkage_cw'"),
+        ("{name: plain18, width: 8}", "plain18 with shortcut='none'"),
+        (
+            "{name: resnet18, width: 8, shortcut: A}",
+            "with shortcut='A'; accepted: a ResNet with shortcut='B'",
+        ),
+        ("{name: resnet18, width: 8, shortcut: constant_scaling}", "with shortcut='constant_scaling'"),
+        ("{name: resnet18, width: 8, order: relu_before_addition}", "with order='relu_before_addition'"),
+        ("{name: resnet18, width: 8, stem_pool: ceil}", "with stem_pool='ceil'"),
+        ("{name: densenet121}", "holds no ResNet"),
+    ],
+)
+def test_detectron2_gets_the_settings_of_a_network_or_does_not_get_the_network(
+    convert, tiny_config, tmp_path, backbone, said
+):
+    status, out, error = exported(
+        convert, tmp_path, tiny_config(f"model.backbone={backbone}"), tmp_path / "o.pkl"
+    )
+    if isinstance(said, list):
+        assert status == 0 and all(
+            f"{text}\n" in out or text.startswith("ResNet.") and text in out for text in said
+        )
+    else:
+        assert status == 1 and one_line(error) and said in error and not (tmp_path / "o.pkl").exists()
+
+
+def test_what_a_config_of_detectron2_cannot_say_is_printed(convert, tiny_config, tmp_path):
+    pooled = tiny_config("model.roi_pool=max", "model.class_agnostic_nms=true", "model.rpn_score_thresh=0.1")
+    out = exported(convert, tmp_path, pooled, tmp_path / "o.pkl")[1]
+    assert "POOLER_TYPE ROIPool\n" in out and "class_agnostic_nms True (Detectron2: 0)" in out
+    assert "rpn_score_thresh 0.1 (Detectron2: 0)" in out
+
+
 def test_a_stock_detectors_conventions_are_said_to_differ_in_detectron2(convert, tiny_config, tmp_path):
     config = tiny_config()
     path = tmp_path / "best.safetensors"
@@ -295,7 +452,8 @@ def test_a_stock_detectors_conventions_are_said_to_differ_in_detectron2(convert,
     status, out, _ = convert(path, "--to", "detectron2", "--output", tmp_path / "best.pkl")
     assert status == 0 and "MODEL.RESNETS.DEPTH 18" in out and "RES2_OUT_CHANNELS 8" in out
     assert "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]" in out and "INPUT.FORMAT RGB" in out
-    assert "numbers there will differ" in out and "roi_align_aligned False (Detectron2: True)" in out
+    assert "numbers there will differ" in out and "resize 'torch' (Detectron2: 'pil')" in out
+    assert "POOLER_TYPE ROIAlign\n" in out and "POOLER_SAMPLING_RATIO 2\n" in out
     status, _, error = convert(path, "--to", "detectron2", "--output", tmp_path / "best.onnx")
     assert status == 1 and one_line(error) and "Detectron2 reads .pkl and .pth" in error
     status, _, error = convert(path, "--output", tmp_path / "again.safetensors")
@@ -405,6 +563,141 @@ def test_a_classifier_keeps_its_features(convert, tmp_path, source):
         torch.testing.assert_close(backbone(images), features(images), rtol=1e-5, atol=1e-5)
 
 
+def classifier_state(width=WIDTH):
+    """ResNet-18 under torchvision's names."""
+    shapes = {"conv1.weight": (width, 3, 7, 7), "fc.weight": (10, 8 * width)} | norm_shapes("bn1", width)
+    channels = width
+    for stage, out_channels in enumerate((width, 2 * width, 4 * width, 8 * width), start=1):
+        for index in (0, 1):
+            block = f"layer{stage}.{index}"
+            for number in (1, 2):
+                inputs = channels if number == 1 else out_channels
+                shapes[f"{block}.conv{number}.weight"] = (out_channels, inputs, 3, 3)
+                shapes |= norm_shapes(f"{block}.bn{number}", out_channels)
+            if channels != out_channels:
+                shapes[f"{block}.downsample.0.weight"] = (out_channels, channels, 1, 1)
+                shapes |= norm_shapes(f"{block}.downsample.1", out_channels)
+            channels = out_channels
+    return draw(shapes)
+
+
+def below(prefix, state, **others):
+    return {prefix + name: value for name, value in state.items()} | others
+
+
+ARGS = argparse.Namespace(data=Path("data"), lr=np.float64(0.1), layers=[1, 2])
+QUEUE = {"module.queue": torch.ones(2, 4), "module.queue_ptr": torch.ones(1)}
+HEAD = torch.ones(2, 2)
+# The content of a file for a network's state, and what is stripped from its names.
+SCRIPTS = {
+    "bare": (lambda s: s, ""),
+    "PyTorch's ImageNet example": (
+        lambda s: {
+            "epoch": 3,
+            "arch": "resnet18",
+            "state_dict": below("module.", s),
+            "best_acc1": torch.tensor(7.0),
+            "optimizer": {"state": {0: {"momentum_buffer": HEAD}}, "param_groups": [{"lr": 0.1}]},
+        },
+        "module.",
+    ),
+    "torchvision's references": (lambda s: {"model": s, "epoch": 3, "args": ARGS}, ""),
+    "their averaged model": (lambda s: {"model": below("module.", s, n_averaged=torch.tensor(3))}, "module."),
+    "timm": (
+        lambda s: {"epoch": 3, "state_dict": s, "args": ARGS, "metric": np.float64(71.2), "version": 2},
+        "",
+    ),
+    "Lightning": (
+        lambda s: {
+            "state_dict": below("model.", s),
+            "hyper_parameters": {"path": Path("x"), "args": ARGS},
+            "callbacks": {
+                "ModelCheckpoint": {"best_model_path": "a.ckpt", "best_model_score": torch.tensor(0.5)}
+            },
+        },
+        "model.",
+    ),
+    "Lightning with a loss of its own": (
+        lambda s: {"state_dict": below("model.", s, **{"criterion.weight": HEAD})},
+        "model., 1 other tensors left out",
+    ),
+    "torch.compile": (lambda s: below("_orig_mod.", s), "_orig_mod."),
+    "torch.compile in DataParallel": (
+        lambda s: {"model": below("module._orig_mod.", s)},
+        "module._orig_mod.",
+    ),
+    "state of numpy's generator": (lambda s: {"net": s, "rng": np.random.RandomState(0).get_state()}, ""),
+    "model_state_dict": (
+        lambda s: {"model_state_dict": s, "loss": np.float32(0.1), "path": PurePosixPath("x")},
+        "",
+    ),
+    "MoCo": (
+        lambda s: {"state_dict": below("module.encoder_q.", s) | below("module.encoder_k.", s) | QUEUE},
+        "module.encoder_q., 103 other tensors left out",
+    ),
+    "MoCo v3": (
+        lambda s: {
+            "state_dict": below("module.momentum_encoder.", s)
+            | below("module.base_encoder.", s, **{"module.predictor.0.weight": HEAD})
+        },
+        "module.base_encoder., 102 other",
+    ),
+    "SimSiam": (
+        lambda s: {"state_dict": below("module.encoder.", s, **{"module.predictor.0.weight": HEAD})},
+        "module.encoder.",
+    ),
+    "PixPro": (lambda s: {"opt": ARGS, "model": below("module.encoder.", s)}, "module.encoder."),
+    "SwAV": (lambda s: below("module.", s, **{"module.projection_head.0.weight": HEAD}), "module."),
+    "DenseCL": (lambda s: {"state_dict": below("backbone.", s, **{"neck.0.weight": HEAD})}, "backbone."),
+    "solo-learn": (lambda s: {"state_dict": below("encoder.", s, **{"classifier.weight": HEAD})}, "encoder."),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_checkpoints_of_usual_training_scripts_are_read_and_what_was_stripped_is_said(
+    convert, tmp_path, capsys, name
+):
+    make, stripped = SCRIPTS[name]
+    state, path = classifier_state(), tmp_path / "it.pth"
+    torch.save(make(state), path)
+    status, out, error = convert(path, "--output", tmp_path / "o.safetensors")
+    assert (status, error) == (0, "")
+    backbone = create_backbone("resnet18", width=WIDTH, weights=str(path))
+    for said in (out, capsys.readouterr().out):
+        assert (
+            said.count(f"{path}: stripped from the names: {stripped}") == 1
+            if stripped
+            else "stripped" not in said
+        )
+    for network in (
+        create_backbone("resnet18", width=WIDTH, weights=str(tmp_path / "o.safetensors")),
+        backbone,
+    ):
+        assert torch.equal(network.trunk.stage1.conv1.weight, state["conv1.weight"])
+        assert torch.equal(network.roi_head.stage5[1].branch.conv2.weight, state["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_a_detector_that_a_script_wrapped_is_read_and_what_was_stripped_is_said(convert, tmp_path, suffix):
+    state, path = below("module.", detectron2_state()), tmp_path / f"it.{suffix}"
+    if suffix == "pth":
+        save_torch(path, state, args=ARGS)
+    else:
+        save_pickle(path, state, args=ARGS)
+    status, out, _ = convert(path, "--output", tmp_path / "o.safetensors")
+    assert status == 0 and "stripped from the names: module.\n" in out
+    stem = load_checkpoint(tmp_path / "o.safetensors").state_dict["backbone.stage1.conv1.weight"]
+    assert torch.equal(stem, state["module.backbone.stem.conv1.weight"])
+
+
+def test_objects_beside_the_weights_are_neither_made_nor_kept(tmp_path):
+    from backbones.reading import Nothing, read
+
+    torch.save({"args": ARGS, "path": Path("x"), "metric": np.float64(1)}, tmp_path / "it.pth")
+    assert {type(value) for value in read(tmp_path / "it.pth").values()} == {Nothing}
+    assert all(not vars(value) for value in read(tmp_path / "it.pth").values())
+
+
 def test_a_backbones_file_says_what_it_is(convert, tmp_path):
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": msra_blobs(stem_bias=False)}))
     convert(tmp_path / "R-50.pkl", "--output", tmp_path / "o.safetensors")
@@ -444,6 +737,10 @@ REFUSED = {
         lambda: renamed(detectron2_state(), "roi_heads.res5", "backbone.res5"),
         "its res5 belongs to the trunk",
     ),
+    "MoCo's last norm": (
+        lambda: detectron2_state() | draw({"roi_heads.res5.norm.weight": (8,)}),
+        "its res5 ends with one more norm (MoCo's Res5ROIHeadsExtraNorm)",
+    ),
     "no predictor": (
         lambda: without(detectron2_state(), "box_predictor"),
         "it has no box head roi_heads.box_predictor",
@@ -464,7 +761,7 @@ REFUSED = {
     ),
     "other anchors": (
         lambda: detectron2_state(anchors=12),
-        "of another shape: rpn.head.cls_logits.weight (12, 128, 1, 1) for (15, 128, 1, 1)",
+        "has other anchors than sizes (32, 64, 128, 256, 512) and ratios (0.5, 1.0, 2.0): set model.anchor_sizes=[...]",
     ),
     "another depth": (
         lambda: without(detectron2_state(), "res4.5."),
@@ -501,8 +798,8 @@ REFUSED = {
         "is a detector of the first Detectron",
     ),
     "something else": (
-        lambda: draw({"encoder.0.weight": (8, 8)}),
-        "its tensors (encoder.0.weight, ...) are of no program that is known; accepted: --from detectron2, msra",
+        lambda: draw({"decoder.0.weight": (8, 8)}),
+        "its tensors (decoder.0.weight, ...) are of no program that is known; accepted: --from detectron2, msra",
     ),
 }
 

@@ -354,7 +354,7 @@ def test_voc_boxes_without_area_are_no_match():
         ),
         ([detect([1, 1, 2, 2], image_id=7)], r"unknown image_id 7; the ground truth has 1: 1$"),
         ([detect([1, 1, 2, 2], image_id=[1])], r"unknown image_id \[1\]"),
-        ([detect([1, 1, 2, 2], category_id=0)], r"results\[0\]: unknown category_id 0; .* has 1: 1$"),
+        ([detect([1, 1, 2, 2], category_id=0)], r"results\[0\]: unknown category_id 0; .* has 1: 1 \(cat\)$"),
         ([detect([1, 1, 2, 2]), detect([1, 1, 2, 2], math.nan)], r"results\[1\]: score is nan; accepted is"),
         ([detect([1, 1, 2, 2], "high")], r"score is 'high'; accepted is a finite number"),
         ([detect([1, 1, 2])], r"bbox is \[1, 1, 2\]; accepted are four finite numbers"),
@@ -381,6 +381,68 @@ def test_load_results_names_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"detections.json: results\[0\]: unknown image_id 7"):
         load_results(path, make_ground_truth())
     assert load_results(path) == [detect([1, 1, 2, 2], image_id=7)]
+
+
+FILES = ("day/0001.jpg", "night/0001.jpg", "day/0002.jpg", "day/café.png")
+
+
+def truth_of_files():
+    """A ground truth of four pictures with the ids 10..13, and the classes cat (1) and dog (2)."""
+    return {
+        "images": [{"id": n, "file_name": f"/data/{name}"} for n, name in enumerate(FILES, start=10)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("image", "category", "others", "wanted"),
+    [
+        (12, 2, {}, (12, 2)),
+        ("0002", 2, {}, (12, 2)),
+        (2, 1, {}, (12, 1)),
+        ("café", "dog", {}, (13, 2)),
+        ("café.png", "cat", {}, (13, 1)),
+        ("night/0001.jpg", 1, {}, (11, 1)),
+        ("/elsewhere/night/0001.jpg", 1, {}, (11, 1)),
+        (12, 1, {"file_name": "café.png"}, (13, 1)),
+    ],
+)
+def test_a_result_may_name_its_picture_and_its_class(tmp_path, image, category, others, wanted):
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps([detect([1, 1, 2, 2], image_id=image, category_id=category) | others]))
+    result = load_results(path, truth_of_files())[0]
+    assert (result["image_id"], result["category_id"]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("image", "category", "message"),
+    [
+        ("0001", 1, r"unknown image_id '0001'; the ground truth has 4: 10 \(/data/day/0001.jpg\), 11 "),
+        ("0009", 1, "unknown image_id '0009'"),
+        (12, "cow", r"unknown category_id 'cow'; the ground truth has 2: 1 \(cat\), 2 \(dog\)$"),
+        (12, 3, r"unknown category_id 3; the ground truth has 2: 1 \(cat\)"),
+    ],
+)
+def test_a_name_of_no_or_of_several_pictures_is_refused(tmp_path, image, category, message):
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps([detect([1, 1, 2, 2], image_id=image, category_id=category)]))
+    with pytest.raises(ValueError, match=message):
+        load_results(path, truth_of_files())
+
+
+def test_images_json_says_what_the_ids_beside_it_stand_for(tmp_path):
+    """infer's ids count its pictures, here in another order than the ground truth's, and its classes."""
+    path, beside = tmp_path / "detections.json", tmp_path / "images.json"
+    images = [{"id": n, "file_name": f"/moved/{name}"} for n, name in enumerate(reversed(FILES), start=1)]
+    beside.write_text(json.dumps({"images": images, "categories": [{"id": 1, "name": "dog"}]}))
+    path.write_text(json.dumps([detect([1, 1, 2, 2], image_id=n) for n in (1, 2, 3, 4)]))
+    results = load_results(path, truth_of_files())
+    assert [result["image_id"] for result in results] == [13, 12, 11, 10]
+    assert {result["category_id"] for result in results} == {2}
+    beside.write_text("[3]")
+    with pytest.raises(ValueError, match="images.json: accepted are COCO's images with file_name"):
+        load_results(path, truth_of_files())
 
 
 def test_ground_truth_that_is_not_coco_is_refused():

@@ -193,22 +193,24 @@ def test_boxes_come_from_a_mapping_or_from_infers_json(tmp_path):
     path.write_text(json.dumps({"a.jpg": [[0, 0, 5, 5.5]], str(images[1]): [], "other.jpg": []}))
     boxes = read_boxes(path, images)
     assert boxes[images[0]].tolist() == [[0, 0, 5, 5.5]] and boxes[images[1]].shape == (0, 4)
-    entries = [{"path": str(image), "detections": [{"box": [1, 2, 3, 4], "name": "x"}]} for image in images]
-    path.write_text(json.dumps({"weights": "w", "images": entries}))
-    assert [b.tolist() for b in read_boxes(path, images).values()] == [[[1, 2, 3, 4]]] * 2
+    path.write_text(json.dumps([{"image_id": 2, "category_id": 1, "bbox": [1, 2, 2, 2], "score": 0.5}]))
+    entries = [{"id": number, "file_name": str(image)} for number, image in enumerate(images, start=1)]
+    (tmp_path / "images.json").write_text(json.dumps({"images": entries, "categories": []}))
+    boxes = read_boxes(path, images)
+    assert boxes[images[0]].shape == (0, 4) and boxes[images[1]].tolist() == [[1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "boxes.json: not a JSON file"),
-        ("[]", "boxes.json holds list; accepted"),
+        ("[]", "boxes.json: accepted are .* with its images.json beside it"),
         ('{"b.jpg": []}', "boxes.json has no boxes of a.jpg"),
         ('{"a.jpg": [[0, 0, 5, 5], [5, 0, 0, 5]]}', r"boxes.json: a.jpg: box 1 is \[5.0, 0.0, 0.0, 5.0\]"),
         ('{"a.jpg": [[0, 0, 5]]}', r"boxes.json: a.jpg: box 0 is \[0, 0, 5\]; accepted"),
         ('{"a.jpg": [[0, 0, 5, NaN]]}', r"boxes.json: a.jpg: box 0 is \[0.0, 0.0, 5.0, nan\]"),
         ('{"a.jpg": {"x": 1}}', "boxes.json: a.jpg: box: boxes are"),
-        ('{"images": [{"file": "a.jpg"}]}', "under 'images', path and detections"),
+        ("3", "boxes.json: accepted are"),
     ],
 )
 def test_a_bad_file_of_boxes_is_one_sentence_with_file_and_index(tmp_path, monkeypatch, text, message):

@@ -176,6 +176,35 @@ def test_wrong_names_and_options_are_errors_that_say_what_is_accepted(name, opti
         create_backbone(name, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "wanted"),
+    [
+        ("timm/resnet18.a1_in1k", None, "resnet18.a1_in1k"),
+        ("timm/resnet18", "timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("timm/resnet18", "resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("timm/resnet18", "timm/a1_in1k", "resnet18.a1_in1k"),
+        ("timm/resnet18.a1_in1k", "a2_in1k", "resnet18.a2_in1k"),
+        ("se_resnet18", "timm/legacy_seresnet18.in1k", "legacy_seresnet18.in1k"),
+    ],
+)
+def test_timms_own_names_are_accepted_with_the_tag(monkeypatch, name, weights, wanted):
+    asked, create = [], timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda n, pretrained: asked.append((n, pretrained)) or create(n)
+    )
+    create_backbone(name, **({"weights": weights} if weights else {}))
+    assert asked == [(wanted, True)]
+
+
+def test_a_wrong_tag_in_timms_own_name_is_refused():
+    with pytest.raises(ValueError, match="timm/resnet18 has no weights 'a9_in1k'; .*accepted: .*a1_in1k"):
+        create_backbone("timm/resnet18.a9_in1k")
+    with pytest.raises(
+        ValueError, match="has no weights 'timm/legacy_seresnet34.in1k'; accepted: timm/in1k, or a file"
+    ):
+        create_backbone("se_resnet18", weights="timm/legacy_seresnet34.in1k")
+
+
 def test_without_timm_its_names_say_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="need timm; run: pip install timm"):

@@ -363,12 +363,13 @@ def test_the_tools_in_two_processes_write_what_one_does(alike, tmp_path):
             one, two = ((output / "metrics.json").read_text() for output in outputs)
             assert one == two
         if name == "infer":
-            one, two = (json.loads((output / "detections.json").read_text())["images"] for output in outputs)
-            assert [each["path"] for each in one] == [each["path"] for each in two]
+            names = [json.loads((output / "images.json").read_text())["images"] for output in outputs]
+            assert len({tuple(each["file_name"] for each in images) for images in names}) == 1
+            one, two = (json.loads((output / "detections.json").read_text()) for output in outputs)
+            assert [each["image_id"] for each in one] == [each["image_id"] for each in two]
             # A process measures which of two products is faster, so the last digits may differ.
-            for each, other in zip(one, two, strict=True):
-                boxes = [[found["box"] for found in image["detections"]] for image in (each, other)]
-                np.testing.assert_allclose(*boxes, rtol=0, atol=1e-3)
+            boxes = [[found["bbox"] for found in results] for results in (one, two)]
+            np.testing.assert_allclose(*boxes, rtol=0, atol=1e-3)
 
 
 def test_an_error_that_all_meet_is_said_once(tmp_path):

@@ -105,6 +105,21 @@ def test_an_output_that_is_a_file_is_refused_in_one_line(run_tool, recipe, tmp_p
     assert status == 1 and one_line(error) and "file" in error
 
 
+def named(output):
+    return json.loads((output / "images.json").read_text(encoding="utf-8"))
+
+
+def detections_of(output):
+    """The entries of images.json, each with its results and the names of their classes under "detections"."""
+    content, results = named(output), json.loads((output / "detections.json").read_text())
+    names = {each["id"]: each["name"] for each in content["categories"]}
+    for image in content["images"]:
+        own = [r for r in results if r["image_id"] == image["id"]]
+        image["detections"] = [{**r, "name": names[r["category_id"]]} for r in own]
+    assert sum(len(image["detections"]) for image in content["images"]) == len(results)
+    return content["images"]
+
+
 # evaluate.py
 
 
@@ -117,6 +132,10 @@ def test_evaluate_scores_on_the_checkpoints_own_data(run_tool, weights, tmp_path
     assert "IoU 0.50:0.95" in out and all(name in out for name in NAMES)
     detections = json.loads((tmp_path / "detections.json").read_text())
     assert detections and {d["category_id"] for d in detections} <= {1, 2, 3, 4}
+    assert list(named(tmp_path)) == ["images", "categories"]
+    assert [Path(image["file_name"]).name for image in named(tmp_path)["images"]] == [
+        f"{n:06d}.jpg" for n in range(1, 5)
+    ]
 
 
 def test_stored_detections_score_as_the_model_that_made_them(run_tool, weights, recipe, tmp_path):
@@ -132,6 +151,29 @@ def test_stored_detections_score_as_the_model_that_made_them(run_tool, weights, 
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
     assert one.pop("losses") and two.pop("losses") == {} and one == two
     assert not (tmp_path / "b" / "detections.json").exists()
+
+
+def test_infers_detections_and_those_with_file_stems_score_as_evaluates_do(
+    run_tool, weights, recipe, tiny_shapes, tmp_path
+):
+    """The pictures are given to infer in the reverse order, from another place."""
+    shutil.copytree(tiny_shapes / "val", tmp_path / "moved")
+    pictures = sorted((tmp_path / "moved").iterdir(), reverse=True)
+    common = ("--config", recipe, "--output")
+    run_tool("infer", "--weights", weights, "--score-thresh", 0.05, "--output", tmp_path / "infer", *pictures)
+    run_tool("evaluate", "--weights", weights, "--device", "cpu", *common, tmp_path / "evaluate")
+    files = {image["id"]: image["file_name"] for image in named(tmp_path / "evaluate")["images"]}
+    results = json.loads((tmp_path / "evaluate" / "detections.json").read_text())
+    stems = [{**r, "image_id": Path(files[r["image_id"]]).stem} for r in results]
+    (tmp_path / "predictions.json").write_text(json.dumps(stems))
+    wanted = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
+    assert wanted["AP"] is not None and len(results) > 0
+    for file in (tmp_path / "infer" / "detections.json", tmp_path / "predictions.json"):
+        status, _, error = run_tool("evaluate", "--detections", file, *common, tmp_path / "scored")
+        assert (status, error) == (0, "")
+        scored = json.loads((tmp_path / "scored" / "metrics.json").read_text())
+        assert scored["AP"] == pytest.approx(wanted["AP"], abs=1e-3)
+        assert scored["voc"]["mAP_allpoint"] == pytest.approx(wanted["voc"]["mAP_allpoint"], abs=1e-3)
 
 
 def test_perfect_detections_score_one(run_tool, recipe, tiny_shapes, tmp_path):
@@ -243,9 +285,12 @@ def test_infer_draws_pictures_of_every_kind_and_writes_one_json(run_tool, weight
         "cpu",
     )
     assert status == 0 and error == ""
-    content = json.loads((output / "detections.json").read_text())
-    assert content["weights"] == str(weights) and content["class_names"] == list(NAMES)
-    entries = {Path(entry["path"]).relative_to(pictures).as_posix(): entry for entry in content["images"]}
+    content, images = named(output), detections_of(output)
+    assert content["weights"] == str(weights) and [each["name"] for each in content["categories"]] == list(
+        NAMES
+    )
+    assert [image["id"] for image in images] == [1, 2, 3, 4]
+    entries = {Path(entry["file_name"]).relative_to(pictures).as_posix(): entry for entry in images}
     assert set(entries) == {"a.jpg", "grey.png", "transparent.png", "more/a.jpg"}
     assert len({entry["drawing"] for entry in entries.values()}) == 4  # two are a.jpg
     for name, entry in entries.items():
@@ -253,7 +298,9 @@ def test_infer_draws_pictures_of_every_kind_and_writes_one_json(run_tool, weight
             assert drawing.size == (entry["width"], entry["height"]) == (80, 40 if "more" in name else 50)
     found = [detection for entry in entries.values() for detection in entry["detections"]]
     assert found and f"{len(found)} objects in 4 of 4 pictures" in out
-    assert all(d["score"] >= 0.1 and d["name"] == NAMES[d["label"] - 1] and len(d["box"]) == 4 for d in found)
+    assert all(
+        d["score"] >= 0.1 and d["name"] == NAMES[d["category_id"] - 1] and len(d["bbox"]) == 4 for d in found
+    )
 
 
 def test_infer_takes_files_folders_and_patterns_each_picture_once(run_tool, weights, pictures, tmp_path):
@@ -264,8 +311,8 @@ def test_infer_takes_files_folders_and_patterns_each_picture_once(run_tool, weig
         assert run_tool("infer", *paths, *arguments)[0] == 0
     drawn = [[path.read_bytes() for path in sorted((tmp_path / f).rglob("*.jpg"))] for f in ("out", "serif")]
     assert len(drawn[0]) == len(drawn[1]) == 4 and drawn[0] != drawn[1]
-    content = json.loads((tmp_path / "out" / "detections.json").read_text())
-    names = [Path(entry["path"]).relative_to(pictures).as_posix() for entry in content["images"]]
+    images = named(tmp_path / "out")["images"]
+    names = [Path(entry["file_name"]).relative_to(pictures).as_posix() for entry in images]
     assert names == ["a.jpg", "grey.png", "transparent.png", "more/a.jpg"]
 
 
@@ -351,17 +398,13 @@ def test_infer_takes_settings_of_the_recipe_beside_the_pictures(run_tool, weight
             "--output",
             tmp_path / str(limit),
         )
-        images = json.loads((tmp_path / str(limit) / "detections.json").read_text())["images"]
+        images = detections_of(tmp_path / str(limit))
         assert status == 0 and images
         assert {len(image["detections"]) for image in images} == {limit}
     status, _, error = run_tool(
         "infer", "--weights", weights, pictures, "model.box_nms_tresh=0.4", "--output", tmp_path / "wrong"
     )
     assert status == 1 and "did you mean 'box_nms_thresh'?" in error
-
-
-def detections_of(output):
-    return json.loads((output / "detections.json").read_text(encoding="utf-8"))["images"]
 
 
 def test_names_of_any_bytes_and_of_any_length_are_drawn_and_written(run_tool, weights, tmp_path):
@@ -379,7 +422,7 @@ def test_names_of_any_bytes_and_of_any_length_are_drawn_and_written(run_tool, we
     status, out, error = run_tool("infer", "--weights", weights, folder, "--output", output)
     assert status == 0 and "in 5 of 5 pictures" in out and error == ""
     entries = detections_of(output)
-    assert {os.fsencode(Path(entry["path"]).name) for entry in entries} == set(names)
+    assert {os.fsencode(Path(entry["file_name"]).name) for entry in entries} == set(names)
     drawings = {entry["drawing"] for entry in entries}
     assert len(drawings) == 5 and all(Path(drawing).exists() for drawing in drawings)
 
@@ -399,7 +442,7 @@ def test_a_signal_ends_infer_with_the_pictures_that_are_done(
     monkeypatch.setattr(Image.Image, "save", save_and_interrupt)
     status, out, _ = run_tool("infer", "--weights", weights, *many, "--output", tmp_path / "out")
     # The few pictures that are on their way are done too.
-    done = [Path(entry["path"]).name for entry in detections_of(tmp_path / "out")]
+    done = [Path(entry["file_name"]).name for entry in detections_of(tmp_path / "out")]
     assert status == 130 and f"in {len(done)} of 40 pictures" in out
     assert done == [f"{number:02}.jpg" for number in range(len(done))] and 2 <= len(done) < 20
 
@@ -503,6 +546,23 @@ def test_an_lfs_pointer_and_weights_of_another_program_are_answered_with_the_way
             "infer", "--weights", tmp_path / name, pictures, "--output", tmp_path / "out"
         )
         assert status == 1 and one_line(error) and name in error and way in error
+
+
+@pytest.mark.parametrize("state", ["training_state.pt", "training_state.previous.pt"])
+@pytest.mark.parametrize("present", [["best", "last"], ["last"], []])
+def test_a_training_state_is_answered_with_the_weights_beside_it(
+    run_tool, pictures, tmp_path, state, present
+):
+    for name in present:
+        (tmp_path / f"{name}.safetensors").touch()
+    weights = tmp_path / f"{[*present, 'best'][0]}.safetensors"
+    for command in (
+        ("infer", "--weights", tmp_path / state, pictures),
+        ("convert_weights", tmp_path / state),
+    ):
+        status, _, error = run_tool(*command, "--output", tmp_path / "o.safetensors")
+        assert status == 1 and one_line(error)
+        assert f"{state} is what a run resumes from; its weights are in {weights}\n" in error
 
 
 def test_train_refuses_milestones_of_a_cosine(run_tool, recipe, tmp_path):

@@ -3,6 +3,7 @@
 python tools/convert_weights.py model_final_f97cb7.pkl --output r50_c4.safetensors
 python tools/convert_weights.py R-50.pkl --from msra --output r50_msra.safetensors
 python tools/convert_weights.py own.pth model.min_size=600 --class-names names.txt --output own.safetensors
+python tools/convert_weights.py rgb.pth --config-file config.yaml --output rgb.safetensors
 python tools/convert_weights.py best.safetensors --to detectron2 --output best.pkl
 
 Sources: detectron2 (C4 detectors, .pkl and .pth), msra (ImageNet R-50.pkl, R-101.pkl), mmdetection (caffe C4 .pth),
@@ -20,6 +21,7 @@ from detector.command_line import exit_status, make_parser
 from detector.convert import SOURCES, convert_file
 from detector.convert.class_names import read_class_names
 from detector.convert.converted import BackboneWeights, save_converted
+from detector.convert.detectron2 import read_settings
 from detector.convert.export import EXPORTS
 
 
@@ -35,6 +37,12 @@ def main() -> int:
     parser.add_argument(
         "--class-names", metavar="FILE", help="one per line, or a JSON list (default: COCO's 80 or VOC's 20)"
     )
+    parser.add_argument("--config-file", metavar="FILE", help="Detectron2's config of its detector")
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--pixel-{name}", nargs=3, type=float, metavar="X", help="Detectron2's, of 0..255"
+        )
+    parser.add_argument("--channel-order", choices=("rgb", "bgr"), help="Detectron2's order of channels")
     parser.add_argument("--backbone", metavar="NAME", help="a classifier's network, if it is no ResNet")
     args = parser.parse_intermixed_args()
     return exit_status(export if args.to else convert, args)
@@ -44,12 +52,17 @@ def convert(args: argparse.Namespace) -> None:
     if Path(args.output).suffix != ".safetensors":
         raise ValueError(f"--output {args.output}: a name that ends in .safetensors is needed")
     names = None if args.class_names is None else read_class_names(args.class_names)
+    said = {} if args.config_file is None else read_settings(args.config_file)
+    given = {"PIXEL_MEAN": args.pixel_mean, "PIXEL_STD": args.pixel_std}
+    said |= {f"MODEL.{name}": value for name, value in given.items() if value}
+    said |= {"INPUT.FORMAT": args.channel_order} if args.channel_order else {}
     source, converted = convert_file(
         args.file,
         args.source,
         class_names=names,
         overrides=tuple(args.overrides),
         backbone=args.backbone,
+        settings=said,
     )
     save_converted(args.output, converted.result)
     print(f"{args.file}: {source}" + ("" if args.source else " (by the names of its tensors)"))

@@ -73,6 +73,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if not processes.is_main():
         return
     if checkpoint is not None:
+        # With annotations, a folder's data set would be found in it.
+        named = {section: v for section, v in dataset.to_coco().items() if section != "annotations"}
+        write_json(output / "images.json", named, indent=1)
         write_json(output / "detections.json", results)
     metrics = score(dataset, results, config.model.box_detections_per_img)
     left_out = {"left_out": dataset.left_out} if dataset.left_out else {}

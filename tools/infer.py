@@ -1,4 +1,4 @@
-"""Detect objects in pictures, draw them, and write one JSON file.
+"""Detect objects in pictures, draw them, and write them as JSON: detections.json in COCO's results format, and images.json.
 
 python tools/infer.py --weights runs/shapes/best.safetensors datasets/shapes/val --output runs/shapes/drawings
 python tools/infer.py --weights best.safetensors street.jpg "holiday/*.png" --score-thresh 0.3 --output found
@@ -22,6 +22,7 @@ from detector.checkpoint import load_checkpoint
 from detector.command_line import DEVICE_HELP, PATHS_HELP, exit_status, make_parser, report_skipped
 from detector.config import split_overrides
 from detector.data.images import list_images, load_or_reason
+from detector.engine import coco_results
 from detector.files import mark_output, write_atomically, write_json
 from detector.inference import DTYPES, choose_device
 from detector.names import drawing_paths
@@ -56,7 +57,7 @@ def main() -> int:
 def infer(args: argparse.Namespace) -> int:
     """Process every readable picture. Unreadable ones are named at the end, with exit status 1.
 
-    detections.json is written in any case, with the pictures that are done.
+    detections.json and images.json are written in any case, with the pictures that are done.
     """
     overrides, pictures = split_overrides(args.paths)
     unlisted: list[str] = []
@@ -74,6 +75,7 @@ def infer(args: argparse.Namespace) -> int:
     num_threads = _GPU_THREADS if on_gpu else _CPU_THREADS
     drawings = drawing_paths(paths, Path(args.output))
     mark_output(args.output)
+    ids = {path: number for number, path in enumerate(paths, start=1)}
     mine = processes.share(paths)
     found: list[dict[str, Any]] = []
     with Progress(len(mine), "infer", enabled=processes.is_main()) as progress, StopSignal() as stop:
@@ -96,7 +98,10 @@ def infer(args: argparse.Namespace) -> int:
             options = {"batch_size": batch_size, "num_threads": num_threads}
             stream = detector.stream(readable(), score_thresh=args.score_thresh, **options)
             done = ((*waiting.popleft(), detections) for detections in stream)
-            for entry in ahead(lambda each: draw(drawings[each[0]], *each, args.font), done, num_threads):
+            font = args.font
+            for entry in ahead(
+                lambda each: draw(ids[each[0]], drawings[each[0]], *each, font), done, num_threads
+            ):
                 found.append(entry)
                 progress.update(1)
         except KeyboardInterrupt:
@@ -105,31 +110,35 @@ def infer(args: argparse.Namespace) -> int:
             # The others never come to a process that failed.
             if sys.exc_info()[0] is None:
                 found, unreadable = (sum(processes.gather(each), []) for each in (found, unreadable))
+            found.sort(key=lambda entry: entry["id"])
+            results = [result for entry in found for result in entry.pop("results")]
             if processes.is_main():
-                order = {str(path): row for row, path in enumerate(paths)}
-                found.sort(key=lambda entry: order[entry["path"]])
-                content = {"weights": args.weights, "class_names": detector.class_names, "images": found}
-                write_json(Path(args.output) / "detections.json", content, indent=1)
+                classes = [{"id": label, "name": name} for label, name in enumerate(detector.class_names, 1)]
+                content = {"weights": args.weights, "images": found, "categories": classes}
+                write_json(Path(args.output) / "images.json", content, indent=1)
+                write_json(Path(args.output) / "detections.json", results)
     unreadable = unlisted + unreadable
-    count = sum(len(entry["detections"]) for entry in found)
     skipped = f", {len(unreadable)} skipped" if unreadable else ""
     print(
-        f"{count} objects in {len(found)} of {len(paths)} pictures{skipped}; "
+        f"{len(results)} objects in {len(found)} of {len(paths)} pictures{skipped}; "
         f"drawings and detections.json are in {args.output}"
     )
     status = report_skipped(unreadable if processes.is_main() else [])
     return 130 if stop.asked else status
 
 
-def draw(drawing: Path, path: Path, image: np.ndarray, found: Detections, font: str | None) -> dict[str, Any]:
-    """Write the (H, W, 3) picture with its detections, and return its entry in detections.json."""
+def draw(
+    number: int, drawing: Path, path: Path, image: np.ndarray, found: Detections, font: str | None
+) -> dict[str, Any]:
+    """Write the (H, W, 3) picture with its detections. Returns its entry in images.json, with its `results`."""
     save_drawing(image, found, drawing, font)
     return {
-        "path": str(path),
-        "drawing": str(drawing),
+        "id": number,
+        "file_name": str(path),
         "height": image.shape[0],
         "width": image.shape[1],
-        "detections": found.to_dicts(),
+        "drawing": str(drawing),
+        "results": coco_results(vars(found), number, list(range(1, len(found.class_names) + 1))),
     }
 
 

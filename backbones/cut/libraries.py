@@ -17,7 +17,7 @@ from ..weights import (
     import_timm,
     load_into,
     published_weights,
-    read_state_dict,
+    read_network,
     stored_preprocessing,
     timm_network,
     timm_tags,
@@ -58,7 +58,8 @@ def torchvision_backbone(
 def timm_backbone(
     name: str, *, weights: str | None = None, norm: str = "batch", frozen_stages: int = 0
 ) -> Backbone:
-    """A timm classifier, cut by `cut_classifier`. `weights` is one of timm's tags, such as "a1_in1k".
+    """A timm classifier, cut by `cut_classifier`. `weights` is one of timm's tags, such as "a1_in1k", or timm's full
+    name with the tag, such as "timm/resnet18.a1_in1k".
 
     Without a tag, mean and std are those of timm's default weights.
     """
@@ -66,7 +67,9 @@ def timm_backbone(
     def build(tag: str | None) -> tuple[nn.Module, Preprocessing]:
         return timm_network(name if tag is None else f"{name}.{tag}", pretrained=tag is not None)
 
-    return cut_classifier(f"timm/{name}", build, timm_tags(name), weights, norm, frozen_stages)
+    tags = timm_tags(name)
+    tag = str(weights).removeprefix("timm/").removeprefix(f"{name}.")
+    return cut_classifier(f"timm/{name}", build, tags, tag if tag in tags else weights, norm, frozen_stages)
 
 
 def cut_classifier(
@@ -119,7 +122,7 @@ def _tag(name: str, weights: str | None, published: list[str]) -> str | None:
 
 def _load_file(backbone: Backbone, path: str, uncut: set[str]) -> None:
     """Load a file in our layout or in the layout of the uncut network, whose keys are `uncut`."""
-    state = read_state_dict(path)
+    state = read_network(path)
     ours = {layer_path(key): key for key in backbone.state_dict()}
     dropped = uncut - set(ours)
     state = {ours.get(key, key): value for key, value in state.items() if key not in dropped}

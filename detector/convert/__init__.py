@@ -4,10 +4,13 @@ Each kind of file has one module here.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from backbones.messages import check_choice
 
+from ..checkpoint import refuse_training_state
 from .classifier import convert_classifier, is_resnet_classifier
 from .converted import Converted
 from .detectron2 import convert_detectron2, is_detectron2
@@ -20,7 +23,7 @@ Recognise = Callable[[set[str]], bool] | None
 # For each program: how its files are recognised by the names of their tensors (None: not guessed), the converter, and
 # the converter's options. timm's ResNets have torchvision's names and are taken for torchvision's.
 _SOURCES: dict[str, tuple[Recognise, Callable[..., Converted], tuple[str, ...]]] = {
-    "detectron2": (is_detectron2, convert_detectron2, ("class_names", "overrides")),
+    "detectron2": (is_detectron2, convert_detectron2, ("class_names", "overrides", "settings")),
     "msra": (is_msra, convert_msra, ()),
     "mmdetection": (is_mmdetection, convert_mmdetection, ("class_names", "overrides")),
     "jwyang": (None, refuse, ()),
@@ -60,21 +63,27 @@ def convert_file(
     class_names: tuple[str, ...] | None = None,
     overrides: tuple[str, ...] = (),
     backbone: str | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> tuple[str, Converted]:
     """Read and convert a checkpoint. Returns its source and the result. The source is guessed if it is None.
 
     class_names, overrides: for a detector. backbone: for a classifier that is not a ResNet, the name of its network.
+    settings: of Detectron2's config, for its detectors.
     ValueError: the file cannot be converted, or an option does not belong to its kind.
     """
     if source is not None:
         check_choice("source", source, SOURCES)
+    refuse_training_state(path)
     file = read_foreign(path)
     if source is None:
         source = guess_source(file, is_classifier=backbone is not None)
-    options = {"class_names": class_names, "overrides": overrides, "backbone": backbone}
+    options = {"class_names": class_names, "overrides": overrides, "backbone": backbone, "settings": settings}
     given = {name: value for name, value in options.items() if value}
     _, convert, accepted = _SOURCES[source]
     if wrong := [name for name in given if name not in accepted]:
         kind = "a detector, whose network is read from it" if "class_names" in accepted else "a classifier"
         raise ValueError(f"{path} is {kind}, of {source}: it takes no {' and '.join(wrong)}")
-    return source, convert(file, **given)
+    converted = convert(file, **given)
+    # A classifier's network is read once more, which says what was stripped.
+    notes = (file.note,) if file.note and "backbone" not in accepted else ()
+    return source, replace(converted, notes=notes + converted.notes)

@@ -2,7 +2,7 @@
 
 from backbones import create_backbone
 from backbones.resnet import TORCHVISION_NAMES
-from backbones.weights import rename
+from backbones.weights import ENCODERS, rename, unwrap
 
 from .architecture import name_resnet
 from .converted import BackboneWeights, Converted
@@ -12,7 +12,8 @@ _LAYERS = ("conv1.", "bn1.", "layer")
 
 
 def is_resnet_classifier(names: set[str]) -> bool:
-    return {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"} <= names
+    inside, _ = unwrap(dict.fromkeys(names), ENCODERS, any)
+    return {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"} <= inside.keys()
 
 
 def convert_classifier(file: ForeignFile, *, backbone: str | None = None) -> Converted:
@@ -29,5 +30,6 @@ def convert_classifier(file: ForeignFile, *, backbone: str | None = None) -> Con
 
 
 def _name(file: ForeignFile) -> dict[str, object]:
-    layers = {name: value for name, value in file.tensors.items() if name.startswith(_LAYERS)}
+    inside, _ = unwrap(file.tensors, ENCODERS, any)
+    layers = {name: value for name, value in inside.items() if name.startswith(_LAYERS)}
     return name_resnet(rename(layers, TORCHVISION_NAMES), str(file.path))

@@ -1,20 +1,23 @@
 """Convert Detectron2's C4 detectors: their names, their order of classes, and their conventions as our options."""
 
+import json
 import re
 from dataclasses import asdict
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backbones import Preprocessing
 from backbones.weights import NameTable, rename
 
 from ..checkpoint import Checkpoint
-from ..config import Config, parse_config
+from ..config import parse_config
+from ..files import read_text
 from ..model.anchors import MapAnchors
 from ..model.conventions import DETECTRON2
+from ..yaml_text import parse_yaml
 from .architecture import name_resnet
 from .class_names import choose_class_names
 from .converted import CAFFE_RESNET, Converted, check_fits, leave_out, refuse_prefixes
@@ -22,13 +25,30 @@ from .read import ForeignFile
 
 # Options of the config's section `model` in which Detectron2's C4 models differ from torchvision's detector.
 CONVENTIONS: dict[str, Any] = {
-    "conventions": "detectron2",
+    "conventions": {"name": "detectron2"},
     "rpn_pre_nms_top_n_train": 12000,
     "rpn_pre_nms_top_n_test": 6000,
     "rpn_post_nms_top_n_train": 2000,
     "rpn_post_nms_top_n_test": 1000,
 }
 BACKBONE_CONVENTIONS = {"stride_in": "1x1", "norm": "frozen", "frozen_stages": 2}
+
+# Settings of Detectron2's config, and ours of the same meaning in the section `model`.
+SETTINGS = {
+    "INPUT.MIN_SIZE_TEST": "min_size",
+    "INPUT.MAX_SIZE_TEST": "max_size",
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": "rpn_pre_nms_top_n_test",
+    "MODEL.RPN.POST_NMS_TOPK_TEST": "rpn_post_nms_top_n_test",
+    "MODEL.RPN.NMS_THRESH": "rpn_nms_thresh",
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": "box_score_thresh",
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": "box_nms_thresh",
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": "bbox_reg_weights",
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": "conventions.roi_align_sampling_ratio",
+    "TEST.DETECTIONS_PER_IMAGE": "box_detections_per_img",
+}
+# Under this key our exports hold the settings that their config needs. Detectron2 passes over it.
+STORED = "fasterrcnn_c4_settings"
+LICENCE = "note: Detectron2's model zoo has the licence CC BY-SA 3.0, and so have files converted from there"
 
 # Detectron2's names and ours, in the order of renaming. `#` stands for a number, ^ and $ for the ends of a name.
 _NAMES = (
@@ -73,6 +93,7 @@ _OTHERS = {
     "backbone.bottom_up.": "its backbone is a feature pyramid, where a C4 detector ends at res4",
     "roi_heads.box_head.": "its region head is fully connected, where a C4 detector's is res5",
     "backbone.res5.": "its res5 belongs to the trunk (DC5), where a C4 detector's is the region head",
+    "roi_heads.res5.norm.": "its res5 ends with one more norm (MoCo's Res5ROIHeadsExtraNorm), which ours has not",
     "head.": "it is a one-stage detector",
 }
 
@@ -122,40 +143,111 @@ def background_last(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return moved
 
 
-def convert_detectron2(
-    file: ForeignFile, *, class_names: tuple[str, ...] | None = None, overrides: tuple[str, ...] = ()
-) -> Converted:
-    """Convert a C4 detector. Its config has Detectron2's conventions; overrides: key=value settings of the config.
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings of a Detectron2 config file under dotted names, over those of its `_BASE_`. No code in it runs.
 
+    FileNotFoundError: a file is missing. ValueError: it is no such file.
+    """
+
+    def flat(values: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for key, value in values.items():
+            inside = flat(value) if isinstance(value, dict) else {"": value}
+            found |= {f"{key}.{name}".rstrip("."): each for name, each in inside.items()}
+        return found
+
+    try:
+        settings = flat(parse_yaml(read_text(path, 2**20)))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no config of Detectron2: {error}") from None
+    base = settings.pop("_BASE_", None)
+    return (read_settings(Path(path).parent / str(base)) if base else {"INPUT.FORMAT": "BGR"}) | settings
+
+
+def convert_detectron2(
+    file: ForeignFile,
+    *,
+    class_names: tuple[str, ...] | None = None,
+    overrides: tuple[str, ...] = (),
+    settings: dict[str, Any] | None = None,
+) -> Converted:
+    """Convert a C4 detector. Its config has Detectron2's conventions; overrides: key=value settings of our config.
+
+    settings: of Detectron2's config under dotted names, such as {"INPUT.FORMAT": "RGB"}. What they do not say, the file
+    may say. What neither says has Detectron2's default, and a note names it.
     ValueError: another architecture, other anchors, or the number of class names does not fit.
     """
+    source = str(file.path)
     state, notes = leave_out(file.tensors, _OTHER_HEADS)
-    refuse_prefixes(state, _OTHERS, str(file.path))
+    refuse_prefixes(state, _OTHERS, source)
     names = choose_class_names(
-        count_classes(state, PREDICTOR, ("cls_score", "bbox_pred"), str(file.path)), class_names
+        count_classes(state, PREDICTOR, ("cls_score", "bbox_pred"), source), class_names
     )
-    preprocessing = _preprocessing(state)
-    ours = detectron2_to_ours(state)
-    checkpoint = build_checkpoint(ours, CONVENTIONS, names, preprocessing, overrides, str(file.path))
-    _check_anchors(state, checkpoint.config, str(file.path))
-    return Converted(checkpoint, notes)
+    pixels = {
+        f"MODEL.{key.upper()}": state[key].flatten() for key in ("pixel_mean", "pixel_std") if key in state
+    }
+    # By way of text: 103.53, not 103.52999877929688.
+    stored = {name: [float(str(v)) for v in values.numpy()] for name, values in pixels.items()}
+    ours = file.rest.get(STORED)
+    said = {**(ours if isinstance(ours, dict) else {}), **stored, **(settings or {})}
+    mean, std = said.get("MODEL.PIXEL_MEAN", CAFFE_RESNET.mean), said.get("MODEL.PIXEL_STD", CAFFE_RESNET.std)
+    # ImageNet's means fall from red to blue.
+    assumed = {
+        "INPUT.FORMAT": "RGB" if "INPUT.FORMAT" not in said and mean[0] > mean[-1] else "BGR",
+        "MODEL.PIXEL_MEAN": mean,
+        "MODEL.PIXEL_STD": std,
+        "MODEL.RESNETS.STRIDE_IN_1X1": True,
+    }
+    told = _as_overrides(assumed | said)
+    ours, anchors = detectron2_to_ours(state), tuple(v for name, v in state.items() if "cell_anchors" in name)
+    checkpoint = build_checkpoint(ours, CONVENTIONS, names, (*told, *overrides), source, anchors)
+    if unsaid := [f"{name} {value}" for name, value in assumed.items() if name not in said]:
+        notes += (f"assumed, since the file does not say it: {', '.join(unsaid)}; see --config-file",)
+    return Converted(checkpoint, (*notes, LICENCE))
+
+
+def _as_overrides(said: dict[str, Any]) -> list[str]:
+    """Settings of Detectron2's config as `key=value` overrides of ours."""
+    pooler = said.get("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2")
+    ours = {
+        "preprocessing.channel_order": str(said["INPUT.FORMAT"]).lower(),
+        "preprocessing.mean": said["MODEL.PIXEL_MEAN"],
+        "preprocessing.std": said["MODEL.PIXEL_STD"],
+        "backbone.stride_in": "1x1" if said["MODEL.RESNETS.STRIDE_IN_1X1"] else "3x3",
+        "roi_pool": "max" if pooler == "ROIPool" else "align",
+        "conventions.roi_align_aligned": pooler == "ROIAlignV2",
+    }
+    for name, key in (("SIZES", "anchor_sizes"), ("ASPECT_RATIOS", "aspect_ratios")):
+        if lists := said.get(f"MODEL.ANCHOR_GENERATOR.{name}"):
+            ours[key] = lists[0] if isinstance(lists, list) else lists
+    ours |= {key: said[name] for name, key in SETTINGS.items() if name in said}
+    return [f"model.{key}={json.dumps(value, default=str)}" for key, value in ours.items()]
 
 
 def build_checkpoint(
     state: dict[str, Tensor],
     conventions: dict[str, Any],
     class_names: tuple[str, ...],
-    preprocessing: Preprocessing,
     overrides: tuple[str, ...],
     source: str,
+    anchors: tuple[Tensor, ...] = (),
 ) -> Checkpoint:
-    """A checkpoint of our weights and the config that they need. ValueError: they do not fit each other."""
+    """A checkpoint of our weights and the config that they need. ValueError: they do not fit each other.
+
+    anchors: those that the file holds, each (A, 4). Their order is: for each size, for each ratio h/w.
+    """
     backbone = name_resnet(rename(state, AS_BACKBONE), source) | BACKBONE_CONVENTIONS
-    model = {"backbone": backbone, **conventions, "preprocessing": asdict(preprocessing)}
+    model = {"backbone": backbone, **conventions, "preprocessing": asdict(CAFFE_RESNET)}
     config = parse_config({"model": model}, overrides, source=f"the config for {source}")
-    if config.model.preprocessing is not None:
-        preprocessing = config.model.preprocessing
-    checkpoint = Checkpoint(state, config, class_names, preprocessing)
+    sizes, ratios = config.model.anchor_sizes, config.model.aspect_ratios
+    wanted = MapAnchors(sizes, ratios, DETECTRON2).cell_anchors[0]
+    fit = all(a.shape == wanted.shape and torch.allclose(a, wanted, atol=1e-3) for a in anchors)
+    if not fit or len(state.get("rpn.head.cls_logits.bias", wanted)) != len(wanted):
+        raise ValueError(
+            f"{source} has other anchors than sizes {sizes} and ratios {ratios}: "
+            "set model.anchor_sizes=[...] and model.aspect_ratios=[...]"
+        )
+    checkpoint = Checkpoint(state, config, class_names, config.model.preprocessing or CAFFE_RESNET)
     check_fits(checkpoint, source)
     return checkpoint
 
@@ -177,36 +269,3 @@ def count_classes(state: dict[str, Tensor], head: str, layers: tuple[str, str], 
             f"it has {len(deltas)}"
         )
     return num_classes
-
-
-def _preprocessing(state: dict[str, Tensor]) -> Preprocessing:
-    """The preprocessing with the file's mean and deviation, or Caffe's if it has none.
-
-    The order is BGR, or RGB if the first mean is larger than the last, as in ImageNet's RGB means.
-    """
-    if "pixel_mean" not in state or "pixel_std" not in state:
-        return CAFFE_RESNET
-    stored = [state[f"pixel_{name}"].flatten().float().numpy() for name in ("mean", "std")]
-    # By way of text: 103.53, not 103.52999877929688.
-    mean, std = (tuple(float(str(v)) for v in values) for values in stored)
-    return Preprocessing(mean, std, "rgb" if mean[0] > mean[2] else "bgr", 255.0)
-
-
-def _check_anchors(state: dict[str, Tensor], config: Config, source: str) -> None:
-    """Compare the anchors (A, 4) that old files hold with those of the config. ValueError: they differ.
-
-    Their order is: for each size, for each ratio h/w.
-    """
-    stored = [value for name, value in state.items() if "cell_anchors" in name]
-    if not stored:
-        return
-    wanted = MapAnchors(config.model.anchor_sizes, config.model.aspect_ratios, DETECTRON2).cell_anchors[0]
-    if (
-        len(stored) != 1
-        or stored[0].shape != wanted.shape
-        or not torch.allclose(stored[0], wanted, atol=1e-3)
-    ):
-        raise ValueError(
-            f"{source} has other anchors than sizes {config.model.anchor_sizes} and ratios "
-            f"{config.model.aspect_ratios}: set model.anchor_sizes=[...] and model.aspect_ratios=[...]"
-        )

@@ -52,7 +52,7 @@ _OTHERS = {
 
 
 def is_mmdetection(names: set[str]) -> bool:
-    return any(name.startswith(("rpn_head.rpn_", "roi_head.", "bbox_head.", "neck.")) for name in names)
+    return any(name.startswith(("rpn_head.rpn_", "roi_head.", "bbox_head.")) for name in names)
 
 
 def convert_mmdetection(
@@ -71,8 +71,9 @@ def convert_mmdetection(
     num_classes = count_classes(state, "roi_head.bbox_head", ("fc_cls", "fc_reg"), source)
     names = choose_class_names(num_classes, class_names, _stored_names(file.rest))
     ours = background_first(rename(state, _TO_OURS))
-    checkpoint = build_checkpoint(ours, MMDETECTION_CONVENTIONS, names, CAFFE_RESNET, overrides, source)
-    return Converted(checkpoint, notes)
+    checkpoint = build_checkpoint(ours, MMDETECTION_CONVENTIONS, names, overrides, source)
+    assumed = f"assumed: {CAFFE_RESNET}, stride in the 1x1; model.preprocessing and model.backbone say others"
+    return Converted(checkpoint, (*notes, assumed))
 
 
 def _stored_names(rest: dict[str, Any]) -> list[str] | None:

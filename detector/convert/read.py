@@ -9,21 +9,24 @@ import torch
 from torch import Tensor
 
 from backbones.reading import PICKLE, ZIP, load_tensors, read
+from backbones.weights import NETWORKS, find_network, unwrap
 
 from .unpickler import load_plain
 
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a torch file from before torch 1.6
-# The keys under which files hold the network: of Detectron2 and jwyang, of MMDetection, of Caffe2.
-_NETWORKS = ("model", "state_dict", "blobs")
 
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """The tensors of a file under its own names, floats as float32. rest: the other entries of the file."""
+    """The tensors of a file under its own names, floats as float32.
+
+    rest: the other entries of the file. note: what was stripped from all names, or "".
+    """
 
     path: Path
     tensors: dict[str, Tensor]
     rest: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 def read_foreign(path: str | Path) -> ForeignFile:
@@ -35,12 +38,12 @@ def read_foreign(path: str | Path) -> ForeignFile:
     content = read(path, _load)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, no dictionary of tensors")
-    network = next((content[key] for key in _NETWORKS if isinstance(content.get(key), dict)), None)
-    rest = {} if network is None else {k: v for k, v in content.items() if k not in _NETWORKS}
-    tensors = _tensors(content if network is None else network)
+    network = find_network(content)
+    rest = {k: v for k, v in content.items() if network is not content and k not in NETWORKS}
+    tensors, note = unwrap(_tensors(network))
     if not tensors:
         raise ValueError(f"{path} holds no tensors; its entries: {', '.join(map(str, list(content)[:5]))}")
-    return ForeignFile(path, tensors, rest)
+    return ForeignFile(path, tensors, rest, note)
 
 
 def _load(path: Path) -> Any:
@@ -55,15 +58,10 @@ def _load(path: Path) -> Any:
 
 
 def _tensors(network: dict) -> dict[str, Tensor]:
-    """The arrays and tensors of a dictionary as tensors, floats as float32. Momenta of a training are left out.
-
-    The prefix "module." of a DataParallel wrapper is removed if every name has it.
-    """
+    """The arrays and tensors of a dictionary as tensors, floats as float32. Momenta of a training are left out."""
     found = {
         str(name): torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in network.items()
         if isinstance(value, (Tensor, np.ndarray)) and not str(name).endswith("_momentum")
     }
-    if found and all(name.startswith("module.") for name in found):
-        found = {name.removeprefix("module."): value for name, value in found.items()}
     return {name: v.float() if v.is_floating_point() else v for name, v in found.items()}

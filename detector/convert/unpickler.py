@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from backbones.reading import NOTHING, Nothing
+
 
 class ForbiddenNameError(pickle.UnpicklingError):
     """A pickle names something that is neither an array nor a plain container; `name` holds that name."""
@@ -90,6 +92,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 _STANDS_FOR: dict[tuple[str, str], Any] = {
+    **{tuple(name.rsplit(".", 1)): Nothing for name in NOTHING},
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _encode,
     ("__builtin__", "bytes"): _no_bytes,

@@ -8,7 +8,6 @@ reference count, which copies its page of memory into each worker.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -170,7 +169,7 @@ class DetectionDataset(Dataset):
         "unmatched".
         """
         images = [
-            {"id": image_id, "file_name": Path(path).name, "height": height, "width": width}
+            {"id": image_id, "file_name": path, "height": height, "width": width}
             for image_id, path, (height, width) in zip(
                 self.image_ids.tolist(), self.image_paths.tolist(), self.image_sizes.tolist(), strict=True
             )

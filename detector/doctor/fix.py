@@ -124,6 +124,6 @@ def _clean(part: Part, opened: Mapping[str, Opened], names: tuple[str, ...]) -> 
 def _coco(dataset: DetectionDataset, root: Path) -> dict:
     """COCO's dict with file names relative to `root`."""
     content = dataset.to_coco()
-    for image, path in zip(content["images"], dataset.image_paths.tolist(), strict=True):
-        image["file_name"] = Path(os.path.relpath(path, root)).as_posix()
+    for image in content["images"]:
+        image["file_name"] = Path(os.path.relpath(image["file_name"], root)).as_posix()
     return content

@@ -37,6 +37,8 @@ COCO_METRICS = {
 }
 """The twelve numbers in the order of `COCOeval.stats`, and the condition that each adds."""
 
+# The ids of a result, and the section of COCO's file that names them.
+_NAMED = {"image_id": ("images", "file_name"), "category_id": ("categories", "name")}
 RESULT_KEYS = ("image_id", "category_id", "bbox", "score")
 
 
@@ -111,13 +113,61 @@ def format_coco(metrics: Mapping[str, Any]) -> str:
 
 
 def load_results(path: str | Path, ground_truth: dict | None = None) -> list[dict]:
-    """Read a JSON file in COCO's results format, and check it as `check_results` does."""
+    """Read a JSON file in COCO's results format, and check it as `check_results` does.
+
+    Where a result has a file name, its stem or a class name in place of an id of `ground_truth`, it gets the id. An
+    `images.json` beside the file says what its ids stand for.
+    """
     results = read_json(path)
+    if ground_truth is not None and isinstance(results, list):
+        _set_ids(results, ground_truth, names_beside(path))
     try:
         check_results(results, ground_truth)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return results
+
+
+def names_beside(path: str | Path) -> dict[str, dict]:
+    """What the ids of a results file stand for, by the `images.json` beside it: key -> id -> name. {}: there is none."""
+    beside = Path(path).with_name("images.json")
+    if not beside.is_file():
+        return {}
+    content = read_json(beside)
+    try:
+        return {key: {e["id"]: e[name] for e in content[section]} for key, (section, name) in _NAMED.items()}
+    except (KeyError, TypeError):
+        raise ValueError(f"{beside}: accepted are COCO's images with file_name and its categories") from None
+
+
+def _accepted_ids(ground_truth: dict) -> dict[str, dict]:
+    """The ids that results may have: key -> id -> name, or None where an id has no name."""
+    return {key: {e["id"]: e.get(name) for e in ground_truth[part]} for key, (part, name) in _NAMED.items()}
+
+
+def _set_ids(results: list, ground_truth: dict, beside: dict[str, dict]) -> None:
+    """Replace names in results, which are changed, by ids of the ground truth. A name that it lacks stays."""
+    for key, entries in _accepted_ids(ground_truth).items():
+        name = _NAMED[key][1]
+        rows = [r for r in results if isinstance(r, dict) and isinstance(r.get(key), (int, str))]
+        names = [beside[key].get(row[key]) if beside else row.get(name, row[key]) for row in rows]
+        if not any(isinstance(each, str) for each in names) and all(each in entries for each in names):
+            continue
+        ids: dict[str, Any] = {}
+        for number, text in entries.items():
+            stem = Path(str(text)).stem
+            as_number = str(int(stem)) if stem.isdecimal() else stem
+            for each in {*_endings(text), stem, as_number} if key == "image_id" else {text}:
+                # None: several have it.
+                ids[each] = None if each in ids else number
+        for row, text in zip(rows, names, strict=True):
+            row[key] = next((ids[each] for each in _endings(text) if ids.get(each) is not None), text)
+
+
+def _endings(path: Any) -> list[str]:
+    """A path, and what is left of it without its first folders: a/b.jpg, b.jpg."""
+    parts = Path(str(path)).parts
+    return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
 def check_results(results: list[dict], ground_truth: dict | None = None) -> None:
@@ -131,8 +181,7 @@ def check_results(results: list[dict], ground_truth: dict | None = None) -> None
     if not isinstance(results, list):
         keys = ", ".join(RESULT_KEYS)
         raise ValueError(f"results are a {type(results).__name__}; accepted is a list of dicts with {keys}")
-    sections = {} if ground_truth is None else {"image_id": "images", "category_id": "categories"}
-    accepted = {key: dict.fromkeys(e["id"] for e in ground_truth[name]) for key, name in sections.items()}
+    accepted = {} if ground_truth is None else _accepted_ids(ground_truth)
     for index, result in enumerate(results):
         fault = _fault(result, accepted)
         if fault:
@@ -170,7 +219,8 @@ def _fault(result: Any, accepted: Mapping[str, dict]) -> str | None:
         return f"has no {', '.join(missing)}; it has {', '.join(map(str, result))[:200] or 'no keys'}"
     for key, ids in accepted.items():
         if not isinstance(result[key], Hashable) or result[key] not in ids:
-            some = ", ".join(map(repr, list(ids)[:5])) + ", ..." * (len(ids) > 5)
+            named = [f"{number!r} ({name})" if name else repr(number) for number, name in ids.items()]
+            some = ", ".join(named[:5]) + ", ..." * (len(ids) > 5)
             return f"unknown {key} {shown(result[key])}; the ground truth has {len(ids)}: {some}"
     if not _is_finite(result["score"]):
         return f"score is {shown(result['score'])}; accepted is a finite number"
