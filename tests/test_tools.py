@@ -498,7 +498,7 @@ def test_a_process_that_fails_in_infer_says_so_and_waits_for_no_other(
     monkeypatch.setattr("detector.inference.Detector.stream", fail)
     status, _, error = run_tool("infer", "--weights", weights, pictures, "--output", tmp_path / "out")
     assert status == 1 and error.strip().endswith("error: No space left on device")
-    assert json.loads((tmp_path / "out/detections.json").read_text())["images"] == []
+    assert json.loads((tmp_path / "out/images.json").read_text())["images"] == []
 
 
 def test_a_picture_that_vanishes_is_skipped(run_tool, weights, pictures, tmp_path, monkeypatch):
