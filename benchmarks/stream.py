@@ -42,7 +42,13 @@ def measure_stream(
         target = Path(folder) / "drawing.jpg"
         pairs = list(zip(images, chain.from_iterable(found), strict=True))
         parts["drawing"], _ = _measure(lambda pair: infer.save_drawing(*pair, target), pairs)
-        options = {"score_thresh": 0.5, "device": device, "batch_size": batch_size, "dtype": dtype}
+        options = {
+            "score_thresh": 0.5,
+            "device": device,
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "font": None,
+        }
         args = Namespace(paths=list(map(str, paths)), weights=weights, output=folder, **options)
         before = memory_mb()
         parts["whole"], (status,) = _measure(infer.infer, [args])

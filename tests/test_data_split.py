@@ -141,7 +141,7 @@ def test_a_written_split_fits_data_that_have_moved(tiny_shapes, tmp_path, place)
     (tmp_path / "data").rename(tmp_path / "moved")
     data = DataConfig(root=tmp_path / "moved", train=[source | {"pictures": files["train"]}])
     again = build_dataset(data, "train")
-    assert again.to_coco() == dataset.subset(np.arange(3)).to_coco()
+    assert again.to_coco()["annotations"] == dataset.subset(np.arange(3)).to_coco()["annotations"]
     assert again.image_paths[0].startswith(str(tmp_path / "moved"))
 
 

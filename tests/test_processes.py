@@ -436,9 +436,8 @@ def count_drawn(root):
         for module, name in ((detector.data.shapes, "_write_split"), (detector.classify.shapes, "_write")):
             write = getattr(module, name)
             patch.setattr(module, name, lambda *args, write=write: (drawn.append(args), write(*args)))
-        found = DetectionShapes(format="shapes", split="train", num_train=8, num_val=4).load(
-            root / "detection"
-        )
+        source = DetectionShapes(format="shapes", split="train", num_train=8, num_val=4)
+        found = source.select(source.read(root / "detection"), root / "detection")
         labelled = LabelledShapes(format="shapes", root=root / "labelled", num_train=6, num_test=2).load(
             "test"
         )
