@@ -25,11 +25,11 @@ class NpzFolder:
     def __init__(self, folder: str | Path, images: Sequence[Path]) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.names = file_names(images)
+        self.files = {image: self.folder / f"{name}.npz" for image, name in file_names(images).items()}
 
     def is_done(self, image: Path) -> bool:
         """Whether the picture has its file already. ValueError: the file is of another picture."""
-        file = self.folder / f"{self.names[image]}.npz"
+        file = self.files[image]
         if not file.exists():
             return False
         with np.load(file) as stored:
@@ -42,8 +42,7 @@ class NpzFolder:
     def write(self, image: Path, regions: RegionFeatures) -> None:
         arrays = {name: v.numpy() for name, v in vars(regions).items() if isinstance(v, Tensor)}
         arrays |= {"image_size": np.array(regions.image_size), "path": np.array(str(image))}
-        file = self.folder / f"{self.names[image]}.npz"
-        write_atomically(file, lambda temporary: np.savez(temporary, **arrays))
+        write_atomically(self.files[image], lambda temporary: np.savez(temporary, **arrays))
 
 
 class TsvFile:
