@@ -4,7 +4,6 @@ Both continue where a run stopped.
 """
 
 import base64
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,9 +55,15 @@ class TsvFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         self.ids = image_ids(images)
-        _drop_torn_line(self.path)
-        with open(self.path, encoding="utf-8", newline="") as file:
-            self.done = {line.split("\t", 1)[0] for line in file}
+        self.done: set[str] = set()
+        end = 0
+        with open(self.path, "r+b") as file:
+            for line in file:
+                # A stopped run may have left half a line, which is the last.
+                if line.endswith(b"\n"):
+                    self.done.add(line.split(b"\t", 1)[0].decode())
+                    end += len(line)
+            file.truncate(end)
 
     def is_done(self, image: Path) -> bool:
         return self.ids[image] in self.done
@@ -71,13 +76,3 @@ class TsvFile:
         with open(self.path, "a", encoding="utf-8", newline="") as file:
             file.write("\t".join(map(str, row)) + "\n")
         self.done.add(self.ids[image])
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut the file after its last whole line. A stopped run may have left half a line."""
-    if not path.stat().st_size:
-        return
-    with open(path, "r+b") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            end = content.rfind(b"\n") + 1
-        file.truncate(end)
