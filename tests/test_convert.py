@@ -855,6 +855,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_and_nothing_is_writ
         (["--output", "OUT.safetensors", "--from", "msra"], "holds no ResNet"),
         (["--output", "OUT.safetensors", "--from", "mmdetection"], "no roi_head.shared_head.layer4"),
         (["--output", "OUT.pkl", "--to", "detectron2"], "is not a checkpoint of this project"),
+        (["--output", "OUT.pkl", "--to", "detectron2", "--channel-order", "rgb"], "and --output alone"),
     ],
 )
 def test_wrong_arguments_are_refused_and_nothing_is_written(convert, tmp_path, arguments, message):

@@ -65,14 +65,12 @@ def convert(args: argparse.Namespace) -> None:
         settings=said,
     )
     save_converted(args.output, converted.result)
-    print(f"{args.file}: {source}" + ("" if args.source else " (by the names of its tensors)"))
-    for note in converted.notes:
-        print(note)
-    print(describe(converted.result, args.output))
+    found = f"{args.file}: {source}" + ("" if args.source else " (by the names of its tensors)")
+    print(found, *converted.notes, describe(converted.result, args.output), sep="\n")
 
 
 def export(args: argparse.Namespace) -> None:
-    if args.source or args.overrides or args.class_names or args.backbone:
+    if any(value for name, value in vars(args).items() if name not in ("file", "to", "output")):
         raise ValueError("--to takes a checkpoint of ours and --output alone")
     print(*write_detectron2(load_checkpoint(args.file), args.file, args.output), sep="\n")
 
