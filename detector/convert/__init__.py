@@ -19,10 +19,9 @@ from .msra import convert_msra, is_msra
 from .read import ForeignFile, read_foreign
 from .refused import REASONS, refuse_jwyang
 
-Recognise = Callable[[set[str]], bool] | None
 # For each program: how its files are recognised by the names of their tensors (None: not guessed), the converter, and
 # the converter's options. timm's ResNets have torchvision's names and are taken for torchvision's.
-_SOURCES: dict[str, tuple[Recognise, Callable[..., Converted], tuple[str, ...]]] = {
+_SOURCES: dict[str, tuple[Callable[[set[str]], bool] | None, Callable[..., Converted], tuple[str, ...]]] = {
     "detectron2": (is_detectron2, convert_detectron2, ("class_names", "overrides", "settings")),
     "msra": (is_msra, convert_msra, ()),
     "mmdetection": (is_mmdetection, convert_mmdetection, ("class_names", "overrides")),
@@ -74,8 +73,8 @@ def convert_file(path: str | Path, source: str | None = None, **options: Any) ->
     given = {name: value for name, value in options.items() if value}
     _, convert, accepted = _SOURCES[source]
     if wrong := [name for name in given if name not in accepted]:
-        kind = "a detector, whose network is read from it" if "class_names" in accepted else "a classifier"
-        raise ValueError(f"{path} is {kind}, of {source}: it takes no {' and '.join(wrong)}")
+        kinds = ", ".join(accepted) or "none"
+        raise ValueError(f"{path} is of {source}: it takes no {' and '.join(wrong)}; accepted: {kinds}")
     converted = convert(file, **given)
     # A classifier's network is read once more, which says what was stripped.
     notes = (file.note,) if file.note and "backbone" not in accepted else ()

@@ -117,7 +117,10 @@ def detectron2_to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def ours_to_detectron2(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `detectron2_to_ours`."""
     learned = {name: value for name, value in state.items() if not _CONSTANTS.search(name)}
-    return rename(rename(background_last(learned), AS_BACKBONE), _TO_THEIRS)
+    for kind in ("weight", "bias"):
+        scores, deltas = f"{PREDICTOR}.cls_score.{kind}", f"{PREDICTOR}.bbox_pred.{kind}"
+        learned[scores], learned[deltas] = learned[scores].roll(-1, dims=0), learned[deltas][4:]
+    return rename(rename(learned, AS_BACKBONE), _TO_THEIRS)
 
 
 def background_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -131,15 +134,6 @@ def background_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
             moved[name] = rows.roll(1, dims=0)
         if name.startswith(f"{PREDICTOR}.bbox_pred."):
             moved[name] = torch.cat([torch.zeros_like(rows[:4]), rows])
-    return moved
-
-
-def background_last(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `background_first`."""
-    moved = dict(state)
-    for kind in ("weight", "bias"):
-        scores, deltas = f"{PREDICTOR}.cls_score.{kind}", f"{PREDICTOR}.bbox_pred.{kind}"
-        moved[scores], moved[deltas] = state[scores].roll(-1, dims=0), state[deltas][4:]
     return moved
 
 

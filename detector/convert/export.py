@@ -42,25 +42,16 @@ def resnet_options(checkpoint: Checkpoint, source: str) -> dict[str, Any]:
 
 def export_detectron2(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The tensors under Detectron2's names, with the RPN's channels in its order: for each size, for each ratio."""
-    state = checkpoint.state_dict
-    if checkpoint.config.model.conventions.anchor_order != "size_major":
-        state = _size_major(state, checkpoint)
-    image = checkpoint.preprocessing
+    state, model, image = dict(checkpoint.state_dict), checkpoint.config.model, checkpoint.preprocessing
+    if model.conventions.anchor_order != "size_major":
+        shape = (len(model.aspect_ratios), len(model.anchor_sizes))
+        order = torch.arange(shape[0] * shape[1]).view(shape).T.flatten()
+        for layer, rows in (("cls_logits", 1), ("bbox_pred", 4)):
+            for kind in ("weight", "bias"):
+                name = f"rpn.head.{layer}.{kind}"
+                state[name] = state[name].unflatten(0, (-1, rows))[order].flatten(0, 1)
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 / image.scale for values in (image.mean, image.std))
     return {**ours_to_detectron2(state), "pixel_mean": mean, "pixel_std": std}
-
-
-def _size_major(state: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Reorder the RPN's output channels from "ratio_major" to "size_major"."""
-    model = checkpoint.config.model
-    shape = (len(model.aspect_ratios), len(model.anchor_sizes))
-    order = torch.arange(shape[0] * shape[1]).view(shape).T.flatten()
-    moved = dict(state)
-    for layer, rows in (("cls_logits", 1), ("bbox_pred", 4)):
-        for kind in ("weight", "bias"):
-            name = f"rpn.head.{layer}.{kind}"
-            moved[name] = state[name].unflatten(0, (-1, rows))[order].flatten(0, 1)
-    return moved
 
 
 def save_detectron2(path: str | Path, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
