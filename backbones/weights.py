@@ -5,7 +5,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
@@ -163,15 +163,6 @@ def from_torchvision(name: str, weights: str, load: Callable[[WeightsEnum], T]) 
     return loaded, Preprocessing(transforms.mean, transforms.std)
 
 
-def _torchvision_names(name: str) -> list[str]:
-    """The names of torchvision's weights for a backbone; none where torchvision has no such network."""
-    try:
-        entries = get_model_weights(name).__members__
-    except ValueError:
-        return []
-    return [entry.replace("IMAGENET1K_", "imagenet_").lower() for entry in entries if entry != "DEFAULT"]
-
-
 def _timm_architecture(name: str) -> str | None:
     family, depth = re.fullmatch(r"(.*?)(\d*)", name).groups()
     return f"{TIMM_ARCHITECTURES[family]}{depth}" if family in TIMM_ARCHITECTURES else None
@@ -201,20 +192,22 @@ def timm_tags(architecture: str) -> list[str]:
     return [full_name.partition(".")[2] for full_name in import_timm().list_pretrained(f"{architecture}.*")]
 
 
-def _timm_names(name: str) -> list[str]:
-    """The "timm/TAG" names for a backbone; none where timm is not installed."""
-    architecture = _timm_architecture(name)
-    if architecture is None or importlib.util.find_spec("timm") is None:
-        return []
-    return [f"timm/{tag}" for tag in timm_tags(architecture)]
-
-
 def published_weights(name: str) -> list[str]:
     """The published names that `weights=` takes for a backbone. None of them is a default that may change.
 
     torchvision's are "imagenet_v1" and "imagenet_v2". timm's are "timm/TAG", listed only where timm is installed.
     """
-    return sorted({*_torchvision_names(name), *_timm_names(name)})
+    names: list[str] = []
+    # torchvision does not have every network.
+    with suppress(ValueError):
+        entries = get_model_weights(name).__members__
+        names += [
+            entry.replace("IMAGENET1K_", "imagenet_").lower() for entry in entries if entry != "DEFAULT"
+        ]
+    architecture = _timm_architecture(name)
+    if architecture is not None and importlib.util.find_spec("timm") is not None:
+        names += [f"timm/{tag}" for tag in timm_tags(architecture)]
+    return sorted(names)
 
 
 def is_published(weights: object) -> bool:

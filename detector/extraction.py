@@ -80,16 +80,15 @@ def _settings(
     checkpoint: Checkpoint, weights_path: str, regions: str, boxes_path: str | None
 ) -> dict[str, Any]:
     """The settings that the vectors depend on, and the class names of their labels."""
-    digest = {
-        path: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        for path in (weights_path, boxes_path)
-        if path is not None
-    }
+
+    def sha256(path: str) -> str:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
     return {
-        "weights_sha256": digest[weights_path],
+        "weights_sha256": sha256(weights_path),
         "model": checkpoint.config.model.model_dump(mode="json"),
         "regions": regions if boxes_path is None else "boxes",
-        "boxes_sha256": digest.get(boxes_path),
+        "boxes_sha256": None if boxes_path is None else sha256(boxes_path),
         "class_names": ["background", *checkpoint.class_names],
     }
 

@@ -4,7 +4,6 @@ Both continue where a run stopped.
 """
 
 import base64
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,11 +24,11 @@ class NpzFolder:
     def __init__(self, folder: str | Path, images: Sequence[Path]) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.names = file_names(images)
+        self.files = {image: self.folder / f"{name}.npz" for image, name in file_names(images).items()}
 
     def is_done(self, image: Path) -> bool:
         """Whether the picture has its file already. ValueError: the file is of another picture."""
-        file = self.folder / f"{self.names[image]}.npz"
+        file = self.files[image]
         if not file.exists():
             return False
         with np.load(file) as stored:
@@ -42,8 +41,7 @@ class NpzFolder:
     def write(self, image: Path, regions: RegionFeatures) -> None:
         arrays = {name: v.numpy() for name, v in vars(regions).items() if isinstance(v, Tensor)}
         arrays |= {"image_size": np.array(regions.image_size), "path": np.array(str(image))}
-        file = self.folder / f"{self.names[image]}.npz"
-        write_atomically(file, lambda temporary: np.savez(temporary, **arrays))
+        write_atomically(self.files[image], lambda temporary: np.savez(temporary, **arrays))
 
 
 class TsvFile:
@@ -57,9 +55,15 @@ class TsvFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         self.ids = image_ids(images)
-        _drop_torn_line(self.path)
-        with open(self.path, encoding="utf-8", newline="") as file:
-            self.done = {line.split("\t", 1)[0] for line in file}
+        self.done: set[str] = set()
+        end = 0
+        with open(self.path, "r+b") as file:
+            for line in file:
+                # A stopped run may have left half a line, which is the last.
+                if line.endswith(b"\n"):
+                    self.done.add(line.split(b"\t", 1)[0].decode())
+                    end += len(line)
+            file.truncate(end)
 
     def is_done(self, image: Path) -> bool:
         return self.ids[image] in self.done
@@ -72,13 +76,3 @@ class TsvFile:
         with open(self.path, "a", encoding="utf-8", newline="") as file:
             file.write("\t".join(map(str, row)) + "\n")
         self.done.add(self.ids[image])
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut the file after its last whole line. A stopped run may have left half a line."""
-    if not path.stat().st_size:
-        return
-    with open(path, "r+b") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            end = content.rfind(b"\n") + 1
-        file.truncate(end)

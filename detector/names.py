@@ -29,7 +29,8 @@ def file_names(images: Sequence[Path]) -> dict[Path, str]:
     taken: set[str] = set()
     for image in images:
         base = image.stem if stems[image.stem] == 1 else f"{image.resolve().parent.name}_{image.stem}"
-        base = _cut(base)
+        if len(encoded := os.fsencode(base)) > _MAX_BYTES:
+            base = encoded[:_MAX_BYTES].decode("utf-8", "ignore")
         name, number = base, 1
         while name in taken:
             number += 1
@@ -37,11 +38,6 @@ def file_names(images: Sequence[Path]) -> dict[Path, str]:
         names[image] = name
         taken.add(name)
     return names
-
-
-def _cut(name: str) -> str:
-    encoded = os.fsencode(name)
-    return name if len(encoded) <= _MAX_BYTES else encoded[:_MAX_BYTES].decode("utf-8", "ignore")
 
 
 def image_ids(images: Sequence[Path]) -> dict[Path, str]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from .names import escaped
@@ -60,11 +61,8 @@ def format_duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "unknown time"
     total = round(seconds)
-    for size, unit, small_size, small_unit in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    for (size, unit), (small_size, small_unit) in pairwise(units):
         if total >= size:
             rest = total % size // small_size
             return f"{total // size} {unit} {rest} {small_unit}" if rest else f"{total // size} {unit}"

@@ -281,7 +281,7 @@ def test_anchors_of_a_stock_detector_are_reordered_for_detectron2(tiny_config):
     with torch.no_grad():
         model.rpn.head.cls_logits.bias.copy_(torch.arange(6))
         model.rpn.head.bbox_pred.bias.copy_(torch.arange(24))
-    state = export_detectron2(Checkpoint(model.state_dict(), config, ("a", "b", "c", "d")), "it")
+    state = export_detectron2(Checkpoint(model.state_dict(), config, ("a", "b", "c", "d")))
     head = "proposal_generator.rpn_head"
     # for each ratio each size: 0 1 2 | 3 4 5 -> for each size each ratio: 0 3 | 1 4 | 2 5
     assert state[f"{head}.objectness_logits.bias"].tolist() == [0, 3, 1, 4, 2, 5]
@@ -855,6 +855,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_and_nothing_is_writ
         (["--output", "OUT.safetensors", "--from", "msra"], "holds no ResNet"),
         (["--output", "OUT.safetensors", "--from", "mmdetection"], "no roi_head.shared_head.layer4"),
         (["--output", "OUT.pkl", "--to", "detectron2"], "is not a checkpoint of this project"),
+        (["--output", "OUT.pkl", "--to", "detectron2", "--channel-order", "rgb"], "and --output alone"),
     ],
 )
 def test_wrong_arguments_are_refused_and_nothing_is_written(convert, tmp_path, arguments, message):

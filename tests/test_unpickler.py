@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from detector.convert.read import read_foreign
-from detector.convert.unpickler import ForbiddenNameError, PlainUnpickler, load_plain
+from detector.convert.unpickler import PlainUnpickler, load_plain
 
 ARRAYS = {
     "float": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -99,7 +99,7 @@ def test_a_malicious_torch_file_is_refused_by_name_and_does_not_run(tmp_path, is
 def test_no_other_name_is_looked_up(module, name):
     pickled = b"\x80\x04\x8c" + bytes([len(module)]) + module.encode()
     pickled += b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93."
-    with pytest.raises(ForbiddenNameError, match=f"asks for {module}.{name}"):
+    with pytest.raises(pickle.UnpicklingError, match=f"asks for {module}.{name}"):
         PlainUnpickler(io.BytesIO(pickled)).load()
 
 

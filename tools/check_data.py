@@ -16,7 +16,7 @@ from detector.command_line import DEVICE_HELP, exit_status, make_parser
 from detector.config import Config, load_config, parse_config
 from detector.data.find import FORMATS, find_data, is_recipe
 from detector.doctor.anchors import describe_objects
-from detector.doctor.check import Examination, examine
+from detector.doctor.check import examine
 from detector.doctor.cost import describe_cost, time_step
 from detector.doctor.findings import exit_status_of, format_findings
 from detector.doctor.fix import write_clean
@@ -58,7 +58,11 @@ def check(args: argparse.Namespace) -> int:
         if args.time:
             print(time_step(found.parts, config, choose_device(args.device)))
     if args.output:
-        _write(found, Path(args.output))
+        folder = Path(args.output)
+        mark_output(folder)
+        write_json(folder / "findings.json", [asdict(finding) for finding in found.findings], indent=1)
+        drawn = save_sheet(folder / "worst.jpg", found.findings, found.parts, found.opened)
+        print(f"\n{'findings.json and worst.jpg are' if drawn else 'findings.json is'} in {folder}")
     if args.fix:
         told = write_clean(Path(args.fix), config.data.root, found.parts, found.opened)
         print("", *told, f"clean annotations are in {args.fix}; use its data.yaml in a recipe", sep="\n")
@@ -73,14 +77,6 @@ def _config(path: str, overrides: list[str], format: str | None) -> Config:
     print(*found.remarks, sep="\n")
     data = {"root": str(found.root), **found.splits}
     return parse_config({"model": {"backbone": "resnet50"}, "data": data}, overrides, source=path)
-
-
-def _write(found: Examination, folder: Path) -> None:
-    """Write findings.json, and worst.jpg if there is a picture to show."""
-    mark_output(folder)
-    write_json(folder / "findings.json", [asdict(finding) for finding in found.findings], indent=1)
-    drawn = save_sheet(folder / "worst.jpg", found.findings, found.parts, found.opened)
-    print(f"\n{'findings.json and worst.jpg are' if drawn else 'findings.json is'} in {folder}")
 
 
 if __name__ == "__main__":

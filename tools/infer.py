@@ -84,7 +84,7 @@ def infer(args: argparse.Namespace) -> int:
             read = takewhile(
                 lambda _: not stop.asked, zip(mine, ahead(load_or_reason, mine, num_threads), strict=True)
             )
-            waiting: deque[tuple[Path, np.ndarray]] = deque()
+            waiting: deque[tuple[int, Path, Path, np.ndarray]] = deque()
 
             def readable() -> Iterator[np.ndarray]:
                 for path, image in read:
@@ -92,16 +92,13 @@ def infer(args: argparse.Namespace) -> int:
                         unreadable.append(image)
                         progress.update(1)
                     else:
-                        waiting.append((path, image))
+                        waiting.append((ids[path], drawings[path], path, image))
                         yield image
 
             options = {"batch_size": batch_size, "num_threads": num_threads}
             stream = detector.stream(readable(), score_thresh=args.score_thresh, **options)
-            done = ((*waiting.popleft(), detections) for detections in stream)
-            font = args.font
-            for entry in ahead(
-                lambda each: draw(ids[each[0]], drawings[each[0]], *each, font), done, num_threads
-            ):
+            done = ((*waiting.popleft(), detections, args.font) for detections in stream)
+            for entry in ahead(lambda each: draw(*each), done, num_threads):
                 found.append(entry)
                 progress.update(1)
         except KeyboardInterrupt:

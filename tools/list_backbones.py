@@ -9,9 +9,8 @@ python tools/list_backbones.py "timm/dla*"
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TypeVar
 
 from backbones import IMAGENET, Preprocessing, list_backbones
 from backbones.messages import nearest
@@ -19,7 +18,6 @@ from backbones.summary import Summary, summarize
 from detector.command_line import exit_status, make_parser
 from detector.tables import format_table
 
-T = TypeVar("T")
 HEADER = ("name", "C4", "C5", "parameters, M", "trunk, GMAC", "head, GMAC", "weights", "norm", "image")
 NOTE = (
     "parameters: trunk and head, without a classifier. trunk: an image of {}x{} pixels. head: a region. "
@@ -45,11 +43,15 @@ def main() -> int:
 
 
 def show(args: argparse.Namespace) -> int:
-    """Print the table. Returns the exit status: 1 if none of the networks can be cut."""
+    """Print the table, and on standard error why a network cannot be cut. Returns the exit status: 1 if none can."""
     if min(args.size) < 32:
         raise ValueError(f"--size is {args.size[0]} {args.size[1]}; accepted: 32 pixels or more each")
-    size = tuple(args.size)
-    summaries = list(for_all(matching(args.patterns), lambda name: summarize(name, size)))
+    size, summaries = tuple(args.size), []
+    for name in matching(args.patterns):
+        try:
+            summaries.append(summarize(name, size))
+        except ValueError as error:
+            print(f"{name}: {error}", file=sys.stderr)
     if not summaries:
         return 1
     if args.json:
@@ -73,15 +75,6 @@ def matching(patterns: list[str]) -> list[str]:
             raise ValueError(f"no backbone is named {pattern!r}; {nearest(pattern, list_backbones())}")
         names += [name for name in found if name not in names]
     return names
-
-
-def for_all(names: Iterable[str], make: Callable[[str], T]) -> Iterator[T]:
-    """make(name) for all networks that can be built. For each other one, a line on standard error says why."""
-    for name in names:
-        try:
-            yield make(name)
-        except ValueError as error:
-            print(f"{name}: {error}", file=sys.stderr)
 
 
 def row(summary: Summary) -> tuple[object, ...]:

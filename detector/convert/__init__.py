@@ -17,16 +17,15 @@ from .detectron2 import convert_detectron2, is_detectron2
 from .mmdetection import convert_mmdetection, is_mmdetection
 from .msra import convert_msra, is_msra
 from .read import ForeignFile, read_foreign
-from .refused import reason, refuse
+from .refused import REASONS, refuse_jwyang
 
-Recognise = Callable[[set[str]], bool] | None
 # For each program: how its files are recognised by the names of their tensors (None: not guessed), the converter, and
 # the converter's options. timm's ResNets have torchvision's names and are taken for torchvision's.
-_SOURCES: dict[str, tuple[Recognise, Callable[..., Converted], tuple[str, ...]]] = {
+_SOURCES: dict[str, tuple[Callable[[set[str]], bool] | None, Callable[..., Converted], tuple[str, ...]]] = {
     "detectron2": (is_detectron2, convert_detectron2, ("class_names", "overrides", "settings")),
     "msra": (is_msra, convert_msra, ()),
     "mmdetection": (is_mmdetection, convert_mmdetection, ("class_names", "overrides")),
-    "jwyang": (None, refuse, ()),
+    "jwyang": (None, refuse_jwyang, ()),
     "torchvision": (is_resnet_classifier, convert_classifier, ("backbone",)),
     "timm": (None, convert_classifier, ("backbone",)),
 }
@@ -42,9 +41,9 @@ def guess_source(file: ForeignFile, *, is_classifier: bool = False) -> str:
     names = set(file.tensors)
     if {"backbone.stage1.conv1.weight", "rpn.head.cls_logits.weight"} <= names:
         raise ValueError(f"{file.path} is a checkpoint of this program already")
-    why_not = reason(names)
-    if why_not is not None:
-        raise ValueError(f"{file.path}: {why_not}")
+    for prefixes, reason in REASONS.items():
+        if any(name.startswith(prefixes) for name in names):
+            raise ValueError(f"{file.path}: {reason}")
     for source, (recognise, _, _) in _SOURCES.items():
         if recognise is not None and recognise(names):
             return source
@@ -56,19 +55,13 @@ def guess_source(file: ForeignFile, *, is_classifier: bool = False) -> str:
     )
 
 
-def convert_file(
-    path: str | Path,
-    source: str | None = None,
-    *,
-    class_names: tuple[str, ...] | None = None,
-    overrides: tuple[str, ...] = (),
-    backbone: str | None = None,
-    settings: dict[str, Any] | None = None,
-) -> tuple[str, Converted]:
+def convert_file(path: str | Path, source: str | None = None, **options: Any) -> tuple[str, Converted]:
     """Read and convert a checkpoint. Returns its source and the result. The source is guessed if it is None.
 
-    class_names, overrides: for a detector. backbone: for a classifier that is not a ResNet, the name of its network.
-    settings: of Detectron2's config, for its detectors.
+    options, of which empty ones and None count as not given:
+        class_names, overrides: tuples of texts, for a detector.
+        settings: of Detectron2's config, for its detectors.
+        backbone: for a classifier that is not a ResNet, the name of its network.
     ValueError: the file cannot be converted, or an option does not belong to its kind.
     """
     if source is not None:
@@ -76,13 +69,12 @@ def convert_file(
     refuse_training_state(path)
     file = read_foreign(path)
     if source is None:
-        source = guess_source(file, is_classifier=backbone is not None)
-    options = {"class_names": class_names, "overrides": overrides, "backbone": backbone, "settings": settings}
+        source = guess_source(file, is_classifier=options.get("backbone") is not None)
     given = {name: value for name, value in options.items() if value}
     _, convert, accepted = _SOURCES[source]
     if wrong := [name for name in given if name not in accepted]:
-        kind = "a detector, whose network is read from it" if "class_names" in accepted else "a classifier"
-        raise ValueError(f"{path} is {kind}, of {source}: it takes no {' and '.join(wrong)}")
+        kinds = ", ".join(accepted) or "none"
+        raise ValueError(f"{path} is of {source}: it takes no {' and '.join(wrong)}; accepted: {kinds}")
     converted = convert(file, **given)
     # A classifier's network is read once more, which says what was stripped.
     notes = (file.note,) if file.note and "backbone" not in accepted else ()

@@ -24,12 +24,10 @@ def convert_classifier(file: ForeignFile, *, backbone: str | None = None) -> Con
     """
     if backbone is None and not is_resnet_classifier(set(file.tensors)):
         raise ValueError(f"{file.path} is no ResNet of torchvision or timm: name the network with --backbone")
-    options = {"name": backbone} if backbone else _name(file)
+    options = {"name": backbone}
+    if backbone is None:
+        inside, _ = unwrap(file.tensors, ENCODERS, any)
+        layers = {name: value for name, value in inside.items() if name.startswith(_LAYERS)}
+        options = name_resnet(rename(layers, TORCHVISION_NAMES), str(file.path))
     network = create_backbone(**options, weights=str(file.path))
     return Converted(BackboneWeights(network.state_dict(), options, network.preprocessing))
-
-
-def _name(file: ForeignFile) -> dict[str, object]:
-    inside, _ = unwrap(file.tensors, ENCODERS, any)
-    layers = {name: value for name, value in inside.items() if name.startswith(_LAYERS)}
-    return name_resnet(rename(layers, TORCHVISION_NAMES), str(file.path))

@@ -17,8 +17,6 @@ from ..checkpoint import Checkpoint, save_checkpoint
 from ..config import Config
 from ..files import save_tensors
 
-BACKBONE_FORMAT = "fasterrcnn-c4-backbone"
-
 # The preprocessing of Caffe's networks, and of Detectron2's and MMDetection's "caffe" ones: BGR in 0..255.
 CAFFE_RESNET = Preprocessing((103.530, 116.280, 123.675), (1.0, 1.0, 1.0), "bgr", 255.0)
 
@@ -45,7 +43,7 @@ def save_converted(path: str | Path, result: Checkpoint | BackboneWeights) -> No
     if isinstance(result, Checkpoint):
         return save_checkpoint(path, result)
     metadata = {
-        "format": BACKBONE_FORMAT,
+        "format": "fasterrcnn-c4-backbone",
         "backbone": json.dumps(result.backbone),
         "preprocessing": json.dumps(dataclasses.asdict(result.preprocessing)),
     }

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -116,7 +117,10 @@ def detectron2_to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def ours_to_detectron2(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `detectron2_to_ours`."""
     learned = {name: value for name, value in state.items() if not _CONSTANTS.search(name)}
-    return rename(rename(background_last(learned), AS_BACKBONE), _TO_THEIRS)
+    for kind in ("weight", "bias"):
+        scores, deltas = f"{PREDICTOR}.cls_score.{kind}", f"{PREDICTOR}.bbox_pred.{kind}"
+        learned[scores], learned[deltas] = learned[scores].roll(-1, dims=0), learned[deltas][4:]
+    return rename(rename(learned, AS_BACKBONE), _TO_THEIRS)
 
 
 def background_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -125,21 +129,11 @@ def background_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
     cls_score: (K, C5), background moved from last to first. bbox_pred: (4(K-1), C5) -> (4K, C5), zeros for background.
     """
     moved = dict(state)
-    for kind in ("weight", "bias"):
-        scores, deltas = f"{PREDICTOR}.cls_score.{kind}", f"{PREDICTOR}.bbox_pred.{kind}"
-        if scores in state:
-            moved[scores] = state[scores].roll(1, dims=0)
-        if deltas in state:
-            moved[deltas] = torch.cat([torch.zeros_like(state[deltas][:4]), state[deltas]])
-    return moved
-
-
-def background_last(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `background_first`."""
-    moved = dict(state)
-    for kind in ("weight", "bias"):
-        scores, deltas = f"{PREDICTOR}.cls_score.{kind}", f"{PREDICTOR}.bbox_pred.{kind}"
-        moved[scores], moved[deltas] = state[scores].roll(-1, dims=0), state[deltas][4:]
+    for name, rows in state.items():
+        if name.startswith(f"{PREDICTOR}.cls_score."):
+            moved[name] = rows.roll(1, dims=0)
+        if name.startswith(f"{PREDICTOR}.bbox_pred."):
+            moved[name] = torch.cat([torch.zeros_like(rows[:4]), rows])
     return moved
 
 
@@ -180,9 +174,6 @@ def convert_detectron2(
     source = str(file.path)
     state, notes = leave_out(file.tensors, _OTHER_HEADS)
     refuse_prefixes(state, _OTHERS, source)
-    names = choose_class_names(
-        count_classes(state, PREDICTOR, ("cls_score", "bbox_pred"), source), class_names
-    )
     pixels = {
         f"MODEL.{key.upper()}": state[key].flatten() for key in ("pixel_mean", "pixel_std") if key in state
     }
@@ -200,7 +191,7 @@ def convert_detectron2(
     }
     told = _as_overrides(assumed | said)
     ours, anchors = detectron2_to_ours(state), tuple(v for name, v in state.items() if "cell_anchors" in name)
-    checkpoint = build_checkpoint(ours, CONVENTIONS, names, (*told, *overrides), source, anchors)
+    checkpoint = build_checkpoint(ours, CONVENTIONS, (class_names,), (*told, *overrides), source, anchors)
     if unsaid := [f"{name} {value}" for name, value in assumed.items() if name not in said]:
         notes += (f"assumed, since the file does not say it: {', '.join(unsaid)}; see --config-file",)
     return Converted(checkpoint, (*notes, LICENCE))
@@ -227,15 +218,17 @@ def _as_overrides(said: dict[str, Any]) -> list[str]:
 def build_checkpoint(
     state: dict[str, Tensor],
     conventions: dict[str, Any],
-    class_names: tuple[str, ...],
+    class_names: tuple[Sequence[str] | None, ...],
     overrides: tuple[str, ...],
     source: str,
     anchors: tuple[Tensor, ...] = (),
 ) -> Checkpoint:
     """A checkpoint of our weights and the config that they need. ValueError: they do not fit each other.
 
+    state: under our detector's names. class_names: candidates, of which `choose_class_names` takes the first.
     anchors: those that the file holds, each (A, 4). Their order is: for each size, for each ratio h/w.
     """
+    names = choose_class_names(_count_classes(state, source), *class_names)
     backbone = name_resnet(rename(state, AS_BACKBONE), source) | BACKBONE_CONVENTIONS
     model = {"backbone": backbone, **conventions, "preprocessing": asdict(CAFFE_RESNET)}
     config = parse_config({"model": model}, overrides, source=f"the config for {source}")
@@ -247,25 +240,26 @@ def build_checkpoint(
             f"{source} has other anchors than sizes {sizes} and ratios {ratios}: "
             "set model.anchor_sizes=[...] and model.aspect_ratios=[...]"
         )
-    checkpoint = Checkpoint(state, config, class_names, config.model.preprocessing or CAFFE_RESNET)
+    checkpoint = Checkpoint(state, config, names, config.model.preprocessing or CAFFE_RESNET)
     check_fits(checkpoint, source)
     return checkpoint
 
 
-def count_classes(state: dict[str, Tensor], head: str, layers: tuple[str, str], source: str) -> int:
-    """The number of foreground classes of a predictor. layers: of scores and of box deltas, both below `head`.
+def _count_classes(state: dict[str, Tensor], source: str) -> int:
+    """The number of foreground classes of a predictor, cls_score (K, C5) and bbox_pred (4K, C5).
 
-    ValueError: a layer is missing, or does not have four rows of deltas per class.
+    ValueError: a layer is missing, or the file does not have four rows of deltas per class.
     """
-    scores, deltas = (state.get(f"{head}.{layer}.weight") for layer in layers)
+    scores, deltas = (state.get(f"{PREDICTOR}.{layer}.weight") for layer in ("cls_score", "bbox_pred"))
     if scores is None or deltas is None:
         raise ValueError(
-            f"{source} is no C4 detector: it has no box head {head} with {layers[0]} and {layers[1]}"
+            f"{source} is no C4 detector: it has no box head {PREDICTOR}, of scores and of boxes"
         )
-    num_classes = len(scores) - 1
-    if len(deltas) != 4 * num_classes:
+    # The background's rows of deltas are ours.
+    num_classes, rows = len(scores) - 1, len(deltas) - 4
+    if rows != 4 * num_classes:
         raise ValueError(
             f"{source}: {num_classes} classes and background need {4 * num_classes} rows of box deltas, four a class; "
-            f"it has {len(deltas)}"
+            f"it has {rows}"
         )
     return num_classes

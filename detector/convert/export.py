@@ -1,7 +1,6 @@
 """Export a C4 detector to Detectron2: tensors under its names, and the settings that its config needs."""
 
 import pickle
-from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,6 @@ from ..files import write_atomically
 from ..model.conventions import DETECTRON2
 from .architecture import name_resnet
 from .detectron2 import AS_BACKBONE, SETTINGS, STORED, ours_to_detectron2
-
-AUTHOR = "fasterrcnn-c4"
-
 
 # The options of our ResNets that Detectron2 has no setting for. It computes their defaults.
 _FIXED = ("shortcut", "order", "branch_end", "stem_pool")
@@ -44,31 +40,18 @@ def resnet_options(checkpoint: Checkpoint, source: str) -> dict[str, Any]:
     return options
 
 
-def export_detectron2(checkpoint: Checkpoint, source: str) -> dict[str, Tensor]:
-    """The tensors under Detectron2's names, with the RPN's channels in its order: for each size, for each ratio.
-
-    ValueError: Detectron2 cannot compute the backbone.
-    """
-    resnet_options(checkpoint, source)
-    state = checkpoint.state_dict
-    if checkpoint.config.model.conventions.anchor_order != "size_major":
-        state = _size_major(state, checkpoint)
-    image = checkpoint.preprocessing
+def export_detectron2(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors under Detectron2's names, with the RPN's channels in its order: for each size, for each ratio."""
+    state, model, image = dict(checkpoint.state_dict), checkpoint.config.model, checkpoint.preprocessing
+    if model.conventions.anchor_order != "size_major":
+        shape = (len(model.aspect_ratios), len(model.anchor_sizes))
+        order = torch.arange(shape[0] * shape[1]).view(shape).T.flatten()
+        for layer, rows in (("cls_logits", 1), ("bbox_pred", 4)):
+            for kind in ("weight", "bias"):
+                name = f"rpn.head.{layer}.{kind}"
+                state[name] = state[name].unflatten(0, (-1, rows))[order].flatten(0, 1)
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 / image.scale for values in (image.mean, image.std))
     return {**ours_to_detectron2(state), "pixel_mean": mean, "pixel_std": std}
-
-
-def _size_major(state: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Reorder the RPN's output channels from "ratio_major" to "size_major"."""
-    model = checkpoint.config.model
-    shape = (len(model.aspect_ratios), len(model.anchor_sizes))
-    order = torch.arange(shape[0] * shape[1]).view(shape).T.flatten()
-    moved = dict(state)
-    for layer, rows in (("cls_logits", 1), ("bbox_pred", 4)):
-        for kind in ("weight", "bias"):
-            name = f"rpn.head.{layer}.{kind}"
-            moved[name] = state[name].unflatten(0, (-1, rows))[order].flatten(0, 1)
-    return moved
 
 
 def save_detectron2(path: str | Path, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
@@ -86,7 +69,7 @@ def save_detectron2(path: str | Path, state: dict[str, Tensor], settings: dict[s
             return
         arrays = {name: value.cpu().contiguous().numpy() for name, value in state.items()}
         with open(temporary, "wb") as file:
-            pickle.dump({"model": arrays, "__author__": AUTHOR, STORED: settings}, file, protocol=2)
+            pickle.dump({"model": arrays, "__author__": "fasterrcnn-c4", STORED: settings}, file, protocol=2)
 
     write_atomically(path, write)
 
@@ -131,8 +114,11 @@ def differences(checkpoint: Checkpoint) -> list[str]:
 
 
 def write_detectron2(checkpoint: Checkpoint, source: str, output: str) -> list[str]:
-    """Write a detector for Detectron2. Returns lines to print: settings of its config, and what will differ there."""
-    state, settings = export_detectron2(checkpoint, source), detectron2_settings(checkpoint, source)
+    """Write a detector for Detectron2. Returns lines to print: settings of its config, and what will differ there.
+
+    source: the checkpoint's file, in errors. ValueError: Detectron2 cannot compute the backbone.
+    """
+    state, settings = export_detectron2(checkpoint), detectron2_settings(checkpoint, source)
     save_detectron2(output, state, settings)
     lines = [f"{output}: {len(state)} tensors, for a C4 config of Detectron2 with"]
     lines += [f"  {name} {value}" for name, value in settings.items()]
@@ -143,7 +129,3 @@ def write_detectron2(checkpoint: Checkpoint, source: str, output: str) -> list[s
     if differing := differences(checkpoint):
         lines.append(f"its numbers there will differ, since it was trained with {', '.join(differing)}")
     return lines
-
-
-# The choices of `--to`. Each function writes the checkpoint read from `source` to `output`, and returns lines to print.
-EXPORTS: dict[str, Callable[[Checkpoint, str, str], list[str]]] = {"detectron2": write_detectron2}

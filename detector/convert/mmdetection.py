@@ -10,16 +10,8 @@ from typing import Any
 from backbones.resnet import TORCHVISION_NAMES
 from backbones.weights import NameTable, rename
 
-from .class_names import choose_class_names
 from .converted import CAFFE_RESNET, Converted, leave_out, refuse_prefixes
-from .detectron2 import (
-    AS_DETECTOR,
-    CONVENTIONS,
-    PREDICTOR,
-    background_first,
-    build_checkpoint,
-    count_classes,
-)
+from .detectron2 import AS_DETECTOR, CONVENTIONS, PREDICTOR, background_first, build_checkpoint
 from .read import ForeignFile
 
 MMDETECTION_CONVENTIONS: dict[str, Any] = {
@@ -68,8 +60,7 @@ def convert_mmdetection(
         raise ValueError(f"{source} is no C4 detector: it has no roi_head.shared_head.layer4")
     state, notes = leave_out(file.tensors, _OTHER_HEADS)
     state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    num_classes = count_classes(state, "roi_head.bbox_head", ("fc_cls", "fc_reg"), source)
-    names = choose_class_names(num_classes, class_names, _stored_names(file.rest))
+    names = (class_names, _stored_names(file.rest))
     ours = background_first(rename(state, _TO_OURS))
     checkpoint = build_checkpoint(ours, MMDETECTION_CONVENTIONS, names, overrides, source)
     assumed = f"assumed: {CAFFE_RESNET}, stride in the 1x1; model.preprocessing and model.backbone say others"

@@ -6,7 +6,6 @@ s * (x + c) + b has mean = -c.
 """
 
 import torch
-from torch import Tensor
 
 from backbones.weights import NameTable, rename
 
@@ -56,19 +55,13 @@ def convert_msra(file: ForeignFile) -> Converted:
     used = ("conv1_", "res_conv1_", "res2_", "res3_", "res4_", "res5_")
     blobs = {name: value for name, value in file.tensors.items() if name.startswith(used)}
     stem_bias = blobs.pop("conv1_b", None)
-    state = with_statistics(rename(blobs, _TO_OURS))
+    state = rename(blobs, _TO_OURS)
+    for name, value in list(state.items()):
+        if name.endswith(".bias"):
+            norm = name.removesuffix("bias")
+            state[f"{norm}running_mean"] = torch.zeros_like(value)
+            state[f"{norm}running_var"] = torch.full_like(value, 1 - EPS)
     if stem_bias is not None:
         state["trunk.stage1.bn1.running_mean"] = -stem_bias
     backbone = name_resnet(state, str(file.path)) | {"stride_in": "1x1"}
     return Converted(BackboneWeights(state, backbone, CAFFE_RESNET))
-
-
-def with_statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict with mean 0 and variance 1 - eps for every norm."""
-    statistics = {}
-    for name, value in state.items():
-        if name.endswith(".bias"):
-            norm = name.removesuffix("bias")
-            statistics[f"{norm}running_mean"] = torch.zeros_like(value)
-            statistics[f"{norm}running_var"] = torch.full_like(value, 1 - EPS)
-    return state | statistics

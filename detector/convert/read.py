@@ -49,12 +49,12 @@ def read_foreign(path: str | Path) -> ForeignFile:
 def _load(path: Path) -> Any:
     with open(path, "rb") as file:
         head = file.read(12)
-    if path.suffix == ".safetensors" or head.startswith(ZIP):
-        return load_tensors(path)
-    if head.startswith(PICKLE) or path.suffix in (".pkl", ".pickle"):
+    is_pickle = head.startswith(PICKLE) or path.suffix in (".pkl", ".pickle")
+    if is_pickle and path.suffix != ".safetensors" and not head.startswith(ZIP):
         first = load_plain(path)
-        return load_tensors(path) if first == _TORCH_MAGIC else first
-    raise ValueError("neither a torch file nor a pickle nor .safetensors")
+        if first != _TORCH_MAGIC:
+            return first
+    return load_tensors(path)
 
 
 def _tensors(network: dict) -> dict[str, Tensor]:

@@ -11,17 +11,10 @@ TORCHVISION = (
     "it is a torchvision detector with a feature pyramid (backbone.body, backbone.fpn); a C4 detector has one feature "
     "map, so only its ResNet's names agree, not what follows it"
 )
+# How the names of their tensors begin.
+REASONS = {("RCNN_base.", "RCNN_top.", "RCNN_rpn."): JWYANG, ("backbone.body.", "backbone.fpn."): TORCHVISION}
 
 
-def reason(names: set[str]) -> str | None:
-    """Why a file with tensors of these names is refused; None if it is not."""
-    if any(name.startswith(("RCNN_base.", "RCNN_top.", "RCNN_rpn.")) for name in names):
-        return JWYANG
-    if any(name.startswith(("backbone.body.", "backbone.fpn.")) for name in names):
-        return TORCHVISION
-    return None
-
-
-def refuse(file: ForeignFile) -> None:
+def refuse_jwyang(file: ForeignFile) -> None:
     """Raise a ValueError with the reason."""
-    raise ValueError(f"{file.path}: {reason(set(file.tensors)) or JWYANG}")
+    raise ValueError(f"{file.path}: {JWYANG}")

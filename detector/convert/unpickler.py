@@ -9,19 +9,11 @@ import pickle
 import re
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from backbones.reading import NOTHING, Nothing
-
-
-class ForbiddenNameError(pickle.UnpicklingError):
-    """A pickle names something that is neither an array nor a plain container; `name` holds that name."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"it asks for {name}")
-        self.name = name
 
 
 class _Dtype:
@@ -61,10 +53,6 @@ class _Array:
         return (array if self.axes is None else array.transpose(self.axes)).copy()
 
 
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
-
-
 def _frombuffer(
     data: bytes, dtype: _Dtype, shape: tuple, order: str = "C", axes: tuple[int, ...] | None = None
 ) -> _Array:
@@ -100,7 +88,7 @@ _STANDS_FOR: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _Dtype,
 }
 for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
-    _STANDS_FOR[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
+    _STANDS_FOR[f"{_core}.multiarray", "_reconstruct"] = _Array
     _STANDS_FOR[f"{_core}.multiarray", "scalar"] = _scalar
     _STANDS_FOR[f"{_core}.numeric", "_frombuffer"] = _frombuffer
 
@@ -111,20 +99,17 @@ class PlainUnpickler(pickle._Unpickler):
     The base is pickle's unpickler in Python. A few bytes of a pickle make the one in C take gigabytes for its memo.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="latin1")
-
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _STANDS_FOR[module, name]
         except KeyError:
-            raise ForbiddenNameError(f"{module}.{name}") from None
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
 
 
 def load_plain(path: str | Path) -> Any:
     """Read the first object of a pickle. Arrays in its dictionaries become numpy's. UnpicklingError: it is refused."""
     with open(path, "rb") as file:
-        value = PlainUnpickler(file).load()
+        value = PlainUnpickler(file, encoding="latin1").load()
     pending, seen = [value], set()
     while pending:
         container = pending.pop()
