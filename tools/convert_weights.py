@@ -22,7 +22,7 @@ from detector.convert import SOURCES, convert_file
 from detector.convert.class_names import read_class_names
 from detector.convert.converted import BackboneWeights, save_converted
 from detector.convert.detectron2 import read_settings
-from detector.convert.export import write_detectron2
+from detector.convert.export import EXPORTS
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
         "overrides", nargs="*", metavar="key=value", help="settings of a detector, such as model.min_size=600"
     )
     parser.add_argument("--from", dest="source", choices=SOURCES, help="FILE's program (default: guessed)")
-    parser.add_argument("--to", choices=("detectron2",), help="write FILE, which is ours, for this program")
+    parser.add_argument("--to", choices=EXPORTS, help="write FILE, which is ours, for this program")
     parser.add_argument("--output", required=True, metavar="OUT", help=".safetensors; with --to .pkl or .pth")
     parser.add_argument(
         "--class-names", metavar="FILE", help="one per line, or a JSON list (default: COCO's 80 or VOC's 20)"
@@ -72,7 +72,7 @@ def convert(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     if any(value for name, value in vars(args).items() if name not in ("file", "to", "output")):
         raise ValueError("--to takes a checkpoint of ours and --output alone")
-    print(*write_detectron2(load_checkpoint(args.file), args.file, args.output), sep="\n")
+    print(*EXPORTS[args.to](load_checkpoint(args.file), args.file, args.output), sep="\n")
 
 
 def describe(result: Checkpoint | BackboneWeights, output: str) -> str:

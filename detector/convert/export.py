@@ -129,3 +129,7 @@ def write_detectron2(checkpoint: Checkpoint, source: str, output: str) -> list[s
     if differing := differences(checkpoint):
         lines.append(f"its numbers there will differ, since it was trained with {', '.join(differing)}")
     return lines
+
+
+# The choices of `--to`. Each function writes the checkpoint read from `source` to `output`, and returns lines to print.
+EXPORTS = {"detectron2": write_detectron2}
