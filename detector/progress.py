@@ -98,12 +98,9 @@ class Progress(AbstractContextManager):
         epoch = max(self.num_images - self.images_seen, 0) / rate
         return epoch, epoch + self.epochs_left * (self.epoch_seconds or self.num_images / rate)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _describe(self) -> list[str]:
         numbers = [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in self._shown.items()]
