@@ -84,7 +84,10 @@ class RegionPool(MultiScaleRoIAlign):
 
         `image_shapes` is there for torchvision's signature and is not used.
         """
-        return Regions.of_map(self, _only_map(x), list(boxes))
+        maps = [x] if isinstance(x, Tensor) else list(x.values())
+        if len(maps) != 1:
+            raise ValueError(f"RegionPool reads one feature map, got {len(maps)}: {list(x)}")
+        return Regions.of_map(self, maps[0], list(boxes))
 
     def is_sparse(self, features: Tensor) -> bool:
         """Whether this pool reads this (N, C, H, W) map by the sparse product."""
@@ -326,12 +329,3 @@ def max_kernel_regions(channels: int, output_size: tuple[int, int]) -> int:
     Beyond that they read outside their memory, or return zeros.
     """
     return max(1, (2**31 - 2**21 - 1) // (channels * output_size[0] * output_size[1]))
-
-
-def _only_map(x: dict[str, Tensor] | Tensor) -> Tensor:
-    """The map (N, C, H, W), alone or in a dict of one."""
-    if isinstance(x, Tensor):
-        return x
-    if len(x) != 1:
-        raise ValueError(f"RegionPool reads one feature map, got {len(x)}: {list(x)}")
-    return next(iter(x.values()))

@@ -46,6 +46,9 @@ def summarize(name: str, image_size: tuple[int, int] = (800, 1216)) -> Summary:
         trunk, head = backbone.trunk, backbone.roi_head
         image, region = torch.zeros(1, 3, *image_size), torch.zeros(1, trunk.out_channels, CROP, CROP)
         trunk_macs, head_macs = multiply_accumulates(trunk, image), multiply_accumulates(head, region)
+    library, _, network = name.rpartition("/")
+    weights = timm_tags(network) if library == "timm" else published_weights(network)
+    norms = CUT_NORMS if library else tuple(NORMS)
     return Summary(
         name,
         trunk.out_channels,
@@ -53,21 +56,10 @@ def summarize(name: str, image_size: tuple[int, int] = (800, 1216)) -> Summary:
         count_parameters(backbone),
         trunk_macs,
         head_macs,
-        _weights(name),
-        _norms(name),
+        tuple(weights),
+        norms if "norm" in backbone_options(name) else (),
         backbone.preprocessing,
     )
-
-
-def _weights(name: str) -> tuple[str, ...]:
-    library, _, network = name.rpartition("/")
-    return tuple(timm_tags(network) if library == "timm" else published_weights(network))
-
-
-def _norms(name: str) -> tuple[str, ...]:
-    if "norm" not in backbone_options(name):
-        return ()
-    return CUT_NORMS if "/" in name else tuple(NORMS)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -98,7 +98,7 @@ def compare_cifar_loader(settings: Settings) -> dict[str, Any]:
         times = alternate(calls, settings.repeats, settings.warmup)
         workers = run.config.loader.num_workers
     rates = {
-        "loader": per_second(times, run.num_pictures)["loader"],
+        "loader": per_second(times, len(run.train_set))["loader"],
         "network": per_second(times, len(batch[1]))["network"],
     }
     return {

@@ -211,19 +211,14 @@ class Training:
         _copy(copies, buffers)
         self.point = (self.epoch, self.batch, copies)
 
-    @torch.no_grad()
     def rewind(self) -> bool:
         """Go back to the last whole update. Returns False, and does nothing, in the middle of an update."""
         if self.point is None:
             return False
         self.epoch, self.batch, buffers = self.point
-        self._restore(buffers)
+        _copy(self._changing_buffers(), buffers)
         self.optimizer.zero_grad(set_to_none=True)
         return True
-
-    @torch.no_grad()
-    def _restore(self, buffers: list[Tensor]) -> None:
-        _copy(self._changing_buffers(), buffers)
 
     def _changing_buffers(self) -> list[Tensor]:
         """The buffers that a batch may change. Those of frozen norms are most of a network's, and never change."""
@@ -237,6 +232,7 @@ class Training:
     _counters = ("epoch", "batch", "step", "best", "evaluations_since_best", "awaits_evaluation", "skipped")
 
 
+@torch.no_grad()
 def _copy(into: list[Tensor], values: list[Tensor]) -> None:
     """Copy many tensors at once, since each copy alone is an operation of the host."""
     if into:
@@ -388,7 +384,7 @@ def update(training: Training, clip_norm: float | None, loss: Tensor) -> bool:
     if finite:
         training.scaler.step(training.optimizer)
     else:
-        training._restore(buffers)
+        _copy(training._changing_buffers(), buffers)
     training.scaler.update(None if finite else training.scaler.get_scale())
     training.optimizer.zero_grad(set_to_none=True)
     training.schedule.step()

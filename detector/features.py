@@ -104,7 +104,7 @@ def read_boxes(path: str | Path, images: Sequence[Path]) -> dict[Path, Tensor]:
         key = str(image) if str(image) in listed else image.name
         if key not in listed:
             raise ValueError(f"{path} has no boxes of {image}")
-        if key == image.name and key != str(image) and names.count(key) > 1:
+        if key != str(image) and names.count(key) > 1:
             raise ValueError(f"{path}: {key} names several of the pictures; name them by their paths")
         found[image] = listed[key]
     return found

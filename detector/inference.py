@@ -181,21 +181,19 @@ class Detector:
 
         def detect(pixels: list[Tensor], _: None) -> list[Detections]:
             images = [_as_float(each.to(self.device, non_blocking=True)) for each in pixels]
-            return self._on_host(self.model.detect(images, **options))
+            found = self.model.detect(images, **options)
+            counts = [len(each["boxes"]) for each in found]
+            # All images together, because each copy makes the host wait for a GPU.
+            whole = {name: torch.cat([each[name] for each in found]).cpu() for name in found[0]}
+            if "vectors" in whole:
+                whole["features"] = whole.pop("vectors").float()
+            columns = [[part.clone() for part in values.split(counts)] for values in whole.values()]
+            return [
+                Detections(class_names=self.class_names, **dict(zip(whole, own, strict=True)))
+                for own in zip(*columns, strict=True)
+            ]
 
         return self.model.transform.by_padded_size(detect, pixels)
-
-    def _on_host(self, found: list[dict[str, Tensor]]) -> list[Detections]:
-        counts = [len(each["boxes"]) for each in found]
-        # All images together, because each copy makes the host wait for a GPU.
-        whole = {name: torch.cat([each[name] for each in found]).cpu() for name in found[0]}
-        if "vectors" in whole:
-            whole["features"] = whole.pop("vectors").float()
-        columns = [[part.clone() for part in values.split(counts)] for values in whole.values()]
-        return [
-            Detections(class_names=self.class_names, **dict(zip(whole, own, strict=True)))
-            for own in zip(*columns, strict=True)
-        ]
 
     @torch.inference_mode()
     def features(self, image: Picture, boxes: Boxes, *, channel_order: str = "rgb") -> Tensor:

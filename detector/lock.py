@@ -27,7 +27,9 @@ class FolderLock(AbstractContextManager):
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.folder / ".lock", "a+", encoding="utf-8")
         try:
-            self._lock()
+            if fcntl is not None:
+                # flock would live on in the workers of a killed process.
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             self._file.seek(0)
             holder = self._file.read(200).strip() or "another process"
@@ -35,6 +37,8 @@ class FolderLock(AbstractContextManager):
             raise ValueError(
                 f"{self.folder} is in use by {holder}: wait for its end, or give another --output folder"
             ) from None
+        except OSError:  # a file system without locks
+            pass
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
@@ -42,14 +46,3 @@ class FolderLock(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            # flock would live on in the workers of a killed process.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise
-        except OSError:  # a file system without locks
-            return

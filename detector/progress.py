@@ -69,7 +69,10 @@ class Progress(AbstractContextManager):
         if self._first is None:
             self._first = (now, self.images_seen)
         for name, value in numbers.items():
-            self._shown[name] = self._smooth(name, float(value))
+            past = self._shown.get(name)
+            if past is not None and name.startswith("loss") and math.isfinite(past):
+                value = self.smoothing * past + (1 - self.smoothing) * value
+            self._shown[name] = float(value)
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(self._describe()), refresh=False)
             self._bar.update(num_images)
@@ -77,7 +80,8 @@ class Progress(AbstractContextManager):
             now - self._last_line >= self.interval or self.images_seen >= self.num_images
         ):
             self._last_line = now
-            self._print_line()
+            counted = f"{self.title} {self.images_seen}/{self.num_images}".strip()
+            print(f"{counted}: {', '.join(self._describe())}", file=self._stream, flush=True)
 
     @property
     def images_per_second(self) -> float:
@@ -94,18 +98,9 @@ class Progress(AbstractContextManager):
         epoch = max(self.num_images - self.images_seen, 0) / rate
         return epoch, epoch + self.epochs_left * (self.epoch_seconds or self.num_images / rate)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _smooth(self, name: str, value: float) -> float:
-        past = self._shown.get(name)
-        if past is None or not name.startswith("loss") or not math.isfinite(past):
-            return value
-        return self.smoothing * past + (1 - self.smoothing) * value
 
     def _describe(self) -> list[str]:
         numbers = [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in self._shown.items()]
@@ -114,10 +109,6 @@ class Progress(AbstractContextManager):
         if self.epochs_left:
             left += f", run {format_duration(run)}"
         return [*numbers, f"{self.images_per_second:.1f} images/s", f"{memory_mb():.0f} MB", left]
-
-    def _print_line(self) -> None:
-        counted = f"{self.title} {self.images_seen}/{self.num_images}".strip()
-        print(f"{counted}: {', '.join(self._describe())}", file=self._stream, flush=True)
 
 
 def memory_mb() -> float:

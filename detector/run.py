@@ -1,8 +1,7 @@
 """A run of a detector: one training with its data, its state and its files in one folder."""
 
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from .config import Config
 from .data.dataset import DetectionDataset
 from .data.loader import Batch
 from .data.sources import build_datasets
-from .data.unreadable import Unreadable
 from .describe import describe, write_problems
 from .doctor.check import quick_check
 from .doctor.findings import format_findings
@@ -29,7 +27,7 @@ from .inference import Detector
 from .model.speed import apply_speed
 from .resume import fingerprint
 from .run_log import RunLog
-from .sheets import save_first_batch, save_found, save_sheet
+from .sheets import save_found, save_sheet
 from .tables import format_cell, format_duration
 from .training_run import STATE, TrainingRun
 from .transfer import start_from
@@ -84,21 +82,8 @@ class Run(TrainingRun):
             print(f"start from {start_from_path}", started.describe(), sep="\n", flush=True)
 
         self.augmented, batches, loader = build_batches(config, self.train_set, device)
-        self.unreadable = Unreadable(len(self.train_set), "replaced by another")
         self.evaluation = None if self.val_set is None else Evaluation(self.val_set, config, device)
         self._start(model, DetectorTask(model), batches, loader)
-
-    @property
-    def num_pictures(self) -> int:
-        return len(self.train_set)
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return self.training.model.transform.preprocessing
-
-    @property
-    def has_validation(self) -> bool:
-        return self.evaluation is not None
 
     def _parse_saved(self, values: dict[str, Any], version: int) -> Config:
         return parse_stored_config(values, version, f"the config in {self.folder / STATE}")
@@ -116,7 +101,9 @@ class Run(TrainingRun):
         write_problems(self.folder / "problems.txt", {"train": train_set, "val": val_set}, told)
 
     def _save_first_batch(self) -> None:
-        save_first_batch(self.folder / "first_batch.jpg", self.augmented, self.batches, self.class_names)
+        self.batches.set_epoch(0)
+        samples = (self.augmented[key] for key in next(iter(self.batches))[:8])
+        save_sheet(self.folder / "first_batch.jpg", samples, self.class_names)
 
     def _save_sheet(self, path: Path, batch: Batch) -> None:
         save_sheet(path, zip(*batch, strict=True), self.class_names)
@@ -133,12 +120,8 @@ class Run(TrainingRun):
             for target in batch[1]
         ]
 
-    def _watched(self, log: RunLog) -> Iterator[Batch]:
-        return self.unreadable.watch(self.loader, partial(self._note_unreadable, log))
-
-    def _end_epoch(self) -> None:
-        self.unreadable.collect()
-        self.unreadable.begin()
+    def _watched(self, on_new: Callable[[str], object]) -> Iterator[Batch]:
+        return self.unreadable.watch(self.loader, on_new)
 
     def _measure(self, title: str, log: RunLog) -> dict[str, Any]:
         started = time.perf_counter()

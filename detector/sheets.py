@@ -10,20 +10,11 @@ from torch import Tensor
 
 from .data.dataset import DetectionDataset
 from .data.images import load_or_reason
-from .data.loader import TrainBatches, TransformedDataset
 from .files import write_atomically
 from .inference import Detector
 from .visualize import draw_boxes, fit, tile
 
 _MOST, _COLUMNS, _SIDE = 12, 4, 360
-
-
-def save_first_batch(
-    path: Path, dataset: TransformedDataset, batches: TrainBatches, class_names: tuple[str, ...]
-) -> None:
-    """Save a picture of a run's first batch, of at most 8 images."""
-    batches.set_epoch(0)
-    save_sheet(path, (dataset[key] for key in next(iter(batches))[:8]), class_names)
 
 
 def save_sheet(

@@ -3,7 +3,7 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
@@ -22,6 +22,7 @@ from .build import build_training
 from .checkpoint import newest_training_state, previous_state, save_training_state
 from .curves import plot_curves
 from .data.loader import TrainBatches
+from .data.unreadable import Unreadable
 from .engine import AMP_DTYPES, Task, train_one_epoch
 from .files import read_json, remove_temporaries, write_atomically, write_json
 from .lock import FolderLock
@@ -46,8 +47,8 @@ class TrainingRun(ABC):
     Several processes, within `processes.joined()`, train as one. The first one writes the files; the others read the
     state of a resumed run from the same folder.
 
-    A subclass's constructor calls `_open`, sets class_names and the fingerprints of each split, and calls `_check_state` and
-    then `_start`. state: what the run resumes from, until `_start`. config: has a section `train`.
+    A subclass's constructor calls `_open`, sets the pictures of each split, class_names and the fingerprints, and calls
+    `_check_state` and then `_start`. state: what the run resumes from, until `_start`. config: has a section `train`.
     epoch_seconds: what an epoch took so far, with its evaluation and its files; None before one is done.
     """
 
@@ -55,6 +56,8 @@ class TrainingRun(ABC):
     folder: Path
     device: torch.device
     state: dict[str, Any] | None
+    train_set: Any
+    val_set: Any
     class_names: tuple[str, ...]
     fingerprints: dict[str, dict[str, Any] | None]
     epoch_seconds: float | None = None
@@ -96,6 +99,7 @@ class TrainingRun(ABC):
     def _start(self, model: nn.Module, task: Task, batches: TrainBatches, loader: DataLoader) -> None:
         """Build the training of a model, and bring it to where the state was saved."""
         self.batches, self.loader = batches, loader
+        self.unreadable = Unreadable(len(self.train_set), "replaced by another")
         self.training = build_training(
             self.config, model, num_batches=len(batches), device=self.device, task=task
         )
@@ -117,19 +121,9 @@ class TrainingRun(ABC):
     # What a subclass says
 
     @property
-    @abstractmethod
-    def num_pictures(self) -> int:
-        """The pictures of an epoch."""
-
-    @property
-    @abstractmethod
     def preprocessing(self) -> Preprocessing:
         """What the weights expect of a picture."""
-
-    @property
-    @abstractmethod
-    def has_validation(self) -> bool:
-        """Whether there are data to evaluate on."""
+        return self.training.model.preprocessing
 
     @abstractmethod
     def _parse_saved(self, values: dict[str, Any], version: int) -> Any:
@@ -163,17 +157,9 @@ class TrainingRun(ABC):
     def _save_found(self) -> None:
         """Save pictures of what the best weights find."""
 
-    def _note_unreadable(self, log: RunLog, sentence: str) -> None:
-        """Log that a picture failed on decoding."""
-        log.write("unreadable", epoch=self.training.epoch + 1, step=self.training.step, message=sentence)
-
-    def _watched(self, log: RunLog) -> Any:
-        """The batches of the loader, as they come."""
-        return self.loader
-
     @abstractmethod
-    def _end_epoch(self) -> None:
-        """Called by all processes at the end of an epoch, or where it stops."""
+    def _watched(self, on_new: Callable[[str], object]) -> Iterator[Any]:
+        """The batches of the loader, whose unreadable pictures are counted. on_new: called with each new sentence."""
 
     # The run
 
@@ -197,7 +183,10 @@ class TrainingRun(ABC):
                 refuse_old_run(self.folder)
             remove_temporaries(self.folder)
             self._describe()
-            self._write_config()
+            text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+            write_atomically(
+                self.folder / "config.yaml", lambda path: path.write_text(text, encoding="utf-8")
+            )
             owed = training.awaits_evaluation
             with (
                 RunLog(self.folder, after_step=training.step, awaits_evaluation=owed) as log,
@@ -218,10 +207,14 @@ class TrainingRun(ABC):
 
     def _train(self, log: RunLog, stop: StopSignal) -> None:
         training, drawn_at = self.training, -math.inf
+
+        def note_unreadable(sentence: str) -> None:
+            log.write("unreadable", epoch=training.epoch + 1, step=training.step, message=sentence)
+
         begun, first_epoch = time.monotonic(), training.epoch
         # The loader goes on from epoch to epoch, so that none begins with a wait.
         self.batches.set_epoch(training.epoch, training.batch, until=self.config.train.epochs)
-        source = iter(self._watched(log))
+        source = self._watched(note_unreadable)
         # A run that stopped before or during an evaluation owes it.
         self._evaluate(log, stop)
         while not self.is_done:
@@ -259,12 +252,6 @@ class TrainingRun(ABC):
         is_stale = options.patience is not None and training.evaluations_since_best >= options.patience
         return is_stale or training.epoch == options.epochs
 
-    @property
-    def is_evaluation_due(self) -> bool:
-        epoch, options = self.training.epoch, self.config.train
-        due = epoch % options.eval_every == 0 or epoch == options.epochs
-        return due and self.has_validation
-
     def epoch(self, source: Iterator[Any], log: RunLog, stop: StopSignal) -> bool:
         """Train on the rest of an epoch, or until `stop` is asked for. Returns whether the epoch was finished.
 
@@ -281,12 +268,14 @@ class TrainingRun(ABC):
                 # The signal reached the workers too.
                 raise self._interrupted() from None
             raise
-        self.training.awaits_evaluation = finished and self.is_evaluation_due
+        epoch, options = self.training.epoch, self.config.train
+        is_due = epoch % options.eval_every == 0 or epoch == options.epochs
+        self.training.awaits_evaluation = finished and is_due and bool(self.val_set)
         return finished
 
     def _train_epoch(self, source: Iterator[Any], log: RunLog, stop: StopSignal) -> bool:
         training, options = self.training, self.config.train
-        num_left = max(1, self.num_pictures - training.batch * self.batches.batch_size)
+        num_left = max(1, len(self.train_set) - training.batch * self.batches.batch_size)
         title = f"epoch {training.epoch + 1}/{options.epochs}"
         left = {"epochs_left": options.epochs - training.epoch - 1, "epoch_seconds": self.epoch_seconds}
 
@@ -317,7 +306,8 @@ class TrainingRun(ABC):
                 on_step=on_step,
                 on_nonfinite=self.guard,
             )
-        self._end_epoch()
+        self.unreadable.collect()
+        self.unreadable.begin()
         return finished
 
     def validate(self, log: RunLog) -> dict[str, Any]:
@@ -385,10 +375,6 @@ class TrainingRun(ABC):
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(f"stopped after update {self.saved_step}; continue with --resume")
-
-    def _write_config(self) -> None:
-        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        write_atomically(self.folder / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def refuse_old_run(folder: str | Path) -> None:

@@ -11,7 +11,7 @@ from backbones import IMAGENET, Preprocessing
 from detector.classify.augment import BatchAugment, ClassifierAugment, PictureAugment, center_crop
 from detector.classify.measures import Measures, format_measures
 from detector.classify.normalize import Normalize
-from detector.classify.pictures import ArrayPictures
+from detector.classify.pictures import Pictures
 from detector.classify.samples import Samples, whole_batch
 from detector.data.loader import TrainBatches
 
@@ -19,7 +19,7 @@ RANDOM = np.random.default_rng(0).integers(1, 256, (40, 3, 16, 12), dtype=np.uin
 
 
 def pictures():
-    return ArrayPictures(RANDOM, np.arange(40) % 3, ("a", "b", "c"))
+    return Pictures(RANDOM, np.arange(40) % 3, ("a", "b", "c"))
 
 
 # ---- augmentation
@@ -125,9 +125,9 @@ def test_a_wrong_setting_is_refused(wrong):
         ClassifierAugment(**wrong)
 
 
-def test_pictures_in_files_need_a_size(tmp_path):
+def test_pictures_in_files_need_a_size():
     with pytest.raises(ValueError, match="size is None; accepted for pictures in files"):
-        Samples(object(), None)
+        Samples(Pictures(np.array(["a.png"]), np.zeros(1, np.int64), ("a", "b")), None)
 
 
 # ---- normalisation

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from detector.classify.cifar import load_cifar
 from detector.classify.folder import load_folder
 from detector.classify.objects import cut_objects, cut_square
-from detector.classify.pictures import ArrayPictures, measure_preprocessing
+from detector.classify.pictures import Pictures, measure_preprocessing
 from detector.classify.shapes import CLASS_NAMES, draw_labelled, generate_labelled
 from detector.classify.sources import PicturesSource
 from detector.data.dataset import DetectionDataset
@@ -65,7 +65,7 @@ def test_a_folder_without_splits_gives_a_fifth_of_each_class_for_validation(tmp_
     parts = {split: load_folder(tmp_path, split) for split in ("train", "val")}
     assert np.bincount(parts["val"].labels).tolist() == [2, 1]
     assert np.bincount(parts["train"].labels).tolist() == [8, 4]
-    assert not set(parts["val"].paths) & set(parts["train"].paths)
+    assert not set(parts["val"].images) & set(parts["train"].images)
 
 
 def test_a_small_class_without_splits_has_one_picture_for_validation(tmp_path):
@@ -381,7 +381,7 @@ def test_fifty_thousand_shapes_take_under_two_minutes():
 def test_the_preprocessing_is_the_datas_mean_and_deviation():
     images = np.random.default_rng(0).integers(0, 256, (50, 3, 8, 8), dtype=np.uint8)
     images[:, 1] //= 4
-    found = measure_preprocessing(ArrayPictures(images, np.zeros(50, np.int64), ("a", "b")))
+    found = measure_preprocessing(Pictures(images, np.zeros(50, np.int64), ("a", "b")))
     scaled = images / 255
     assert np.allclose(found.mean, scaled.mean(axis=(0, 2, 3)), atol=1e-3)
     assert np.allclose(found.std, scaled.std(axis=(0, 2, 3)), atol=1e-3)
@@ -389,4 +389,4 @@ def test_the_preprocessing_is_the_datas_mean_and_deviation():
 
 def test_a_constant_channel_is_not_divided_by_zero():
     images = np.full((4, 3, 8, 8), 9, np.uint8)
-    assert measure_preprocessing(ArrayPictures(images, np.zeros(4, np.int64), ("a", "b"))).std == (1, 1, 1)
+    assert measure_preprocessing(Pictures(images, np.zeros(4, np.int64), ("a", "b"))).std == (1, 1, 1)

@@ -336,7 +336,7 @@ def test_evaluation_comes_every_so_many_epochs_and_after_the_last(tiny_config, t
 def test_the_loader_of_a_run_starts_once(tiny_config, tmp_path, no_curves, monkeypatch):
     run = Run(tiny_config("train.epochs=3", "train.eval_every=1"), tmp_path / "run", CPU)
     started, watch = [], run._watched
-    monkeypatch.setattr(run, "_watched", lambda log: started.append(1) or watch(log))
+    monkeypatch.setattr(run, "_watched", lambda on_new: started.append(1) or watch(on_new))
     run.train()
     assert run.training.epoch == 3 and len(started) == 1
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..files import read_text
 from ..settings import Section
-from .pictures import ArrayPictures, check_classes
+from .pictures import Pictures, check_classes
 
 NAMES_FILE = "batches.meta.txt"
 _PIXELS = 3 * 32 * 32
@@ -28,13 +28,13 @@ class CifarSource(Section):
     root: Path
     labels: Literal["fine", "coarse"] = "fine"
 
-    def load(self, split: str, class_names: tuple[str, ...] | None = None) -> ArrayPictures:
+    def load(self, split: str, class_names: tuple[str, ...] | None = None) -> Pictures:
         return load_cifar(self.root, split, self.labels, class_names)
 
 
 def load_cifar(
     root: str | Path, split: str, labels: str = "fine", class_names: tuple[str, ...] | None = None
-) -> ArrayPictures:
+) -> Pictures:
     """The "train" pictures, or the "test" pictures, which "val" names too.
 
     labels: of CIFAR-100, "fine" (100 classes) or "coarse" (20).
@@ -65,7 +65,7 @@ def load_cifar(
     images = records[:, num_labels:].reshape(-1, 3, 32, 32)
     expected = _SIZES[split]
     notes = () if len(images) == expected else (f"{root}: {len(images)} pictures; CIFAR has {expected}",)
-    return ArrayPictures(images, records[:, column].astype(np.int64), names, notes)
+    return Pictures(images, records[:, column].astype(np.int64), names, notes)
 
 
 def _records(path: Path, num_labels: int, column: int, names: tuple[str, ...]) -> np.ndarray:

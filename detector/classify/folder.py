@@ -10,7 +10,7 @@ from ..data.images import dead_links, list_images, read_sizes
 from ..data.tolerance import refuse_many
 from ..files import is_output
 from ..settings import Section
-from .pictures import FilePictures, check_classes
+from .pictures import Pictures, check_classes
 
 # Where the folder has no splits, every fifth picture of a class is for validation.
 _FIFTH = 5
@@ -24,13 +24,13 @@ class FolderSource(Section):
     root: Path
     strict: bool = False
 
-    def load(self, split: str, class_names: tuple[str, ...] | None = None) -> FilePictures:
+    def load(self, split: str, class_names: tuple[str, ...] | None = None) -> Pictures:
         return load_folder(self.root, split, class_names, strict=self.strict)
 
 
 def load_folder(
     root: str | Path, split: str, class_names: Sequence[str] | None = None, *, strict: bool = False
-) -> FilePictures:
+) -> Pictures:
     """The pictures of a split, with the folders' names as classes in sorted order.
 
     Where root/train is absent, root holds the class folders. A fifth of each class's pictures, or one of two to four,
@@ -69,10 +69,16 @@ def load_folder(
     if not has_splits:
         paths = {name: _part(found, split) for name, found in paths.items()}
     labels = np.repeat([class_names.index(name) for name in names], list(map(len, paths.values())))
-    found = _readable(np.concatenate(list(paths.values())), labels, class_names, tuple(problems), strict)
-    if split == "train" and (empty := set(range(len(class_names))) - set(found.labels.tolist())):
+    whole = np.concatenate(list(paths.values()))
+    _, reasons = read_sizes(whole.tolist())
+    left_out = tuple(reasons.values())
+    if strict and left_out:
+        raise ValueError(f"{left_out[0]} (strict refuses any; {len(left_out)} cannot be read)")
+    refuse_many(left_out, len(whole))
+    whole, labels = np.delete(whole, list(reasons)), np.delete(labels, list(reasons)).astype(np.int64)
+    if split == "train" and (empty := set(range(len(class_names))) - set(labels.tolist())):
         raise ValueError(f"{folder / class_names[min(empty)]}: no picture can be read")
-    return found
+    return Pictures(whole, labels, class_names, tuple(problems), left_out, strict)
 
 
 def _part(paths: np.ndarray, split: str) -> np.ndarray:
@@ -82,19 +88,3 @@ def _part(paths: np.ndarray, split: str) -> np.ndarray:
     if 1 < len(paths) < _FIFTH:
         is_val = order == 0
     return paths[~is_val if split == "train" else is_val]
-
-
-def _readable(
-    paths: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], notes: tuple[str, ...], strict: bool
-) -> FilePictures:
-    """The pictures whose header can be read."""
-    _, reasons = read_sizes(paths.tolist())
-    if strict and reasons:
-        raise ValueError(
-            f"{next(iter(reasons.values()))} (strict refuses any; {len(reasons)} cannot be read)"
-        )
-    left_out = tuple(reasons.values())
-    refuse_many(left_out, len(paths))
-    kept = np.ones(len(paths), bool)
-    kept[list(reasons)] = False
-    return FilePictures(paths[kept], labels[kept].astype(np.int64), class_names, notes, left_out, strict)

@@ -16,7 +16,7 @@ from ..data.sources import DataConfig, build_dataset
 from ..data.tolerance import refuse_many
 from ..draws import tagged
 from ..settings import Pixels, Probability, checked
-from .pictures import ArrayPictures, check_classes
+from .pictures import Pictures, check_classes
 
 BACKGROUND = "background"
 # So many places are tried for a crop of background.
@@ -34,7 +34,7 @@ def cut_objects(
     background: Annotated[int, Field(ge=0, le=100)] = 0,
     max_iou: Probability = 0.1,
     seed: Annotated[int, Field(ge=0)] = 0,
-) -> ArrayPictures:
+) -> Pictures:
     """The objects as squares of `size` pixels, all in memory, with label - 1 as their label.
 
     Crowds are left out, and objects that VOC marks difficult. Past the picture's border its edge is repeated.
@@ -63,7 +63,7 @@ def cut_objects(
     refuse_many(left_out, len(dataset))
     crops, labels = map(np.concatenate, zip(*(f for f in found if not isinstance(f, str)), strict=True))
     images = np.ascontiguousarray(crops.transpose(0, 3, 1, 2))
-    return ArrayPictures(images, labels, names, dataset.notes, (*dataset.left_out, *left_out))
+    return Pictures(images, labels, names, dataset.notes, (*dataset.left_out, *left_out))
 
 
 class ObjectsSource(cut_objects.settings):
@@ -72,7 +72,7 @@ class ObjectsSource(cut_objects.settings):
     format: Literal["objects"]
     detection: DataConfig
 
-    def load(self, split: str, class_names: tuple[str, ...] | None = None) -> ArrayPictures:
+    def load(self, split: str, class_names: tuple[str, ...] | None = None) -> Pictures:
         """The "train", "val" or "test" objects."""
         if class_names and self.background:
             class_names = class_names[:-1]

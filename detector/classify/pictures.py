@@ -17,52 +17,30 @@ _MEASURED = 5000
 
 
 @dataclass(eq=False, repr=False)
-class ArrayPictures:
-    """Pictures of one size in memory."""
+class Pictures:
+    """Pictures of one size in memory, or of any size in files, which are decoded when they are asked for."""
 
-    images: np.ndarray  # (N, 3, h, w) uint8 RGB
+    images: np.ndarray  # (N, 3, h, w) uint8 RGB, or (N,) paths
     labels: np.ndarray  # (N,) int64 in 0..K-1
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()  # a sentence for each picture that is left out, with its file
-    strict: bool = False  # of pictures in files
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, index: int) -> np.ndarray:
-        """(h, w, 3) uint8 RGB."""
-        return self.images[index].transpose(1, 2, 0)
-
-    def where(self, index: int) -> str:
-        """The picture in words."""
-        return f"picture {index}"
-
-
-@dataclass(eq=False, repr=False)
-class FilePictures:
-    """Pictures of any size that are decoded when they are asked for."""
-
-    paths: np.ndarray  # (N,) str
-    labels: np.ndarray  # (N,) int64 in 0..K-1
-    class_names: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
     strict: bool = False  # a picture that cannot be decoded ends a run
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def in_memory(self) -> bool:
+        return self.images.ndim > 1
+
     def image(self, index: int) -> np.ndarray:
         """(h, w, 3) uint8 RGB. A picture that cannot be decoded is a ValueError with its path."""
-        return load_image(self.where(index))
+        return self.images[index].transpose(1, 2, 0) if self.in_memory else load_image(self.where(index))
 
     def where(self, index: int) -> str:
-        """The picture's path."""
-        return str(self.paths[index])
-
-
-Pictures = ArrayPictures | FilePictures
+        """The picture's path, or its number."""
+        return f"picture {index}" if self.in_memory else str(self.images[index])
 
 
 def check_classes(class_names: Sequence[str], source: str) -> None:

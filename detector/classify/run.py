@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from ..training_run import STATE, TrainingRun
 from ..visualize import draw_boxes
 from .classifier import ClassifierTask, build_classifier, evaluate_classifier
 from .config import ClassifierConfig
-from .pictures import ArrayPictures, Pictures, measure_preprocessing
+from .pictures import Pictures, measure_preprocessing
 from .samples import LabelledBatch, Samples, whole_batch
 
 FORMAT = "classifier"
@@ -71,17 +70,16 @@ class ClassifierRun(TrainingRun):
             self._preprocessing(),
             load_weights=self.is_new,
         ).to(device)
-        self.fill = mean_color(model.preprocessing)
         # The batch norms of a last map of one position need two pictures.
         batches = TrainBatches(
             np.ones(len(self.train_set)), config.train.batch_size, config.train.seed, group=False, least=2
         )
-        samples = Samples(self.train_set, config.model.size, config.augment, config.train.seed, self.fill)
+        fill = mean_color(model.preprocessing)
+        samples = Samples(self.train_set, config.model.size, config.augment, config.train.seed, fill)
         self.val_loader = self._load(
             Samples(self.val_set, config.model.size),
             EvalBatches(np.ones(len(self.val_set)), config.loader.eval_batch_size),
         )
-        self.unreadable = Unreadable(len(self.train_set), "replaced by another")
         self.unreadable_val = Unreadable(len(self.val_set), "left out")
         task = ClassifierTask(config.train.label_smoothing)
         self._start(model, task, batches, self._load(samples, batches))
@@ -96,18 +94,6 @@ class ClassifierRun(TrainingRun):
     def _load(self, samples: Samples, batches: Any) -> DataLoader:
         pinned = self.device.type == "cuda"
         return build_loader(samples, batches, self.config.loader.num_workers, pinned, collate=whole_batch)
-
-    @property
-    def num_pictures(self) -> int:
-        return len(self.train_set)
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return self.training.model.preprocessing
-
-    @property
-    def has_validation(self) -> bool:
-        return len(self.val_set) > 0
 
     def _parse_saved(self, values: dict[str, Any], version: int) -> ClassifierConfig:
         return parse_config(values, source=f"the config in {self.folder / STATE}", kind=ClassifierConfig)
@@ -174,12 +160,8 @@ class ClassifierRun(TrainingRun):
         if found := found[:_SHOWN]:
             _save_named(self.folder / "found.jpg", (f[1] for f in found), [f[2] for f in found])
 
-    def _watched(self, log: RunLog) -> Iterator[LabelledBatch]:
-        return watched(self.loader, self.unreadable, partial(self._note_unreadable, log))
-
-    def _end_epoch(self) -> None:
-        self.unreadable.collect()
-        self.unreadable.begin()
+    def _watched(self, on_new: Callable[[str], object]) -> Iterator[LabelledBatch]:
+        return watched(self.loader, self.unreadable, on_new)
 
     def _measure(self, title: str, log: RunLog) -> dict[str, Any]:
         started, training = time.perf_counter(), self.training
@@ -227,10 +209,10 @@ def watched(
 def _fingerprint(pictures: Pictures) -> dict[str, Any]:
     """The number of pictures, and a hash of their labels and of what is in memory or of their files' names."""
     digest = hashlib.sha256(pictures.labels.tobytes())
-    if isinstance(pictures, ArrayPictures):
+    if pictures.in_memory:
         digest.update(np.ascontiguousarray(pictures.images).data)
     else:
-        digest.update("\0".join(Path(path).name for path in pictures.paths).encode(errors="surrogateescape"))
+        digest.update("\0".join(Path(path).name for path in pictures.images).encode(errors="surrogateescape"))
     return {"pictures": len(pictures), "contents": digest.hexdigest()[:16]}
 
 

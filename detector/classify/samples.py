@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..data.loader import first_readable
 from .augment import BatchAugment, ClassifierAugment, PictureAugment, center_crop
-from .pictures import ArrayPictures, Pictures
+from .pictures import Pictures
 
 Keys = Sequence[tuple[int, int]]  # (epoch, index) of each picture
 
@@ -44,7 +44,7 @@ class Samples(Dataset):
         seed: int = 0,
         fill: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
-        if size is None and not isinstance(pictures, ArrayPictures):
+        if size is None and not pictures.in_memory:
             raise ValueError("size is None; accepted for pictures in files: the side of the network's input")
         self.pictures = pictures
         self.size = size

@@ -20,7 +20,7 @@ from ..data.shapes import read_settings
 from ..files import remove_temporaries, write_atomically, write_json
 from ..settings import Count, checked
 from .cifar import NAMES_FILE, load_cifar
-from .pictures import ArrayPictures
+from .pictures import Pictures
 
 CLASS_NAMES = (
     "circle", "triangle", "square", "pentagon", "star", "cross", "arrow", "crescent", "half", "heart",
@@ -70,7 +70,7 @@ class ShapesSource(generate_labelled.settings):
     format: Literal["shapes"]
     root: Path = Path("datasets/shapes32")
 
-    def load(self, split: str, class_names: tuple[str, ...] | None = None) -> ArrayPictures:
+    def load(self, split: str, class_names: tuple[str, ...] | None = None) -> Pictures:
         """The "train" or "test" pictures."""
         settings = self.model_dump(exclude={"format", "root"})
         processes.from_main(lambda: generate_labelled(self.root, **settings))

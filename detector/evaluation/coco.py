@@ -40,6 +40,7 @@ COCO_METRICS = {
 # The ids of a result, and the section of COCO's file that names them.
 _NAMED = {"image_id": ("images", "file_name"), "category_id": ("categories", "name")}
 RESULT_KEYS = ("image_id", "category_id", "bbox", "score")
+_ANNOTATION_KEYS = ("image_id", "category_id", "bbox", "area", "iscrowd")
 
 
 def evaluate_coco(
@@ -72,8 +73,8 @@ def evaluate_coco(
         _warn_of_many(what, boxes, max_detections)
     coco_class, eval_class = _load_backend(backend)
     with contextlib.redirect_stdout(io.StringIO()):
-        annotated = _index(coco_class, ground_truth, ground_truth["annotations"])
-        detected = _index(coco_class, ground_truth, results)
+        annotated = _index(coco_class, ground_truth, ground_truth["annotations"], _ANNOTATION_KEYS)
+        detected = _index(coco_class, ground_truth, results, RESULT_KEYS)
         coco_eval = eval_class(annotated, detected, "bbox")
         coco_eval.params.maxDets = sorted({1, 10, 100, max_detections})
         coco_eval.evaluate()
@@ -254,10 +255,10 @@ def _load_backend(name: str) -> tuple[type, type]:
     raise ValueError(f'unknown backend {name!r}; accepted are "auto", "pycocotools", "faster"')
 
 
-def _index(coco_class: type, ground_truth: dict, boxes: list[dict]) -> Any:
+def _index(coco_class: type, ground_truth: dict, boxes: list[dict], keys: tuple[str, ...]) -> Any:
     """Make a backend's COCO object from annotations or from results.
 
-    Only the keys that the metric reads are copied. Boxes are numbered from 1, because both backends read an
+    Only `keys`, which the metric reads, are copied. Boxes are numbered from 1, because both backends read an
     id of 0 as "unmatched". Unlike `COCO.loadRes`, this takes an empty list and makes no polygon for each box.
     """
     coco = coco_class()
@@ -265,17 +266,8 @@ def _index(coco_class: type, ground_truth: dict, boxes: list[dict]) -> Any:
         "images": [{"id": image["id"]} for image in ground_truth["images"]],
         "categories": [{"id": category["id"]} for category in ground_truth["categories"]],
         "annotations": [
-            {
-                "id": number,
-                "image_id": box["image_id"],
-                "category_id": box["category_id"],
-                "bbox": box["bbox"],
-                "area": box["area"]
-                if "area" in box and "score" not in box
-                else box["bbox"][2] * box["bbox"][3],
-                "iscrowd": 0 if "score" in box else box.get("iscrowd", 0),
-                "score": box.get("score", 0.0),
-            }
+            {"id": number, "area": box["bbox"][2] * box["bbox"][3], "iscrowd": 0, "score": 0.0}
+            | {key: box[key] for key in keys if key in box}
             for number, box in enumerate(boxes, start=1)
         ],
     }

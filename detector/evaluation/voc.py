@@ -52,7 +52,8 @@ def evaluate_voc(ground_truth: dict, results: list[dict], *, iou_threshold: floa
     names = class_names_by_id(ground_truth)
     check_results(results, ground_truth)
     annotations = ground_truth["annotations"]
-    objects, detections = _stack(annotations), _stack(_by_descending_score(results))
+    # Equal scores keep the given order.
+    objects, detections = _stack(annotations), _stack(sorted(results, key=lambda r: -r["score"]))
     difficult = np.array(
         [bool(a.get("difficult", 0) or a.get("iscrowd", 0)) for a in annotations], dtype=bool
     )
@@ -78,11 +79,6 @@ def format_voc(metrics: Mapping[str, Any]) -> str:
     ]
     rows.append(("mean", format_percent(metrics["mAP_11point"]), format_percent(metrics["mAP_allpoint"])))
     return format_table(rows, header=("VOC AP, %", "11-point", "all-point"))
-
-
-def _by_descending_score(results: list[dict]) -> list[dict]:
-    """Sort results by descending score. Equal scores keep the given order."""
-    return sorted(results, key=lambda result: -result["score"])
 
 
 def _stack(records: list[dict]) -> _Boxes:

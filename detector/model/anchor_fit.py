@@ -77,7 +77,8 @@ def fit_anchors(
         raise ValueError(
             "fit_anchors got no object with an area; accepted: (M, 2) widths and heights above 0"
         )
-    sample = _spaced(sizes[np.argsort(sizes.prod(axis=1), kind="stable")])
+    spaced = np.linspace(0, len(sizes) - 1, min(len(sizes), _SAMPLE)).astype(np.int64)
+    sample = sizes[np.argsort(sizes.prod(axis=1), kind="stable")][spaced]
     log_sizes, log_ratios = np.log(sample.prod(axis=1)) / 2, np.log(sample[:, 1] / sample[:, 0])
     lowest = np.repeat([np.log(STRIDE / 2), -np.inf], (num_sizes, num_ratios))
     starts = [
@@ -97,11 +98,6 @@ def _shapes(anchor_sizes: Sequence[float], aspect_ratios: Sequence[float]) -> li
 def _overlap(lengths: np.ndarray, length: float, shifts: np.ndarray) -> np.ndarray:
     """(M,) the common part of intervals of `lengths` and of `length` whose centres are `shifts` apart."""
     return np.minimum(np.minimum(lengths, length), (lengths + length) / 2 - shifts).clip(min=0)
-
-
-def _spaced(rows: np.ndarray) -> np.ndarray:
-    """At most 2,000 of the rows, evenly spaced."""
-    return rows[np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(np.int64)]
 
 
 def _quantiles(values: np.ndarray, count: int) -> np.ndarray:

@@ -55,8 +55,12 @@ def check_boxes(boxes: Any, where: str = "box") -> Tensor:
     Raises:
         ValueError: a box is not finite or has no area. The message names the first such box by `where` and index.
     """
-    if not isinstance(boxes, (Tensor, np.ndarray)):
-        _check_rows(boxes, where)
+    if not isinstance(boxes, (Tensor, np.ndarray, list, tuple)):
+        raise ValueError(f"{where}: boxes are {str(boxes)[:60]!r}; accepted: a list of {ACCEPTED}")
+    for index, row in enumerate(boxes if isinstance(boxes, (list, tuple)) else ()):
+        is_box = isinstance(row, (list, tuple, np.ndarray)) and len(row) == 4
+        if not is_box or not all(isinstance(v, Real) for v in row):
+            raise ValueError(f"{where} {index} is {str(row)[:60]}; accepted: {ACCEPTED}")
     checked = torch.as_tensor(boxes, dtype=torch.float32)
     if len(checked) == 0 and not isinstance(boxes, Tensor):
         return checked.reshape(0, 4)
@@ -107,13 +111,3 @@ def check_targets(targets: list[dict[str, Any]], num_images: int, num_classes: i
     if checks and not torch.cat([sound for _, sound, *_ in checks]).all():
         for check in checks:
             _refuse_first(*check)
-
-
-def _check_rows(boxes: Any, where: str) -> None:
-    """Raise a ValueError unless `boxes` is a list or tuple whose rows have four numbers."""
-    if not isinstance(boxes, (list, tuple)):
-        raise ValueError(f"{where}: boxes are {str(boxes)[:60]!r}; accepted: a list of {ACCEPTED}")
-    for index, row in enumerate(boxes):
-        is_box = isinstance(row, (list, tuple, np.ndarray)) and len(row) == 4
-        if not is_box or not all(isinstance(v, Real) for v in row):
-            raise ValueError(f"{where} {index} is {str(row)[:60]}; accepted: {ACCEPTED}")

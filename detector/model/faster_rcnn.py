@@ -112,7 +112,8 @@ class C4FasterRCNN(FasterRCNN):
             raise ValueError("targets is None; in training mode each image needs a dict of boxes and labels")
         encoded = self.encode(images, targets, num_classes=self._num_classes)
         proposals = self.propose(encoded)
-        sample = self.roi_heads.sample_for_training(proposals.boxes, encoded.targets)
+        candidates = self.roi_heads.with_ground_truth(proposals.boxes, encoded.targets)
+        sample = self.roi_heads.sample(candidates, encoded.targets)
         classified = self.classify(encoded, sample.boxes)
         return self.roi_heads.losses(classified, sample) | proposals.losses
 
@@ -193,6 +194,11 @@ class C4FasterRCNN(FasterRCNN):
         samplers = {"anchors": self.rpn.fg_bg_sampler, "regions": self.roi_heads.fg_bg_sampler}
         for use, sampler in samplers.items():
             sampler.keys = None if keys is None else [tagged(use, *key) for key in keys]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the weights expect of an image."""
+        return self.transform.preprocessing
 
     @property
     def _num_classes(self) -> int:

@@ -26,24 +26,10 @@ def network_size(
     The model and the loader both take the size from this function.
     rounding: "floor" gives the numbers of torchvision's GeneralizedRCNNTransform, "nearest" those of Detectron2.
     """
-    if rounding == "nearest":
-        return _nearest_size(height, width, min_size, max_size)
-    scale = min(min_size / min(height, width), max_size / max(height, width))
-    return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
-
-
-def network_sizes(sizes: np.ndarray, min_size: int, max_size: int, rounding: str = "floor") -> np.ndarray:
-    """`network_size` of many images: (N, 2) heights and widths -> (N, 2). It computes equal ones once."""
-    different, row = np.unique(sizes, axis=0, return_inverse=True)
-    resized = [network_size(h, w, min_size, max_size, rounding) for h, w in different.tolist()]
-    return np.array(resized).reshape(-1, 2)[row.reshape(-1)]
-
-
-def _nearest_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """`network_size` in Detectron2's order of operations.
-
-    The order matters where a side lies halfway between two whole pixels.
-    """
+    if rounding == "floor":
+        scale = min(min_size / min(height, width), max_size / max(height, width))
+        return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+    # Detectron2's order of operations matters where a side lies halfway between two whole pixels.
     short = min(height, width)
     scale = min_size / short
     sides = [float(min_size) if side == short else scale * side for side in (height, width)]
@@ -52,6 +38,13 @@ def _nearest_size(height: int, width: int, min_size: int, max_size: int) -> tupl
         sides = [side * shrink for side in sides]
     height, width = (max(1, int(side + 0.5)) for side in sides)
     return height, width
+
+
+def network_sizes(sizes: np.ndarray, min_size: int, max_size: int, rounding: str = "floor") -> np.ndarray:
+    """`network_size` of many images: (N, 2) heights and widths -> (N, 2). It computes equal ones once."""
+    different, row = np.unique(sizes, axis=0, return_inverse=True)
+    resized = [network_size(h, w, min_size, max_size, rounding) for h, w in different.tolist()]
+    return np.array(resized).reshape(-1, 2)[row.reshape(-1)]
 
 
 def resize_pil(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

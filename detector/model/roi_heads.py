@@ -113,10 +113,6 @@ class BoxHeads(RoIHeads):
             proposals, [t["boxes"].to(p.dtype) for t, p in zip(targets, proposals, strict=True)]
         )
 
-    def sample_for_training(self, proposals: list[Tensor], targets: Targets) -> Sample:
-        """Draw a balanced sample from N x (M, 4) proposals and the ground truth."""
-        return self.sample(self.with_ground_truth(proposals, targets), targets)
-
     @torch.no_grad()
     def sample(self, candidates: list[Tensor], targets: Targets) -> Sample:
         """Match N x (M, 4) candidates to the targets, and draw a balanced sample."""
