@@ -72,8 +72,6 @@ def scale_of(stated: tuple[int, int], size: tuple[int, int]) -> tuple[float, flo
 
     A picture that differs by a few pixels was cut, and has factors of 1.
     """
-    if stated == size:
-        return 1.0, 1.0
     _, scaled, refused = _compare(np.array([stated]), np.array([size]))
     if refused[0]:
         return None
