@@ -51,12 +51,10 @@ def settle_sizes(
         )
     left_out = [tell(row) for row in np.flatnonzero(refused)]
     refuse_many(left_out, len(dataset), max_left_out)
+    ways = (clipped, "by a few pixels, and boxes are clipped"), (scaled, "by a factor, and boxes are scaled")
     notes = [
         f"{mask.sum()} of {len(mask)} pictures differ from their annotations {how}; the first: {tell(mask.argmax())}"
-        for mask, how in (
-            (clipped, "by a few pixels, and boxes are clipped"),
-            (scaled, "by a factor, and boxes are scaled"),
-        )
+        for mask, how in ways
         if mask.any()
     ]
     settled = replace(dataset, image_sizes=sizes, notes=(*dataset.notes, *notes))

@@ -53,29 +53,20 @@ class Unreadable:
     ) -> None:
         """Count a batch of so many pictures. failed: sentence -> image id, where there are ids. ValueError: as `watch`."""
         self.image_ids |= failed
-        self._tell(on_new)
         self.num_seen += num_pictures
-        self._judge()
-
-    def collect(self) -> None:
-        """Learn at the end of a pass what other processes saw, and which pictures failed there."""
-        counts, found = zip(*processes.gather((self.num_seen, self.image_ids)), strict=True)
-        self.num_seen = sum(counts)
-        for failed in found:
-            self.image_ids |= failed
-        self._tell()
-        self._judge()
-
-    def _tell(self, on_new: Callable[[str], object] = lambda sentence: None) -> None:
-        for sentence in self.image_ids:
+        for sentence in failed:
             if sentence not in self.told:
                 self.told.add(sentence)
                 if len(self.told) <= MAX_TOLD:
                     print(f"{self.fate}: {sentence}", flush=True)
                 on_new(sentence)
-
-    def _judge(self) -> None:
         if len(self.image_ids) > _FEW:
             # In the middle of a pass, each process knows of its own pictures alone.
             judged = min(self.num_pictures, max(self.num_seen, _EARLIEST * processes.world_size()))
             refuse_many(list(self.image_ids), judged)
+
+    def collect(self) -> None:
+        """Learn at the end of a pass what other processes saw, and which pictures failed there."""
+        counts, found = zip(*processes.gather((self.num_seen, self.image_ids)), strict=True)
+        self.num_seen = 0
+        self.count({sentence: id for failed in found for sentence, id in failed.items()}, sum(counts))

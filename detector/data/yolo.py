@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field
 
 from ..files import read_head, read_text
-from .file_index import FileIndex, is_picture
+from .file_index import FileIndex
 from .file_source import FileSource
 from .filed import Filed, gather, number, read_each
 from .records import Annotations, Object, around, number_classes
@@ -62,12 +62,8 @@ class YoloSource(FileSource):
             ids = {id for *_, lines in read for _, _, id, _ in lines} - {None}
             names_of = dict.fromkeys(texts, {id: f"class_{id}" for id in sorted(ids)})
         filed, category_ids, unknown = [], {}, set()
-        long = [
-            (f"{text}: line {row}", values)
-            for _, text, lines in read
-            for row, _, _, values in lines
-            if len(values) > 5
-        ]
+        placed = ((f"{text}: line {row}", values) for _, text, lines in read for row, *_, values in lines)
+        long = [(place, values) for place, values in placed if len(values) > 5]
         posed = self.keypoints is None and _are_keypoints(long)
         for picture, text, lines in read:
             names = names_of.get(text, {})
@@ -124,11 +120,10 @@ class YoloSource(FileSource):
         if os.path.isfile(root / self.images):
             index, near = FileIndex(root), os.path.dirname(self.images)
             lines = read_text(root / self.images, self.max_bytes).splitlines()
-            return [
-                os.path.relpath(index.path_of(line.strip(), near), root) for line in lines if line.strip()
-            ]
-        found = FileIndex(root / self.images).files
-        pictures = [os.path.normpath(os.path.join(self.images, file)) for file in found if is_picture(file)]
+            names = filter(None, map(str.strip, lines))
+            return [os.path.relpath(index.path_of(name, near), root) for name in names]
+        found = FileIndex(root / self.images).pictures
+        pictures = [os.path.normpath(os.path.join(self.images, file)) for file in found]
         if not pictures:
             raise FileNotFoundError(f"{root / self.images}: no such folder, or no picture in it")
         return pictures
@@ -164,11 +159,8 @@ def _refuse_shared(read: list[_Read], root: Path) -> None:
 def _without_picture(index: FileIndex, texts: list[str]) -> list[str]:
     """The texts of objects that lie beside those of pictures, and belong to no picture anywhere."""
     folders, used = {os.path.dirname(text) for text in texts}, set(texts)
-    beside = [
-        file
-        for file in index.files
-        if file.lower().endswith(".txt") and file not in used and os.path.dirname(file) in folders
-    ]
+    unused = [file for file in index.files if file.lower().endswith(".txt") and file not in used]
+    beside = [file for file in unused if os.path.dirname(file) in folders]
     lost = [file for file in beside if not index.find(swapped(file[:-4], "labels", "images"))]
     return [file for file in lost if is_object_text(index.folder / file)]
 
