@@ -87,23 +87,20 @@ def _repeats(keys: np.ndarray) -> np.ndarray:
 
 def _other_faults(part: Part, told: np.ndarray) -> list[Finding]:
     """Findings about what the reader itself noticed: objects it cannot use, and entries that it skipped."""
-    findings = [
-        part.find(row, "error", "object that cannot be used", o.fault, "Mend it. Training leaves it out.")
-        for row, o in enumerate(part.objects)
-        if o.fault
-    ]
-    findings += [
-        part.find(row, "note", "odd object", o.remark, "Check that this is meant.")
-        for row, o in enumerate(part.objects)
-        if o.remark and not told[row]
-    ]
+    findings, meant = [], "Check that this is meant."
+    mend = "Mend it. Training leaves it out."
+    for row, o in enumerate(part.objects):
+        if o.fault:
+            findings.append(part.find(row, "error", "object that cannot be used", o.fault, mend))
+        elif o.remark and not told[row]:
+            findings.append(part.find(row, "note", "odd object", o.remark, meant))
     skipped = "The list of pictures or of classes is not complete. Complete it, or remove the entry."
     findings += [
         Finding("error", "entry that cannot be used", part.source, None, problem, skipped)
         for problem in part.problems
     ]
     return findings + [
-        Finding(severity, "remark", part.source, None, f"{part.split}: {told}", "Check that this is meant.")
+        Finding(severity, "remark", part.source, None, f"{part.split}: {told}", meant)
         for severity, sentences in (("warning", part.warnings), ("note", part.notes))
         for told in sentences
     ]

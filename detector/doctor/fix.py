@@ -46,7 +46,10 @@ def write_clean(folder: Path, root: Path, parts: Sequence[Part], opened: Mapping
         told.append(f"{split}: {len(dataset)} pictures, {len(dataset.boxes)} boxes")
     sources = {}
     for split, dataset in cleaned.items():
-        write_json(folder / f"{split}.json", _coco(dataset, root))
+        content = dataset.to_coco()
+        for image in content["images"]:
+            image["file_name"] = Path(os.path.relpath(image["file_name"], root)).as_posix()
+        write_json(folder / f"{split}.json", content)
         path = os.path.relpath(folder / f"{split}.json", root)
         sources[split] = {"format": "coco", "images": ".", "annotations": path}
     text = yaml.safe_dump({"data": {"root": str(root), **sources}}, sort_keys=False)
@@ -108,11 +111,3 @@ def _clean(part: Part, opened: Mapping[str, Opened], names: tuple[str, ...]) -> 
     ]
     pictures = list(map(Picture, part.paths, part.image_ids.tolist(), sizes))
     return Annotations(part.source, pictures, objects, lambda o: (part.source, str(o.box))).to_dataset(names)
-
-
-def _coco(dataset: DetectionDataset, root: Path) -> dict:
-    """COCO's dict with file names relative to `root`."""
-    content = dataset.to_coco()
-    for image in content["images"]:
-        image["file_name"] = Path(os.path.relpath(image["file_name"], root)).as_posix()
-    return content
