@@ -82,7 +82,7 @@ def choose_recipe(
         """Of the budget. On a slow machine the choice takes long, and then the training still gets half of the budget."""
         return minutes and 60 * minutes - min(time.monotonic() - started, 30 * minutes)
 
-    epochs, chosen = _time(draft, folder, train_set, val_set, machine, device, seconds_left)
+    epochs, chosen = _time(draft, folder, train_set, val_set, machine, seconds_left)
     if epochs < _TOO_FEW_EPOCHS and minutes is not None and weights[0] is None:
         smaller, size = _Draft(data, overrides), _SMALLER["model"]["min_size"]
         longest = math.ceil(size * draft.config.model.max_size / draft.config.model.min_size)
@@ -92,10 +92,8 @@ def choose_recipe(
         )
         smaller.add({"model": {**_SMALLER["model"], "max_size": longest}}, reason)
         _choose_rest(smaller, objects, machine, False, len(train_set))
-        draft, (epochs, chosen) = (
-            smaller,
-            _time(smaller, folder, train_set, val_set, machine, device, seconds_left),
-        )
+        draft = smaller
+        epochs, chosen = _time(draft, folder, train_set, val_set, machine, seconds_left)
     draft.add(*chosen)
     if "data" in chosen[0]:
         train_set = build_dataset(draft.config.data, "train", read=read)
@@ -133,11 +131,10 @@ def _time(
     train_set: DetectionDataset,
     val_set: DetectionDataset | None,
     machine: Machine,
-    device: torch.device,
     seconds_left: Callable[[], float | None],
 ) -> tuple[int, tuple[Settings, str]]:
     """The number of epochs, and the settings that follow from it."""
-    pace = measure_pace(draft.config, train_set, device).shared_by(machine.num_processes)
+    pace = measure_pace(draft.config, train_set, machine.device).shared_by(machine.num_processes)
     epochs, used, (settings, reason) = choose_epochs(pace, len(train_set), len(val_set or ()), seconds_left())
     updates = epochs * max(1, used // (draft.config.train.batch_size * machine.num_processes))
     settings["train"]["warmup_steps"] = min(200, max(1, updates // 10))

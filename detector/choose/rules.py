@@ -109,12 +109,9 @@ def choose_augmentation(objects: Objects) -> Rule:
         "contrast": 0.2,
     }
     mirrored = f"no flip, since {sided[0]!r} may change its meaning" if sided else "horizontal flips"
-    turned = (
-        ", and vertical ones, since objects lie and grow alike above and below"
-        if augment["vertical_flip"]
-        else ""
-    )
-    return {"augment": augment}, f"augmentation: {mirrored}{turned}; scale, brightness, contrast"
+    if augment["vertical_flip"]:
+        mirrored += ", and vertical ones, since objects lie and grow alike above and below"
+    return {"augment": augment}, f"augmentation: {mirrored}; scale, brightness, contrast"
 
 
 def choose_training(machine: Machine, is_pretrained: bool, num_images: int) -> Rule:

@@ -39,7 +39,7 @@ class Objects:
 def objects_of(dataset: DetectionDataset) -> Objects:
     """Look at a data set. ValueError: it has no box to learn."""
     dataset.check_trainable()
-    learned = ~dataset.crowd & (dataset.use_difficult | ~dataset.difficult)
+    learned = dataset.trained()
     rows = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))[learned]
     return Objects(
         boxes=dataset.boxes[learned],
@@ -55,7 +55,7 @@ def objects_of(dataset: DetectionDataset) -> Objects:
 class Machine:
     """What trains.
 
-    cores: that this process may use. memory: bytes, of the GPU where it trains. num_processes: that train together.
+    cores: that this process may use. memory: bytes of the GPU, 0 without one. num_processes: that train together.
     """
 
     device: torch.device
@@ -70,11 +70,5 @@ class Machine:
 
 def look_at_machine(device: torch.device, num_processes: int = 1) -> Machine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return Machine(device, cores, memory, num_processes)
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        memory = 8 * 2**30
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return Machine(device, cores, memory, num_processes)

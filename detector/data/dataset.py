@@ -67,8 +67,7 @@ class DetectionDataset(Dataset):
     def _check_lengths(self) -> None:
         """Raise a ValueError if lengths, offsets or labels do not fit together."""
         num_images, num_boxes, num_classes = len(self.image_ids), len(self.boxes), len(self.class_names)
-        expected = dict.fromkeys(("image_paths", "image_sizes"), num_images)
-        expected |= dict.fromkeys(("labels", "areas", "crowd", "difficult"), num_boxes)
+        expected = dict.fromkeys(_IMAGE_COLUMNS, num_images) | dict.fromkeys(_BOX_COLUMNS, num_boxes)
         expected |= {"offsets": num_images + 1, "category_ids": num_classes}
         for name, length in expected.items():
             if len(getattr(self, name)) != length:
@@ -112,14 +111,14 @@ class DetectionDataset(Dataset):
         # The range raises an IndexError past the end, and makes a negative index positive.
         index = range(len(self))[index]
         rows = slice(self.offsets[index], self.offsets[index + 1])
-        trained = self._trained(rows)
+        trained = self.trained(rows)
         return {
             "boxes": self.boxes[rows][trained].astype(np.float32),
             "labels": self.labels[rows][trained],
             "image_id": int(self.image_ids[index]),
         }
 
-    def _trained(self, rows: slice = slice(None)) -> np.ndarray:
+    def trained(self, rows: slice = slice(None)) -> np.ndarray:
         """(M,) bool mask of the boxes to learn: no crowds, and difficult boxes only if `use_difficult`."""
         return ~self.crowd[rows] & (self.use_difficult | ~self.difficult[rows])
 
@@ -144,17 +143,17 @@ class DetectionDataset(Dataset):
         if limit < 1:
             raise ValueError(f"limit must be at least 1, or None for all images, got {limit}")
         # (N+1,): boxes to learn in all images before each
-        learned = np.concatenate([[0], np.cumsum(self._trained())])[self.offsets]
+        learned = np.concatenate([[0], np.cumsum(self.trained())])[self.offsets]
         return self.subset(np.flatnonzero(np.diff(learned))[:limit])
 
     def box_counts(self) -> dict[str, int]:
         """The number of boxes to learn in each class, by class name."""
-        counts = np.bincount(self.labels[self._trained()], minlength=len(self.class_names) + 1)
+        counts = np.bincount(self.labels[self.trained()], minlength=len(self.class_names) + 1)
         return dict(zip(self.class_names, counts[1:].tolist(), strict=True))
 
     def check_trainable(self) -> None:
         """ValueError: there is no box to learn."""
-        if not self._trained().any():
+        if not self.trained().any():
             crowds = f": {self.crowd.sum()} are crowds; data.crowd=train trains on them"
             raise ValueError(f"the training data have no box to learn{crowds if self.crowd.any() else ''}")
 

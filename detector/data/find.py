@@ -63,9 +63,7 @@ def find_data(path: str | Path, format: str | None = None) -> Found:
         )
         remarks += layout.remarks
         for first, second in layout.overlaps:
-            _refuse_contradiction(
-                path, index, {first["annotations"]: [first], second["annotations"]: [second]}
-            )
+            _refuse_contradiction(path, index, {each["annotations"]: [each] for each in (first, second)})
     name, *others = _by_what_they_say(path, index, splits_of)
     splits = splits_of[name]
     remarks += [
@@ -155,12 +153,9 @@ def _ending(names: list[str], *suffixes: str) -> list[str]:
 
 
 def _voc_files(index: FileIndex, names: list[str]) -> list[str]:
-    return [name for name in _ending(names, ".xml") if _is_voc_xml(index.folder / name)]
-
-
-def _is_voc_xml(path: Path) -> bool:
     # Without zeros, UTF-16 reads like ASCII.
-    return re.search(rb"<annotation[\s>]", read_head(path).replace(b"\0", b"")) is not None
+    heads = ((name, read_head(index.folder / name).replace(b"\0", b"")) for name in _ending(names, ".xml"))
+    return [name for name, head in heads if re.search(rb"<annotation[\s>]", head)]
 
 
 def _coco_files(index: FileIndex, names: list[str]) -> list[str]:

@@ -51,12 +51,10 @@ def settle_sizes(
         )
     left_out = [tell(row) for row in np.flatnonzero(refused)]
     refuse_many(left_out, len(dataset), max_left_out)
+    ways = (clipped, "by a few pixels, and boxes are clipped"), (scaled, "by a factor, and boxes are scaled")
     notes = [
         f"{mask.sum()} of {len(mask)} pictures differ from their annotations {how}; the first: {tell(mask.argmax())}"
-        for mask, how in (
-            (clipped, "by a few pixels, and boxes are clipped"),
-            (scaled, "by a factor, and boxes are scaled"),
-        )
+        for mask, how in ways
         if mask.any()
     ]
     settled = replace(dataset, image_sizes=sizes, notes=(*dataset.notes, *notes))
@@ -72,8 +70,6 @@ def scale_of(stated: tuple[int, int], size: tuple[int, int]) -> tuple[float, flo
 
     A picture that differs by a few pixels was cut, and has factors of 1.
     """
-    if stated == size:
-        return 1.0, 1.0
     _, scaled, refused = _compare(np.array([stated]), np.array([size]))
     if refused[0]:
         return None

@@ -6,17 +6,19 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeVar
 
 import cv2
 import numpy as np
 from PIL import Image, ImageChops
 
 from ..files import is_output
+
+_Read = TypeVar("_Read")
 
 MAX_PIXELS = 178_956_970
 """The most pixels that Pillow decodes: 512 MiB as RGB."""
@@ -36,8 +38,9 @@ _LFS_POINTER = b"version https://git-lfs"
 _EXIF_ORIENTATION, _BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 0x0112, 258, 281
 _FEW_LEVELS = 32
 _warned: list[str | Path] = []  # of few levels: the first picture
-# For each EXIF orientation, the operation that turns the stored picture upright (1 is upright already).
+# For each EXIF orientation, the operation that turns the stored picture upright.
 _UPRIGHT = {
+    1: lambda image: image,
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],
     4: lambda image: image[::-1],
@@ -82,7 +85,7 @@ def to_rgb(picture: Image.Image, name: str | Path, data: bytes = b"") -> np.ndar
         image = np.repeat(_high_bits(image, bits, name)[:, :, None], 3, axis=2)
     elif is_deep:
         _warn_of_few_levels(image, name)
-    return np.ascontiguousarray(_upright(image, _orientation(picture)))
+    return np.ascontiguousarray(_UPRIGHT[_orientation(picture)](image))
 
 
 def load_image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -105,8 +108,13 @@ def load_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[i
 
 def load_or_reason(path: str | Path) -> np.ndarray | str:
     """The picture as `load_image` gives it, or why it cannot be read."""
+    return _or_reason(load_image, path)
+
+
+def _or_reason(read: Callable[..., _Read], *args: Any) -> _Read | str:
+    """What `read` gives of a picture, or why it cannot be read."""
     try:
-        return load_image(path)
+        return read(*args)
     except (ValueError, OSError) as error:
         return str(error)
 
@@ -120,7 +128,7 @@ def read_sizes(
     """
 
     def read(chunk: Sequence[str | Path]) -> list[tuple[int, int] | str]:
-        return [_size_or_reason(path, max_pixels) for path in chunk]
+        return [_or_reason(load_image_size, path, max_pixels) for path in chunk]
 
     chunks = [paths[i : i + 64] for i in range(0, len(paths), 64)]
     with ThreadPoolExecutor(num_threads) as pool:
@@ -128,14 +136,6 @@ def read_sizes(
     reasons = {row: reason for row, reason in enumerate(found) if isinstance(reason, str)}
     sizes = [(-1, -1) if isinstance(size, str) else size for size in found]
     return np.array(sizes, np.int64).reshape(-1, 2), reasons
-
-
-def _size_or_reason(path: str | Path, max_pixels: int) -> tuple[int, int] | str:
-    """The (height, width) of a picture, or why it cannot be read."""
-    try:
-        return load_image_size(path, max_pixels)
-    except (ValueError, OSError) as error:
-        return str(error)
 
 
 def list_images(
@@ -221,9 +221,14 @@ def _is_hidden(name: str) -> bool:
 def _open_file(path: str | Path) -> IO[bytes]:
     """Open a file that is not empty."""
     try:
+        found = os.stat(path)
+        if stat.S_ISDIR(found.st_mode):
+            raise ValueError("a folder, where a picture file is expected")
         # To open a named pipe would wait for whoever writes to it.
-        if fault := _fault(os.stat(path)):
-            raise ValueError(fault)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("a device or pipe, where a picture file is expected")
+        if not found.st_size:
+            raise ValueError("the file is empty (0 bytes)")
         return open(path, "rb")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such picture file") from None
@@ -232,15 +237,6 @@ def _open_file(path: str | Path) -> IO[bytes]:
     # A name may hold a zero byte or a lone surrogate.
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _fault(found: os.stat_result) -> str | None:
-    """Why a file cannot hold a picture, or None."""
-    if stat.S_ISDIR(found.st_mode):
-        return "a folder, where a picture file is expected"
-    if not stat.S_ISREG(found.st_mode):
-        return "a device or pipe, where a picture file is expected"
-    return None if found.st_size else "the file is empty (0 bytes)"
 
 
 def _open(file: IO[bytes], path: str | Path, max_pixels: int) -> Image.Image:
@@ -280,7 +276,9 @@ def _reason(error: Exception) -> str:
 
 def _decode(picture: Image.Image, data: bytes) -> np.ndarray:
     """Decode to (H, W, 3) uint8 RGB in the stored orientation; grey of more than 8 bits to (H, W)."""
-    if picture.format == "JPEG" and picture.mode in ("RGB", "L") and _ends_as_jpeg(data):
+    # JPEG's end marker may have zero bytes after it.
+    is_whole = data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
+    if picture.format == "JPEG" and picture.mode in ("RGB", "L") and is_whole:
         # OpenCV is 5 to 20 % faster than Pillow. It may decode a file that is cut short to a half-grey picture.
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is not None:
@@ -290,11 +288,6 @@ def _decode(picture: Image.Image, data: bytes) -> np.ndarray:
         return np.asarray(picture)
     # A copy, because Pillow's memory is read-only.
     return np.array(_convert_to_rgb(picture))
-
-
-def _ends_as_jpeg(data: bytes) -> bool:
-    """Whether the data ends in JPEG's end marker, with zero bytes after it allowed."""
-    return data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _stated_bits(picture: Image.Image) -> int:
@@ -353,8 +346,3 @@ def _orientation(picture: Image.Image) -> int:
     except Exception:
         return 1
     return orientation if orientation in _UPRIGHT else 1
-
-
-def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, 3) as stored -> upright, a view of the same pixels."""
-    return _UPRIGHT[orientation](image) if orientation != 1 else image

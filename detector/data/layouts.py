@@ -95,9 +95,8 @@ def yolo_sources(layout: Layout) -> Sources:
     for file in layout.files:
         if file.lower().endswith(".data"):
             lines = read_text(layout.path(file), MAX_BYTES).splitlines()
-            values = {
-                name.strip(): value.strip() for name, _, value in (line.partition("=") for line in lines)
-            }
+            pairs = (line.partition("=") for line in lines)
+            values = {name.strip(): value.strip() for name, _, value in pairs}
             names = _inside(layout, file, values.get("names", ""))
         else:
             values, names = read_yaml(layout.path(file), MAX_BYTES), file

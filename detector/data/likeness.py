@@ -81,10 +81,7 @@ def _close_pairs(hashes: np.ndarray) -> np.ndarray:
             if not in_band.any():
                 break
             a, b = a[in_band], b[in_band]
-            close = _count_bits(hashes[a] ^ hashes[b]) <= _MAX_BITS
+            differing = (hashes[a] ^ hashes[b])[:, None].view(np.uint8)
+            close = np.unpackbits(differing, axis=1).sum(axis=1) <= _MAX_BITS
             found.append(np.column_stack([a[close], b[close]]))
     return np.unique(np.concatenate(found), axis=0)
-
-
-def _count_bits(values: np.ndarray) -> np.ndarray:
-    return np.unpackbits(values[:, None].view(np.uint8), axis=1).sum(axis=1)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -160,11 +161,8 @@ class Annotations:
         counts = Counter(o.name for o in self.objects if o.name)
         names = tuple(known if wanted is None else wanted)
         if not names:
-            given = (
-                "class_names is empty"
-                if wanted is not None
-                else f"{self.source}: has no object, so no class names"
-            )
+            unlisted = f"{self.source}: has no object, so no class names"
+            given = unlisted if wanted is None else "class_names is empty"
             raise ValueError(f"{given}: there is no class to detect")
         for name in names:
             if names.count(name) > 1:
@@ -203,6 +201,11 @@ def refuse_unknown(wanted: Sequence[str], known: Sequence[str], source: str) -> 
             raise ValueError(f"{source} has no category {name!r}; {nearest(name, known)}")
 
 
+def around(x: Any, y: Any, width: Any, height: Any) -> tuple[Any, Any, Any, Any]:
+    """The xyxy box around a centre x, y, of numbers or arrays."""
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
 def in_order(boxes: np.ndarray) -> np.ndarray:
     """(M, 4) corners in any order -> xyxy."""
     return np.hstack([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])])
@@ -227,17 +230,23 @@ def find_faulty_boxes(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[int, s
     boxes: (M, 4) float xyxy pixels; image_sizes: (M, 2) height, width of each box's image.
     A box that is partly inside its image can be used. A size of 0 is unknown, and holds every box.
     """
+    # If several faults hold, the last one is given, because it causes the others.
+    found = {
+        int(row): f"has a box that {fault}"
+        for fault, rows in box_faults(boxes, image_sizes).items()
+        for row in np.flatnonzero(rows)
+    }
+    return dict(sorted(found.items()))
+
+
+def box_faults(boxes: np.ndarray, image_sizes: np.ndarray) -> dict[str, np.ndarray]:
+    """(M,) bool for each fault of boxes, the last one causing the others. Arguments: as above."""
     x1, y1, x2, y2 = boxes.T
     height, width = np.where(image_sizes > 0, image_sizes, np.inf).T
     with np.errstate(invalid="ignore"):
-        faults = {
+        return {
             "lies outside the image": (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0),
             "has no area": (x2 == x1) | (y2 == y1),
             "ends before it starts": (x2 < x1) | (y2 < y1),
             "is not four finite numbers": ~np.isfinite(boxes).all(axis=1),
         }
-    # If several faults hold, the last one is given, because it causes the others.
-    found = {
-        int(row): f"has a box that {fault}" for fault, rows in faults.items() for row in np.flatnonzero(rows)
-    }
-    return dict(sorted(found.items()))

@@ -104,11 +104,9 @@ def build_dataset(
         ]
         dataset = replace(dataset, warnings=(*dataset.warnings, *lacking))
     if not len(dataset):
-        told = (
-            "; ".join((*dataset.problems, *dataset.notes))
-            or "the annotations and lists of pictures have none in common"
-        )
-        raise ValueError(f"data.{split} has no picture: {told}")
+        told = "; ".join((*dataset.problems, *dataset.notes))
+        unshared = "the annotations and lists of pictures have none in common"
+        raise ValueError(f"data.{split} has no picture: {told or unshared}")
     if not check_pictures:
         return dataset
     return settle_sizes(dataset, strict=data.strict, max_pixels=data.max_pixels)

@@ -19,7 +19,6 @@ from .dataset import DetectionDataset
 from .likeness import near_pictures
 from .opened import open_pictures
 
-_PARTS = ("train", "val")
 # Of more pictures than these only equal files are found, since decoding them would take minutes.
 _MOST_DECODED = 20_000
 _RUNS = 10
@@ -45,14 +44,10 @@ def split_dataset(dataset: DetectionDataset, seed: int, val: float = 0.2) -> dic
     share = np.array([[1 - val], [val]])
     # A class of two pictures has a whole one in each part; one of a single picture is trained on.
     wanted = np.where(counts > 1, np.clip(counts * share, 1, counts - 1), counts * [[1], [0]])
-    in_val = _assign(present, wanted)
-    in_val = _repair(present, in_val)
-    return {
-        part: np.sort(
-            np.concatenate([rows for rows, is_val in zip(groups, in_val, strict=True) if is_val == number])
-        )
-        for number, part in enumerate(_PARTS)
-    }
+    in_val = _repair(present, _assign(present, wanted))
+    val_of = np.repeat(in_val, list(map(len, groups)))
+    rows = np.concatenate(groups)
+    return {"train": np.sort(rows[~val_of]), "val": np.sort(rows[val_of])}
 
 
 def write_split(
@@ -84,7 +79,12 @@ def _group_alike(dataset: DetectionDataset, seed: int) -> list[np.ndarray]:
 
     A group of most of the pictures, such as one long film, is cut into runs of consecutive paths.
     """
-    equal = _equal_pictures(dataset, seed)
+    with ThreadPoolExecutor() as threads:
+        digests = list(threads.map(lambda path: _digest(path, seed), dataset.image_paths.tolist()))
+    rows_of = defaultdict(list)
+    for row, digest in enumerate(digests):
+        rows_of[digest].append(row)
+    equal = [np.array(rows_of[digest]) for digest in sorted(rows_of)]
     paths = [str(dataset.image_paths[rows[0]]) for rows in equal]
     number_of = {path: number for number, path in enumerate(paths)}
     near = near_pictures(open_pictures(paths, decode=len(paths) <= _MOST_DECODED))
@@ -98,16 +98,6 @@ def _group_alike(dataset: DetectionDataset, seed: int) -> list[np.ndarray]:
     for group in groups.values():
         runs += np.array_split(group, min(_RUNS, len(group)) if 2 * len(group) > len(paths) else 1)
     return [np.concatenate([equal[number] for number in run]) for run in sorted(runs, key=min)]
-
-
-def _equal_pictures(dataset: DetectionDataset, seed: int) -> list[np.ndarray]:
-    """The rows of each different picture, in an order that depends on the seed and the pictures' bytes alone."""
-    with ThreadPoolExecutor() as threads:
-        digests = list(threads.map(lambda path: _digest(path, seed), dataset.image_paths.tolist()))
-    rows = defaultdict(list)
-    for row, digest in enumerate(digests):
-        rows[digest].append(row)
-    return [np.array(rows[digest]) for digest in sorted(rows)]
 
 
 def _digest(path: str, seed: int) -> bytes:

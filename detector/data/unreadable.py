@@ -69,4 +69,4 @@ class Unreadable:
         """Learn at the end of a pass what other processes saw, and which pictures failed there."""
         counts, found = zip(*processes.gather((self.num_seen, self.image_ids)), strict=True)
         self.num_seen = 0
-        self.count({sentence: i for failed in found for sentence, i in failed.items()}, sum(counts))
+        self.count({sentence: id for failed in found for sentence, id in failed.items()}, sum(counts))

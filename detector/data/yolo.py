@@ -2,7 +2,9 @@
 
 import math
 import os
+from array import array
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +14,14 @@ import yaml
 from pydantic import Field
 
 from ..files import read_head, read_text
-from .file_index import FileIndex, is_picture
+from .file_index import FileIndex
 from .file_source import FileSource
 from .filed import Filed, gather, number, read_each
-from .records import Annotations, Object, number_classes
+from .records import Annotations, Object, around, number_classes
 from .tolerance import MAX_LEFT_OUT
 
-# The number of a line, its class number and its text. None: the first word is no class number.
-_Line = tuple[int, int | None, str]
+# The number of a line, its first word, that as a class number or None, and the numbers behind it.
+_Line = tuple[int, str, int | None, Sequence[float]]
 # A picture, its text file and the lines of that; paths are below data.root.
 _Read = tuple[str, str | None, list[_Line]]
 
@@ -57,16 +59,17 @@ class YoloSource(FileSource):
         _refuse_shared(read, root)
         names_of, notes = self._names(index, texts)
         if not names_of:
-            ids = {id for *_, lines in read for _, id, _ in lines} - {None}
+            ids = {id for *_, lines in read for _, _, id, _ in lines} - {None}
             names_of = dict.fromkeys(texts, {id: f"class_{id}" for id in sorted(ids)})
         filed, category_ids, unknown = [], {}, set()
-        long = [(f, row, line) for _, f, lines in read for row, _, line in lines if len(line.split()) > 6]
+        placed = ((f"{text}: line {row}", values) for _, text, lines in read for row, *_, values in lines)
+        long = [(place, values) for place, values in placed if len(values) > 5]
         posed = self.keypoints is None and _are_keypoints(long)
         for picture, text, lines in read:
             names = names_of.get(text, {})
             category_ids = category_ids or {name: id for id, name in sorted(names.items())}
             category_ids = number_classes(category_ids, names.values())
-            unknown |= {id for _, id, _ in lines if id is not None and id not in names}
+            unknown |= {id for _, _, id, _ in lines if id is not None and id not in names}
             objects = [_object(*line, names, bool(self.keypoints or posed)) for line in lines]
             filed.append(Filed(root / (text or picture), os.path.join(root, picture), None, objects))
         source = str(root / self.images)
@@ -77,14 +80,10 @@ class YoloSource(FileSource):
                 f"{source}: {len(long)} lines hold keypoints behind their box, as all of these lie inside it; "
                 "if they are polygons, set keypoints: false"
             )
-        bare = [picture for picture, text, _ in read if text is None]
+        bare, lost = [picture for picture, text, _ in read if text is None], _without_picture(index, texts)
         for orphans, count, what in (
             (bare, len(read), "pictures have no text file, so no objects"),
-            (
-                _without_picture(index, texts),
-                len(texts),
-                "texts belong to no picture, so their objects are lost",
-            ),
+            (lost, len(texts), "texts belong to no picture, so their objects are lost"),
         ):
             if orphans:
                 told = f"{source}: {len(orphans)} {what}, such as {', '.join(orphans[:3])}"
@@ -121,11 +120,10 @@ class YoloSource(FileSource):
         if os.path.isfile(root / self.images):
             index, near = FileIndex(root), os.path.dirname(self.images)
             lines = read_text(root / self.images, self.max_bytes).splitlines()
-            return [
-                os.path.relpath(index.path_of(line.strip(), near), root) for line in lines if line.strip()
-            ]
-        found = FileIndex(root / self.images).files
-        pictures = [os.path.normpath(os.path.join(self.images, file)) for file in found if is_picture(file)]
+            names = filter(None, map(str.strip, lines))
+            return [os.path.relpath(index.path_of(name, near), root) for name in names]
+        found = FileIndex(root / self.images).pictures
+        pictures = [os.path.normpath(os.path.join(self.images, file)) for file in found]
         if not pictures:
             raise FileNotFoundError(f"{root / self.images}: no such folder, or no picture in it")
         return pictures
@@ -144,7 +142,7 @@ class YoloSource(FileSource):
         if text is None:
             return picture, None, []
         lines = enumerate(read_text(index.folder / text, self.max_bytes).splitlines(), start=1)
-        return picture, text, [(number, _class_number(line), line) for number, line in lines if line.strip()]
+        return picture, text, [_line(row, *words) for row, line in lines if (words := line.split())]
 
 
 def _refuse_shared(read: list[_Read], root: Path) -> None:
@@ -161,11 +159,8 @@ def _refuse_shared(read: list[_Read], root: Path) -> None:
 def _without_picture(index: FileIndex, texts: list[str]) -> list[str]:
     """The texts of objects that lie beside those of pictures, and belong to no picture anywhere."""
     folders, used = {os.path.dirname(text) for text in texts}, set(texts)
-    beside = [
-        file
-        for file in index.files
-        if file.lower().endswith(".txt") and file not in used and os.path.dirname(file) in folders
-    ]
+    unused = [file for file in index.files if file.lower().endswith(".txt") and file not in used]
+    beside = [file for file in unused if os.path.dirname(file) in folders]
     lost = [file for file in beside if not index.find(swapped(file[:-4], "labels", "images"))]
     return [file for file in lost if is_object_text(index.folder / file)]
 
@@ -183,43 +178,41 @@ def is_class_list(file: str) -> bool:
     return name.endswith(("classes.txt", "_darknet.labels", ".names")) and name != "predefined_classes.txt"
 
 
-def _class_number(line: str) -> int | None:
-    id = number(line.split(maxsplit=1)[0])
-    return int(id) if id.is_integer() and 0 <= id < 2**31 else None
+def _line(row: int, word: str, *others: str) -> _Line:
+    id = number(word)
+    # An array takes a quarter of a list's memory.
+    values = array("d", map(number, others))
+    return row, word, int(id) if id.is_integer() and 0 <= id < 2**31 else None, values
 
 
-def _object(index: int, id: int | None, line: str, names: dict[int, str], keypoints: bool) -> Object:
+def _object(
+    index: int, word: str, id: int | None, values: Sequence[float], names: dict[int, str], keypoints: bool
+) -> Object:
     """One line. An unknown class and a wrong count of numbers are faults."""
     if id not in names:
-        fault = f"has the class {line.split()[0][:20]!r}, which names lack"
+        fault = f"has the class {word[:20]!r}, which names lack"
         return Object(-1, index, "", (0, 0, 0, 0), fault=fault)
-    values = _values(line)
     if box := parse_box(values, keypoints):
         return Object(-1, index, names[id], box)
     fault = f"has {len(values)} numbers behind the class; accepted are 4, or 6 and more for a polygon"
     return Object(-1, index, names[id], (0, 0, 0, 0), fault=fault)
 
 
-def _values(line: str) -> list[float]:
-    """The numbers behind the class."""
-    return list(map(number, line.split()[1:]))
-
-
-def _are_keypoints(lines: list[tuple[Path | None, int, str]]) -> bool:
-    """Whether lines of more than five numbers, each with its file and number, are boxes with keypoints, not polygons.
+def _are_keypoints(lines: list[tuple[str, Sequence[float]]]) -> bool:
+    """Whether more than five numbers behind a class, each with their place, are boxes with keypoints, not polygons.
 
     All objects of a set have the same number of keypoints, and polygons have any. ValueError: only some look so.
     """
-    counts = [len(line.split()) for *_, line in lines]
-    common, times = Counter(counts).most_common(1)[0] if lines else (0, 0)
-    same = [each for each, count in zip(lines, counts, strict=True) if count == common]
-    others = [each for each, count in zip(lines, counts, strict=True) if count != common]
-    if not times or times <= len(others):
+    if not lines:
         return False
-    fits = _fit_keypoints(np.array([_values(line) for *_, line in same]))
+    common = Counter(len(values) for _, values in lines).most_common(1)[0][0]
+    same = [each for each in lines if len(each[1]) == common]
+    others = [each for each in lines if len(each[1]) != common]
+    if len(same) <= len(others):
+        return False
+    fits = _fit_keypoints(np.array([values for _, values in same]))
     if fits.all() if others else fits.any() and not fits.all():
-        places = same[fits.argmax()], (others or [same[fits.argmin()]])[0]
-        box, polygon = (f"{file}: line {index}" for file, index, _ in places)
+        (box, _), (polygon, _) = same[fits.argmax()], (others or [same[fits.argmin()]])[0]
         raise ValueError(
             f"{box} looks like a box with keypoints, and {polygon} does not; set keypoints: true or keypoints: false in "
             "the recipe's data, or kpt_shape in data.yaml for keypoints"
@@ -247,11 +240,10 @@ def _fit_keypoints(values: np.ndarray) -> np.ndarray:
     return found & (np.abs(centre - 0.5) + size / 2 <= 0.51).all(axis=(1, 2))
 
 
-def parse_box(values: list[float], keypoints: bool = False) -> tuple[float, ...] | None:
+def parse_box(values: Sequence[float], keypoints: bool = False) -> tuple[float, ...] | None:
     """The xyxy box, in fractions, of the numbers behind a class: a box, perhaps with a score, or a polygon."""
     if len(values) in (4, 5) or (keypoints and len(values) > 5):
-        x, y, width, height = values[:4]
-        return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+        return around(*values[:4])
     if len(values) < 6 or len(values) % 2:
         return None
     x, y = values[::2], values[1::2]

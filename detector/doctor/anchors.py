@@ -66,24 +66,19 @@ def training_boxes(parts: Sequence[Part], model: ModelConfig) -> tuple[np.ndarra
             continue
         kept = np.isfinite(part.boxes).all(axis=1) & ~part.crowd & ~part.refused
         limits = part.sizes[part.rows[kept]][:, [1, 0, 1, 0]]
-        clipped = part.boxes[kept].clip(0, limits) * _factors(part.sizes, model)[part.rows[kept]]
+        resized = network_sizes(part.sizes, model.min_size, model.max_size, model.conventions.resize_rounding)
+        factors = (resized / part.sizes)[part.rows[kept]][:, [1, 0, 1, 0]]
+        clipped = part.boxes[kept].clip(0, limits) * factors
         sound = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
         names.append(part.names[kept][sound])
         boxes.append(clipped[sound])
     return np.concatenate(names), np.concatenate(boxes)
 
 
-def _factors(sizes: np.ndarray, model: ModelConfig) -> np.ndarray:
-    """(N, 4) factors from pixels of each picture, (N, 2) height and width, to pixels of the network's input."""
-    rounding = model.conventions.resize_rounding
-    resized = network_sizes(sizes, model.min_size, model.max_size, rounding)
-    return (resized / sizes)[:, [1, 0, 1, 0]]
-
-
 def check_anchors(found: AnchorFit, source: str) -> list[Finding]:
     """Findings about objects that are small for the map, and about anchors that others would beat."""
     findings = []
-    small = float((found.sizes < _SMALL).mean())
+    small = (found.sizes < _SMALL).mean()
     if small > 0.01:
         what = f"{source}: {small:.0%} of the training objects are under {_SMALL:g} pixels (half a cell) at the network's size"
         findings.append(Finding("warning", "small objects", source, None, what, _LARGER))
@@ -109,7 +104,11 @@ def check_anchors(found: AnchorFit, source: str) -> list[Finding]:
 
 def describe_objects(found: AnchorFit) -> str:
     """A table of the training objects by class and by size, and the anchors of the recipe and the fitted ones."""
-    groups, rest = _by_class(found)
+    names, counts = np.unique(found.names.astype(str), return_counts=True)
+    frequent = names[np.argsort(-counts, kind="stable")][:_MOST_CLASSES]
+    others = len(names) - len(frequent)
+    rest = f"The other {others} classes have fewer objects.\n" if others else ""
+    groups = [(name, found.names == name) for name in frequent]
     groups += _by_size(found) + [("all", np.ones(len(found.names), bool))]
     table = format_table([_row(name, mask, found) for name, mask in groups if mask.any()], _HEADER)
     return (
@@ -118,15 +117,6 @@ def describe_objects(found: AnchorFit) -> str:
         f"anchors: {_described(found.anchors)}, mean best IoU {found.ious.mean():.3f}\n"
         f"fitted:  {_described(found.fitted)}, mean best IoU {found.fitted_ious.mean():.3f}"
     )
-
-
-def _by_class(found: AnchorFit) -> tuple[list[tuple[str, np.ndarray]], str]:
-    """The most frequent classes with a mask (M,) each, and a remark on the others."""
-    names, counts = np.unique(found.names.astype(str), return_counts=True)
-    frequent = names[np.argsort(-counts, kind="stable")][:_MOST_CLASSES]
-    others = len(names) - len(frequent)
-    rest = f"The other {others} classes have fewer objects.\n" if others else ""
-    return [(name, found.names == name) for name in frequent], rest
 
 
 def _by_size(found: AnchorFit) -> list[tuple[str, np.ndarray]]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..data.records import around
 from .findings import Finding
 from .part import Part
 
@@ -17,18 +18,8 @@ _MISREAD, _FITTING = 0.8, 0.98
 READINGS = {
     "corners (x1, y1, x2, y2), read as x, y, width, height": lambda a, b, c, d: (a, b, c - a, d - b),
     "x, y, width, height, read as corners": lambda a, b, c, d: (a, b, a + c, b + d),
-    "centre, width, height, read as x, y, width, height": lambda a, b, c, d: (
-        a - (c - a) / 2,
-        b - (d - b) / 2,
-        a + (c - a) / 2,
-        b + (d - b) / 2,
-    ),
-    "centre, width, height, read as corners": lambda a, b, c, d: (
-        a - c / 2,
-        b - d / 2,
-        a + c / 2,
-        b + d / 2,
-    ),
+    "centre, width, height, read as x, y, width, height": lambda a, b, c, d: around(a, b, c - a, d - b),
+    "centre, width, height, read as corners": around,
     "y before x": lambda a, b, c, d: (b, a, d, c),
 }
 

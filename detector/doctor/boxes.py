@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..data.records import in_order
+from ..data.records import box_faults, in_order
 from .findings import Finding
 from .part import Part
 
@@ -30,7 +30,7 @@ _KINDS = {
 
 def check_boxes(part: Part) -> list[Finding]:
     """A finding for each faulty or odd box. A box has one finding, its worst. Crowds are not checked."""
-    masks = _masks(part.boxes, part.sizes[part.rows], _codes(part.names), part.rows)
+    masks = _masks(part)
     # The reader's own faults come first: they say why a box is not what it should be.
     told = part.crowd | part.refused
     findings = []
@@ -43,18 +43,20 @@ def check_boxes(part: Part) -> list[Finding]:
 
 def usable(part: Part) -> np.ndarray:
     """(M,) bool: the boxes that a clean set keeps. Faulty boxes and second copies are left out."""
-    masks = _masks(part.boxes, part.sizes[part.rows], _codes(part.names), part.rows)
+    masks = _masks(part)
     left_out = [mask for kind, mask in masks.items() if _KINDS[kind][0] == "error" or kind == "duplicate box"]
     return ~np.any([*left_out, part.refused, part.names == ""], axis=0)
 
 
-def _masks(
-    boxes: np.ndarray, sizes: np.ndarray, codes: np.ndarray, rows: np.ndarray
-) -> dict[str, np.ndarray]:
-    """(M,) bool for each kind of `_KINDS`. codes: (M,) the classes as numbers. rows: (M,) the pictures."""
+def _masks(part: Part) -> dict[str, np.ndarray]:
+    """(M,) bool for each kind of `_KINDS`."""
+    boxes, sizes, rows = part.boxes, part.sizes[part.rows], part.rows
+    code_of = {name: code for code, name in enumerate(dict.fromkeys(part.names))}
+    codes = np.array([code_of[name] for name in part.names], np.int64)
     # A training puts corners in order too, and its notes say so.
+    faults = box_faults(in_order(boxes), sizes)
     x1, y1, x2, y2 = in_order(boxes).T
-    height, width = sizes.T
+    height, width = np.where(sizes > 0, sizes, np.inf).T
     with np.errstate(invalid="ignore"):
         past = np.max([-x1, -y1, x2 - width, y2 - height], axis=0)
         filled = np.minimum(np.minimum(x2, width) - np.maximum(x1, 0), width) / width
@@ -62,21 +64,15 @@ def _masks(
         # Boxes that agree to a tenth of a pixel are the same.
         corners = np.round(np.nan_to_num(boxes, posinf=0, neginf=0), 1)
         return {
-            "box that is not four numbers": ~np.isfinite(boxes).all(axis=1),
-            "box without area": (x2 == x1) | (y2 == y1),
-            "box outside the picture": (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0),
+            "box that is not four numbers": faults["is not four finite numbers"],
+            "box without area": faults["has no area"],
+            "box outside the picture": faults["lies outside the image"],
             "box past the edge": past > 1,
             "duplicate box": _repeats(np.column_stack([rows, codes, corners])),
             "one box, two classes": _repeats(np.column_stack([rows, corners])),
             "box of the whole picture": filled >= _WHOLE,
             "box a pixel past the edge": past > 0,
         }
-
-
-def _codes(names: np.ndarray) -> np.ndarray:
-    """(M,) names -> (M,) numbers, the same for the same name."""
-    code_of = {name: code for code, name in enumerate(dict.fromkeys(names))}
-    return np.array([code_of[name] for name in names], np.int64)
 
 
 def _repeats(keys: np.ndarray) -> np.ndarray:
@@ -91,23 +87,20 @@ def _repeats(keys: np.ndarray) -> np.ndarray:
 
 def _other_faults(part: Part, told: np.ndarray) -> list[Finding]:
     """Findings about what the reader itself noticed: objects it cannot use, and entries that it skipped."""
-    findings = [
-        part.find(row, "error", "object that cannot be used", o.fault, "Mend it. Training leaves it out.")
-        for row, o in enumerate(part.objects)
-        if o.fault
-    ]
-    findings += [
-        part.find(row, "note", "odd object", o.remark, "Check that this is meant.")
-        for row, o in enumerate(part.objects)
-        if o.remark and not told[row]
-    ]
+    findings, meant = [], "Check that this is meant."
+    mend = "Mend it. Training leaves it out."
+    for row, o in enumerate(part.objects):
+        if o.fault:
+            findings.append(part.find(row, "error", "object that cannot be used", o.fault, mend))
+        elif o.remark and not told[row]:
+            findings.append(part.find(row, "note", "odd object", o.remark, meant))
     skipped = "The list of pictures or of classes is not complete. Complete it, or remove the entry."
     findings += [
         Finding("error", "entry that cannot be used", part.source, None, problem, skipped)
         for problem in part.problems
     ]
     return findings + [
-        Finding(severity, "remark", part.source, None, f"{part.split}: {told}", "Check that this is meant.")
+        Finding(severity, "remark", part.source, None, f"{part.split}: {told}", meant)
         for severity, sentences in (("warning", part.warnings), ("note", part.notes))
         for told in sentences
     ]

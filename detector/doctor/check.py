@@ -30,11 +30,7 @@ class Examination:
     anchors: AnchorFit | None = None
 
 
-def examine(
-    config: Config,
-    *,
-    pictures: str = "decode",
-) -> Examination:
+def examine(config: Config, *, pictures: str = "decode") -> Examination:
     """Check the data of a recipe. ValueError: it names none.
 
     pictures: "decode" reads all pixels, "headers" only the sizes, "none" not even whether the files exist.

@@ -28,18 +28,10 @@ def check_classes(parts: Sequence[Part]) -> list[Finding]:
     source = parts[0].source if parts else ""
     findings = [finding for part in parts for finding in [*_off_by_one(part), *_gaps(part)]]
     findings += [_alike(group, counts, source) for group in _groups_of_alike(names)]
-    findings += [
-        Finding(
-            "warning",
-            "background as a class",
-            source,
-            None,
-            f"{source}: {name!r} is listed as a class",
-            _NO_BG,
-        )
-        for name in names
-        if _plain(name) in _BACKGROUND
-    ]
+    for name in names:
+        if _plain(name) in _BACKGROUND:
+            what = f"{source}: {name!r} is listed as a class"
+            findings.append(Finding("warning", "background as a class", source, None, what, _NO_BG))
     if "train" in counts:
         findings += _few(counts["train"], source_of["train"])
         for split in counts.keys() - {"train"}:
@@ -110,16 +102,10 @@ def _few(counts: Counter[str], source: str) -> list[Finding]:
 
 def _only_outside_train(split: str, counts: Counter[str], train: Counter[str], source: str) -> list[Finding]:
     """Findings about classes that have objects in `split` and none in the training data."""
+    kind, findings = "class that training lacks", []
     advice = "Move examples to the training split. The detector cannot learn the class."
-    return [
-        Finding(
-            "warning",
-            "class that training lacks",
-            source,
-            None,
-            f"{source}: {name!r} has {count} objects in {split} and none in train",
-            advice,
-        )
-        for name, count in counts.items()
-        if count and not train[name]
-    ]
+    for name, count in counts.items():
+        if count and not train[name]:
+            what = f"{source}: {name!r} has {count} objects in {split} and none in train"
+            findings.append(Finding("warning", kind, source, None, what, advice))
+    return findings

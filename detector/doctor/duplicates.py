@@ -54,9 +54,8 @@ def _finding(kind: str, path: str, what: str, other: str | None) -> Finding:
 
 def splits_of(parts: Sequence[Part]) -> dict[str, list[str]]:
     """path -> the splits that name the picture."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}
     for part in parts:
         for path in part.paths:
-            if part.split not in (splits := found.setdefault(path, [])):
-                splits.append(part.split)
-    return found
+            found.setdefault(path, {})[part.split] = None
+    return {path: list(splits) for path, splits in found.items()}

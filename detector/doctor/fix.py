@@ -38,15 +38,18 @@ def write_clean(folder: Path, root: Path, parts: Sequence[Part], opened: Mapping
     cleaned, told = {}, [sentence for _, sentences in converted for sentence in sentences]
     for split in dict.fromkeys(part.split for part in parts):
         of_split = [part for part in parts if part.split == split]
-        dataset, dropped = _clean_split(of_split, opened, names, shared if split == "train" else set())
-        if dataset is None:
+        datasets, dropped = _clean_split(of_split, opened, names, shared if split == "train" else set())
+        if not datasets:
             raise ValueError(f"{split}: no picture would be left; left out are {' and '.join(dropped)}")
-        cleaned[split] = dataset
+        dataset = cleaned[split] = concatenate(datasets)
         told += [f"{split}: left out {reason}" for reason in dropped]
         told.append(f"{split}: {len(dataset)} pictures, {len(dataset.boxes)} boxes")
     sources = {}
     for split, dataset in cleaned.items():
-        write_json(folder / f"{split}.json", _coco(dataset, root))
+        content = dataset.to_coco()
+        for image in content["images"]:
+            image["file_name"] = Path(os.path.relpath(image["file_name"], root)).as_posix()
+        write_json(folder / f"{split}.json", content)
         path = os.path.relpath(folder / f"{split}.json", root)
         sources[split] = {"format": "coco", "images": ".", "annotations": path}
     text = yaml.safe_dump({"data": {"root": str(root), **sources}}, sort_keys=False)
@@ -56,19 +59,19 @@ def write_clean(folder: Path, root: Path, parts: Sequence[Part], opened: Mapping
 
 def _clean_split(
     parts: Sequence[Part], opened: Mapping[str, Opened], names: tuple[str, ...], shared: set[str]
-) -> tuple[DetectionDataset | None, list[str]]:
-    """The clean data set of a split's parts, and what was left out. None: no picture is left."""
+) -> tuple[list[DetectionDataset], list[str]]:
+    """The clean data sets of a split's parts that keep a picture, and what was left out."""
     datasets, dropped = [], Counter()
     for part in parts:
-        pictures, reasons = _keep_pictures(part, opened, shared)
-        boxes = usable(part)
-        dropped += reasons
+        sizes = map(tuple, part.sizes.tolist())
+        reasons = [_reason(*each, opened, shared) for each in zip(part.paths, sizes, strict=True)]
+        pictures, boxes = np.array([reason is None for reason in reasons], bool), usable(part)
+        dropped.update(filter(None, reasons))
         dropped["boxes that are faulty or repeated"] += int((pictures[part.rows] & ~boxes).sum())
         dropped["entries that cannot be used"] += len(part.problems)
         if pictures.any():
             datasets.append(_clean(select(part, pictures, boxes), opened, names))
-    told = [f"{count} {reason}" for reason, count in dropped.items() if count]
-    return concatenate(datasets) if datasets else None, told
+    return datasets, [f"{count} {reason}" for reason, count in dropped.items() if count]
 
 
 def _class_names(part: Part) -> list[str]:
@@ -81,17 +84,6 @@ def _shared_with_validation(parts: Sequence[Part], opened: Mapping[str, Opened])
     splits, same = splits_of(parts), equal_pictures(opened)
     elsewhere = {same.get(path, path) for path, found in splits.items() if set(found) - {"train"}}
     return {path for path, found in splits.items() if "train" in found and same.get(path, path) in elsewhere}
-
-
-def _keep_pictures(
-    part: Part, opened: Mapping[str, Opened], shared: set[str]
-) -> tuple[np.ndarray, Counter[str]]:
-    """(N,) bool, the pictures to keep, and the number of the others by reason."""
-    reasons = [
-        _reason(path, tuple(size), opened, shared)
-        for path, size in zip(part.paths, part.sizes.tolist(), strict=True)
-    ]
-    return np.array([reason is None for reason in reasons], bool), Counter(filter(None, reasons))
 
 
 def _reason(path: str, filed: tuple[int, int], opened: Mapping[str, Opened], shared: set[str]) -> str | None:
@@ -119,11 +111,3 @@ def _clean(part: Part, opened: Mapping[str, Opened], names: tuple[str, ...]) -> 
     ]
     pictures = list(map(Picture, part.paths, part.image_ids.tolist(), sizes))
     return Annotations(part.source, pictures, objects, lambda o: (part.source, str(o.box))).to_dataset(names)
-
-
-def _coco(dataset: DetectionDataset, root: Path) -> dict:
-    """COCO's dict with file names relative to `root`."""
-    content = dataset.to_coco()
-    for image in content["images"]:
-        image["file_name"] = Path(os.path.relpath(image["file_name"], root)).as_posix()
-    return content

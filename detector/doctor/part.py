@@ -89,11 +89,13 @@ def part_of_annotations(split: str, found: Annotations, crowd: str) -> Part:
 def part_of_dataset(split: str, dataset: DetectionDataset) -> Part:
     """The part that a loaded data set holds, without the objects that were left out."""
     rows = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
+    indices = np.arange(len(rows)) - dataset.offsets[rows]
     names = np.array([*dataset.class_names, ""], object)[dataset.labels - 1]
 
     def describe(row: int) -> tuple[str, str]:
-        number = row - dataset.offsets[rows[row]]
-        return f"{dataset.image_paths[rows[row]]}: box {number} ({names[row]})", _xyxy(dataset.boxes[row])
+        place = f"{dataset.image_paths[rows[row]]}: box {indices[row]} ({names[row]})"
+        corners = zip(("x1", "y1", "x2", "y2"), dataset.boxes[row], strict=True)
+        return place, ", ".join(f"{name} {value:g}" for name, value in corners)
 
     return Part(
         split,
@@ -104,7 +106,7 @@ def part_of_dataset(split: str, dataset: DetectionDataset) -> Part:
         rows,
         dataset.boxes,
         names,
-        np.arange(len(rows)) - dataset.offsets[rows],
+        indices,
         dataset.crowd,
         describe,
         dict(zip(dataset.class_names, dataset.category_ids.tolist(), strict=True)),
@@ -169,7 +171,3 @@ def select(part: Part, pictures: np.ndarray, boxes: np.ndarray) -> Part:
         objects=tuple(part.objects[row] for row in old_rows) if part.objects else (),
         **columns,
     )
-
-
-def _xyxy(box: np.ndarray) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in zip(("x1", "y1", "x2", "y2"), box, strict=True))

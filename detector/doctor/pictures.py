@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..data.file_index import is_picture
 from ..data.headers import scale_of
-from ..data.images import IMAGE_SUFFIXES
 from ..data.opened import Opened
 from .findings import Finding
 from .part import Part
@@ -26,37 +26,29 @@ def present(paths: Sequence[str], folders: Mapping[str, set[str]]) -> np.ndarray
 
 def check_files(parts: Sequence[Part], folders: Mapping[str, set[str]]) -> list[Finding]:
     """Findings about pictures that are named and absent, or that no split names."""
-    findings = []
-    for part in parts:
-        findings += [_missing(part, path) for path in part.paths[~present(part.paths, folders)]]
-    named = {path for part in parts for path in part.paths}
-    for folder, names in sorted(folders.items()):
-        pictures = sorted(name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-        unnamed = (os.path.join(folder, name) for name in pictures)
-        findings += [_unnamed(path) for path in unnamed if path not in named]
-    return findings
-
-
-def _missing(part: Part, path: str) -> Finding:
-    what = f"{path} is named by {part.source} and absent"
+    findings, named = [], {path for part in parts for path in part.paths}
     advice = "Add the picture, correct its name, or remove its annotations."
-    return Finding("error", "picture that is absent", path, None, what, advice)
-
-
-def _unnamed(path: str) -> Finding:
+    for part in parts:
+        for path in part.paths[~present(part.paths, folders)]:
+            what = f"{path} is named by {part.source} and absent"
+            findings.append(Finding("error", "picture that is absent", path, None, what, advice))
     advice = "Training and evaluation do not use it. Add it to a split, or leave it."
-    return Finding("note", "picture that no split names", path, None, f"{path} is in no split", advice)
+    kind = "picture that no split names"
+    for folder, names in sorted(folders.items()):
+        paths = [os.path.join(folder, name) for name in sorted(names) if is_picture(name)]
+        unnamed = [path for path in paths if path not in named]
+        findings += [Finding("note", kind, path, None, f"{path} is in no split", advice) for path in unnamed]
+    return findings
 
 
 def check_opened(parts: Sequence[Part], opened: Mapping[str, Opened]) -> list[Finding]:
     """Findings about pictures that are damaged, turned by EXIF, or not of the size in their annotations."""
-    findings = []
-    for path, picture in opened.items():
-        if picture.error is not None:
-            advice = "Replace the file, or remove the picture and its annotations."
-            findings.append(
-                Finding("error", "picture that cannot be read", path, None, picture.error, advice)
-            )
+    advice = "Replace the file, or remove the picture and its annotations."
+    findings = [
+        Finding("error", "picture that cannot be read", path, None, picture.error, advice)
+        for path, picture in opened.items()
+        if picture.error is not None
+    ]
     for part in parts:
         for path, size in zip(part.paths, part.sizes.tolist(), strict=True):
             picture = opened.get(path)

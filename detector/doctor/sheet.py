@@ -59,14 +59,13 @@ def _draw(finding: Finding, parts: Sequence[Part]) -> np.ndarray:
 
 def _with_objects(path: str, parts: Sequence[Part]) -> np.ndarray:
     """A picture with all its boxes."""
-    boxes, names = [np.empty((0, 4))], []
+    boxes, names = np.empty((0, 4)), []
     for part in parts:
         rows = np.flatnonzero((part.paths == path)[part.rows] & np.isfinite(part.boxes).all(axis=1))
         if len(rows):
-            boxes.append(part.boxes[rows])
-            names += [escaped(name) for name in part.names[rows]]
+            boxes, names = part.boxes[rows], [escaped(name) for name in part.names[rows]]
             break
-    return _fit(load_image(path), np.concatenate(boxes), names)
+    return _fit(load_image(path), boxes, names)
 
 
 def _fit(image: np.ndarray, boxes: np.ndarray, names: Sequence[str]) -> np.ndarray:
