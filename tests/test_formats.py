@@ -471,6 +471,27 @@ def test_of_formats_that_agree_the_one_that_says_more_is_taken(tmp_path):
     assert find_data(tmp_path).format == "voc"
 
 
+def test_formats_that_agree_and_have_other_pictures_are_both_used(tmp_path):
+    paint_all(tmp_path)
+    for name in list(PICTURES)[:3]:
+        put(tmp_path / f"{Path(name).stem}.xml", xml(name))
+    put(tmp_path / "all.json", json.dumps(coco(images=lambda name: name in list(PICTURES)[2:])))
+    found, datasets = read(tmp_path)
+    assert any("both are used" in remark for remark in found.remarks)
+    assert content(datasets.values()) == EXPECTED and len(datasets["train"]) == len(PICTURES)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "all.json").rename(tmp_path / "train/all.json")
+    for number, name in enumerate(list(PICTURES)[:3]):
+        (tmp_path / ("val" if number else "train")).mkdir(exist_ok=True)
+        (tmp_path / f"{Path(name).stem}.xml").rename(
+            tmp_path / ("val" if number else "train") / f"{Path(name).stem}.xml"
+        )
+    with pytest.raises(
+        ValueError, match="has pictures that .* lacks, such as .*; choose a format with --format"
+    ):
+        find_data(tmp_path)
+
+
 def test_formats_that_contradict_each_other_are_refused_and_one_can_be_chosen(tmp_path):
     voc_folder(tmp_path)
     moved = coco()

@@ -64,32 +64,38 @@ def find_data(path: str | Path, format: str | None = None) -> Found:
         remarks += layout.remarks
         for first, second in layout.overlaps:
             _refuse_contradiction(path, index, {each["annotations"]: [each] for each in (first, second)})
-    name, *others = _by_what_they_say(path, index, splits_of)
+    name, told = _join_formats(path, index, splits_of)
     splits = splits_of[name]
-    remarks += [
-        f"{other} agrees with {name}, which says all that it says, and is left out" for other in others
-    ]
-    remarks.append("there is no split" if list(splits) == ["train"] else f"splits: {', '.join(splits)}")
+    remarks += [*told, "there is no split" if list(splits) == ["train"] else f"splits: {', '.join(splits)}"]
     return Found(name, index.folder, splits, tuple(remarks))
 
 
-def _by_what_they_say(path: Path, index: FileIndex, splits_of: dict[str, Sources]) -> list[str]:
-    """The names of the formats, the one that says most first: objects, then pictures, then splits.
+def _join_formats(path: Path, index: FileIndex, splits_of: dict[str, Sources]) -> tuple[str, list[str]]:
+    """The format that says most: objects, then pictures, then splits; and a sentence on each other one.
 
-    ValueError: two contradict each other, or the first lacks pictures that another has.
+    It gets the sources of another format that has more pictures. ValueError: two contradict each other, or a picture of
+    one would come into another split.
     """
     if len(splits_of) == 1:
-        return list(splits_of)
+        return next(iter(splits_of)), []
     said = _refuse_contradiction(path, index, {name: sum(s.values(), []) for name, s in splits_of.items()})
     amounts = {name: (len(each.boxes), len(each), len(splits_of[name])) for name, each in said.items()}
-    ranked = sorted(said, key=amounts.get, reverse=True)
-    for name in ranked[1:]:
-        if lacking := sorted({*said[name].image_paths.tolist()} - {*said[ranked[0]].image_paths.tolist()}):
+    first, *others = sorted(said, key=amounts.get, reverse=True)
+    own, remarks = set(said[first].image_paths.tolist()), []
+    for name in others:
+        pictures = set(said[name].image_paths.tolist())
+        if pictures <= own:
+            remarks.append(f"{name} agrees with {first}, which says all that it says, and is left out")
+            continue
+        if pictures & own and not splits_of[first].keys() == splits_of[name].keys() == {"train"}:
             raise ValueError(
-                f"{path}: annotations of several formats: {name} has {len(lacking)} pictures that {ranked[0]} lacks, such "
-                f"as {lacking[0]}; choose one with --format, or write a recipe with both as data.train"
+                f"{path}: {name} has pictures that {first} lacks, such as {min(pictures - own)}, and both have a split "
+                "of others; choose a format with --format"
             )
-    return ranked
+        remarks.append(f"{name} agrees with {first} and has other pictures too: both are used")
+        for split, sources in splits_of[name].items():
+            splits_of[first].setdefault(split, []).extend(sources)
+    return first, remarks
 
 
 def _refuse_contradiction(

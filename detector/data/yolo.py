@@ -62,7 +62,9 @@ class YoloSource(FileSource):
             ids = {id for *_, lines in read for _, _, id, _ in lines} - {None}
             names_of = dict.fromkeys(texts, {id: f"class_{id}" for id in sorted(ids)})
         filed, category_ids, unknown = [], {}, set()
-        placed = ((f"{text}: line {row}", values) for _, text, lines in read for row, *_, values in lines)
+        placed = (
+            (f"{root / text}: line {row}", values) for _, text, lines in read for row, *_, values in lines
+        )
         long = [(place, values) for place, values in placed if len(values) > 5]
         posed = self.keypoints is None and _are_keypoints(long)
         for picture, text, lines in read:
