@@ -14,6 +14,7 @@ import torch
 
 from backbones.kernels.winograd import WinogradConv2d
 from benchmarks import Settings, coco_backends, growth, inference, limit, models
+from benchmarks.averaged_norms import FORMS, METRICS, measure
 from benchmarks.steady_memory import RECIPE, draw_data, processes_of, slope, watch
 from benchmarks.timing import Stopwatch
 from detector.build import build_model
@@ -319,6 +320,14 @@ def test_memory_is_watched_in_a_process_and_those_that_it_starts():
     assert set(seen) == {"main", "worker 1"}
     assert seen["worker 1"][-1][1] > 50 > seen["main"][-1][1] > 1
     assert [slope([(0, 900), (1, 10), (2, 11), (3, 12)]), slope([(0, 1)])] == [60, None]
+
+
+def test_one_training_is_evaluated_with_both_kinds_of_statistics(tiny_config, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny_config("train.ema=0.9").model_dump_json(exclude_unset=True), encoding="utf-8")
+    measured = measure(recipe, ["train.seed=3"])
+    assert measured["seed"] == 3 and [row["epoch"] for row in measured["epochs"]] == [1, 2]
+    assert all(row[form].keys() == set(METRICS) for row in measured["epochs"] for form in FORMS)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
