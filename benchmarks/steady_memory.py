@@ -1,6 +1,6 @@
 """Watch the memory of a training on pictures of many sizes: of its main process and of its workers.
 
-python -m benchmarks.steady_memory --minutes 60 --output benchmarks/steady_memory.json
+python -m benchmarks.steady_memory --minutes 180 --output benchmarks/steady_memory.json
 
 The slope is fitted over the second half, because the allocator's pools fill in the first minutes.
 """
@@ -21,6 +21,7 @@ from PIL import Image
 from detector.command_line import make_parser
 from detector.data.shapes import CLASS_NAMES, draw_picture
 from detector.files import write_json
+from detector.run_log import read_log
 from detector.tables import format_table
 
 from .growth import fit_line
@@ -119,12 +120,15 @@ def measure(root: Path, minutes: float, every: float, num_pictures: int) -> dict
         if status != 130:
             log.seek(0)
             raise ChildProcessError(f"the training ended with exit status {status}: {log.read()[-2000:]}")
-    return {"megabytes": seen, "slope_mb_an_hour": {name: slope(samples) for name, samples in seen.items()}}
+    slopes = {name: slope(samples) for name, samples in seen.items()}
+    # The machine may have had other work, so the minutes alone do not say how much was trained.
+    updates = read_log(folder / "metrics.jsonl")[-1]["step"]
+    return {"updates": updates, "megabytes": seen, "slope_mb_an_hour": slopes}
 
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--minutes", type=float, default=180)
     parser.add_argument("--every", type=float, default=60, help="seconds between two looks")
     parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--output", metavar="FILE.json")
@@ -135,6 +139,7 @@ def main() -> int:
         (name, samples[len(samples) // 2][1], samples[-1][1], measured["slope_mb_an_hour"][name])
         for name, samples in measured["megabytes"].items()
     ]
+    print(f"{measured['updates']} updates")
     print(format_table(rows, header=("process", "MB at half time", "MB at the end", "MB an hour")))
     if args.output:
         write_json(args.output, {"machine": describe_machine(), "settings": vars(args), **measured}, indent=1)

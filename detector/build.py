@@ -18,9 +18,10 @@ from .data.transforms import TrainTransform
 from .engine import DetectorTask, Task, Training, WeightAverage, build_schedule, parameter_groups
 from .model.faster_rcnn import C4FasterRCNN, build_faster_rcnn
 
-# oneDNN keeps what it compiled for the last images' sizes, 1,024 pieces by default. They pin the heap, which then grows
-# for hours where sizes vary. A network needs about 60 for a size.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+# oneDNN keeps what it compiled for the last images' sizes, 1,024 pieces by default, and so does torch's wrapper of it.
+# They pin the heap, which then grows for hours where sizes vary. A network needs about 60 for a size.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "128")
 
 
 def build_model(config: ModelConfig, num_classes: int, *, load_weights: bool = True) -> C4FasterRCNN:

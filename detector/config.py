@@ -113,7 +113,10 @@ class TrainConfig(Section):
     clip_norm: float | None = Field(None, gt=0, description="largest norm of all gradients together")
     amp: Literal["none", "bf16", "fp16"] = "none"
     ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of the averaged weights, which are evaluated and saved"
+        None,
+        gt=0,
+        lt=1,
+        description="decay of the averaged weights and batch-norm statistics, which are evaluated and saved",
     )
     eval_every: Count = Field(1, description="epochs between evaluations")
     patience: Count | None = Field(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import FrozenBatchNorm2d
@@ -131,7 +132,8 @@ def build_schedule(
 class WeightAverage(AveragedModel):
     """Exponential moving average of a model's weights; after n updates its decay is min(decay, (1 + n) / (10 + n)).
 
-    Buffers are not averaged: both models have the same ones.
+    Running means and variances of batch norms are averaged too: those of the newest weights fit averaged ones less
+    well. Both models have the same other buffers.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -139,18 +141,22 @@ class WeightAverage(AveragedModel):
         self.decay = decay
         for copy, module in zip(self.module.modules(), model.modules(), strict=True):
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(copy, name, buffer)
+                if not (isinstance(module, _BatchNorm) and buffer.is_floating_point()):
+                    setattr(copy, name, buffer)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Average the weights of `model`. The first ones are taken as they are.
+        """Average `model` as it is now. The first one is taken as it is.
 
-        torch's own update reads its counter back from the device. It also copies each buffer, here onto itself, and
-        frozen norms that were written to are folded anew.
+        torch's own update reads its counter back from the device. It also writes every buffer, and frozen norms that
+        were written to are folded anew.
         """
         n = int(self.n_averaged)
         decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - decay)
+        both = [(*each.parameters(), *each.buffers()) for each in (self.module, model)]
+        apart = [(average, newest) for average, newest in zip(*both, strict=True) if average is not newest]
+        averages, newest = map(list, zip(*apart, strict=True))
+        torch._foreach_lerp_(averages, newest, 1 - decay)
         self.n_averaged += 1
 
 

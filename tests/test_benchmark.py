@@ -1,5 +1,6 @@
 """tools/benchmark.py: what it measures is the same work in every form, and its JSON says all of it. No time is asserted."""
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 
 from backbones.kernels.winograd import WinogradConv2d
 from benchmarks import Settings, coco_backends, growth, inference, limit, models
+from benchmarks.averaged_norms import FORMS, METRICS, measure
 from benchmarks.steady_memory import RECIPE, draw_data, processes_of, slope, watch
 from benchmarks.timing import Stopwatch
 from detector.build import build_model
@@ -320,6 +322,14 @@ def test_memory_is_watched_in_a_process_and_those_that_it_starts():
     assert [slope([(0, 900), (1, 10), (2, 11), (3, 12)]), slope([(0, 1)])] == [60, None]
 
 
+def test_one_training_is_evaluated_with_both_kinds_of_statistics(tiny_config, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny_config("train.ema=0.9").model_dump_json(exclude_unset=True), encoding="utf-8")
+    measured = measure(recipe, ["train.seed=3"])
+    assert measured["seed"] == 3 and [row["epoch"] for row in measured["epochs"]] == [1, 2]
+    assert all(row[form].keys() == set(METRICS) for row in measured["epochs"] for form in FORMS)
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
 def test_code_compiled_for_the_sizes_of_images_is_kept_for_the_last_ones_alone():
     program = """
@@ -336,3 +346,31 @@ for width in [*range(20, 200), 20, 20]:
     convolutions = [line for line in done.stdout.splitlines() if ",convolution," in line]
     created = [line.split("create:")[1][:10] for line in convolutions if "create:" in line]
     assert created[-2:] == ["cache_miss", "cache_hit,"]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no glibc of 2021 or newer"
+)
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+def test_memory_in_use_stays_where_each_image_has_another_size():
+    # Each size holds 28 KB in the cache of torch's wrapper: 300 more would hold 8 MB if that kept 1,024.
+    program = """
+import ctypes, detector, torch
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+class Counts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in names]
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Counts
+conv = torch.nn.Conv2d(8, 16, 3)
+used = []
+for widths in (range(20, 220), range(220, 520)):
+    for width in widths:
+        conv(torch.rand(1, 8, 32, width))
+    used.append(mallinfo2().uordblks)
+print(used[1] - used[0])
+"""
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**20

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from backbones import create_backbone
 from benchmarks.models import ForcedProposals, set_case
@@ -295,25 +296,61 @@ def test_averages_follow_the_formula(model):
         torch.testing.assert_close(averaged[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_an_update_of_the_averages_reads_nothing_from_the_device_and_writes_no_buffer():
+def test_an_update_of_the_averages_reads_nothing_from_the_device_and_writes_no_frozen_norm():
     # The meta device has no numbers to read.
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).to("meta")
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4), nn.BatchNorm2d(4)).to("meta")
     averages = WeightAverage(model, 0.9)
-    versions = [buffer._version for buffer in model.buffers()]
+    frozen = [*averages.module[1].buffers()]
+    versions = [buffer._version for buffer in frozen]
     for _ in range(2):
         averages.update_parameters(model)
-    assert averages.n_averaged == 2 and versions == [buffer._version for buffer in model.buffers()]
+    assert averages.n_averaged == 2 and versions == [buffer._version for buffer in frozen]
+    assert all(
+        buffer._version for buffer in (averages.module[2].running_mean, averages.module[2].running_var)
+    )
 
 
-def test_the_averages_are_evaluated_with_the_newest_buffers(tiny_config):
+def test_the_averages_are_evaluated_with_averaged_statistics_of_batch_norms(tiny_config):
     model = build_model(tiny_config("model.backbone={name: resnet18, width: 8}").model, 3)
     training = training_of(model, ema=0.9)
     assert training_of(model).evaluated_model is model and training.evaluated_model is not model
+    history = []
+
+    def keep(losses, num_images):
+        history.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+
+    train(training, [batch_of(sample(i)) for i in range(3)], on_step=keep)
+    # The first statistics are taken as they are; the decays after it are 2/11 and 3/12.
+    decays, wanted = (2 / 11, 3 / 12), dict(history[0])
+    for decay, newest in zip(decays, history[1:], strict=True):
+        wanted = {name: decay * wanted[name] + (1 - decay) * value for name, value in newest.items()}
+    averaged = dict(training.evaluated_model.named_buffers())
+    statistics = [name for name in averaged if name.endswith(("running_mean", "running_var"))]
+    assert statistics
+    for name, value in averaged.items():
+        torch.testing.assert_close(value, wanted[name] if name in statistics else history[-1][name])
+    assert any(not torch.equal(averaged[name], history[-1][name]) for name in statistics)
+
+
+def test_a_state_of_before_statistics_were_averaged_goes_on_from_its_own(tiny_config):
+    config = tiny_config("model.backbone={name: resnet18, width: 8}").model
+    training = training_of(build_model(config, 3), ema=0.9)
     train(training, [batch_of(sample(i)) for i in range(2)])
-    newest = dict(model.named_buffers())
-    assert any(name.endswith("running_mean") for name in newest)
-    for name, buffer in training.evaluated_model.named_buffers():
-        assert torch.equal(buffer, newest[name])
+    newest = {f"module.{name}": buffer for name, buffer in training.model.named_buffers()}
+    state = training.state_dict()
+    # Such a state has the newest statistics in both models.
+    state["ema"] |= {name: newest[name] for name in state["ema"] if name in newest}
+    resumed = training_of(build_model(config, 3), ema=0.9)
+    resumed.load_state_dict(copy.deepcopy(state))
+    assert all(torch.equal(resumed.ema.state_dict()[name], value) for name, value in state["ema"].items())
+    train(resumed, [batch_of(sample(2))])
+    last, after = resumed.model.state_dict(), resumed.evaluated_model.state_dict()
+    means = [name for name in after if name.endswith("running_mean")]
+    # The third average has a decay of 3/12.
+    for name in means:
+        wanted = 0.25 * newest[f"module.{name}"] + 0.75 * last[name]
+        torch.testing.assert_close(after[name], wanted)
+    assert means
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_with_ids_and_the_four_losses(model):
