@@ -82,15 +82,10 @@ class YoloSource(FileSource):
                 f"{source}: {len(long)} lines hold keypoints behind their box, as all of these lie inside it; "
                 "if they are polygons, set keypoints: false"
             )
-        bare, lost = [picture for picture, text, _ in read if text is None], _without_picture(index, texts)
-        for orphans, count, what in (
-            (bare, len(read), "pictures have no text file, so no objects"),
-            (lost, len(texts), "texts belong to no picture, so their objects are lost"),
-        ):
-            if orphans:
-                told = f"{source}: {len(orphans)} {what}, such as {', '.join(orphans[:3])}"
-                few = len(orphans) <= MAX_LEFT_OUT * count
-                (found.notes if few else found.warnings).append(told if few else f"{told}. Is that meant?")
+        bare = [picture for picture, text, _ in read if text is None]
+        _tell_orphans(found, bare, len(read), "pictures have no text file, so no objects")
+        lost = _without_picture(index, texts)
+        _tell_orphans(found, lost, len(texts), "texts belong to no picture, so their objects are lost")
         return found
 
     def _names(self, index: FileIndex, texts: list[str]) -> tuple[dict[str, dict[int, str]], list[str]]:
@@ -156,6 +151,14 @@ def _refuse_shared(read: list[_Read], root: Path) -> None:
                 f"{root / text} would be the text file of both {root / first[text]} and {root / picture}; "
                 "give each picture a text of its own, with the same folders below labels as below images"
             )
+
+
+def _tell_orphans(found: Annotations, orphans: list[str], total: int, what: str) -> None:
+    """Tell of files that lack their partner: a note, or a warning that asks where there are many."""
+    if orphans:
+        told = f"{found.source}: {len(orphans)} {what}, such as {', '.join(orphans[:3])}"
+        few = len(orphans) <= MAX_LEFT_OUT * total
+        (found.notes if few else found.warnings).append(told if few else f"{told}. Is that meant?")
 
 
 def _without_picture(index: FileIndex, texts: list[str]) -> list[str]:
