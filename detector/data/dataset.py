@@ -220,14 +220,14 @@ def concatenate(datasets: Sequence[DetectionDataset]) -> DetectionDataset:
         for name in ("problems", "warnings", "left_out")
     }
     offsets = offsets_of(np.concatenate([np.diff(dataset.offsets) for dataset in datasets]))
-    joined = _join_entries(replace(first, offsets=offsets, notes=notes, **told, **columns))
+    joined = join_entries(replace(first, offsets=offsets, notes=notes, **told, **columns))
     if len(np.unique(joined.image_ids)) == len(joined):
         return joined
     renumbered = f"the data sets share image ids: images are renumbered 1..{len(joined)}"
     return replace(joined, image_ids=np.arange(1, len(joined) + 1), notes=(*joined.notes, renumbered))
 
 
-def _join_entries(dataset: DetectionDataset) -> DetectionDataset:
+def join_entries(dataset: DetectionDataset) -> DetectionDataset:
     """The same with one entry a picture. An object that an earlier entry has, to a pixel, is taken once."""
     _, firsts, numbers = np.unique(dataset.image_paths, return_index=True, return_inverse=True)
     if len(firsts) == len(dataset):
@@ -237,8 +237,9 @@ def _join_entries(dataset: DetectionDataset) -> DetectionDataset:
     pictures, kept = first_of[entries], np.ones(len(entries), bool)
     later = np.flatnonzero(first_of != np.arange(len(dataset)))
     order = np.argsort(pictures, kind="stable")
+    by_picture = pictures[order]
     for picture in np.unique(first_of[later]):
-        rows = order[slice(*np.searchsorted(pictures[order], (picture, picture + 1)))]
+        rows = order[slice(*np.searchsorted(by_picture, (picture, picture + 1)))]
         for row in rows[entries[rows] > picture]:
             earlier = rows[(entries[rows] < entries[row]) & (dataset.labels[rows] == dataset.labels[row])]
             kept[row] = not (np.abs(dataset.boxes[earlier] - dataset.boxes[row]) <= 1).all(axis=1).any()

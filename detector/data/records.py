@@ -9,7 +9,7 @@ import numpy as np
 
 from backbones.messages import nearest
 
-from .dataset import DetectionDataset, concatenate, offsets_of
+from .dataset import DetectionDataset, join_entries, offsets_of
 from .file_index import picture_key
 from .tolerance import MAX_LEFT_OUT, first_few, refuse_many
 
@@ -136,7 +136,7 @@ class Annotations:
             notes=self.notes + notes,
             warnings=self.warnings,
         )
-        return concatenate([dataset.subset(np.array(used, bool))]).first_annotated(limit)
+        return join_entries(dataset.subset(np.array(used, bool))).first_annotated(limit)
 
     def list_classes(self) -> list[str]:
         """The names of the classes: those of the file's list by their ids, or else those of the objects, sorted."""
